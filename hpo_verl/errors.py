@@ -1,0 +1,25 @@
+"""Errors that name what is wrong and what would be right.
+
+Each is also a `ValueError` or `RuntimeError`, so that callers that know
+nothing of this package can catch it, and each survives pickling by Ray.
+"""
+
+
+class HpoVerlError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(HpoVerlError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or at odds with another."""
+
+
+class DataError(HpoVerlError, ValueError):
+    """A file, row, column or tensor does not hold what it must."""
+
+
+class EnvironmentCheckError(HpoVerlError, RuntimeError):
+    """The machine or the installed packages cannot run what was asked for."""
+
+
+class WeightSyncError(HpoVerlError, RuntimeError):
+    """The rollout server did not receive the actor's weights."""
