@@ -1,0 +1,1 @@
+"""Primitives of the policy update, each defined once; torch only."""

@@ -1,0 +1,70 @@
+"""Masks, and checks that see live positions only.
+
+A position is live where the mask is true. What stands elsewhere, even NaN or
+infinity, changes no value and no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hpo_verl.errors import DataError
+
+
+def as_bool_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return `mask` as bool.
+
+    Args:
+        mask: Bool, or a number type that holds only 0 and 1; any shape.
+
+    Returns:
+        A bool tensor of the same shape; `mask` itself if it is bool already.
+
+    Raises:
+        DataError: A value is neither 0 nor 1.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    live = mask == 1
+    if not bool((live | (mask == 0)).all()):
+        raise DataError("response_mask must hold 0 and 1 only")
+    return live
+
+
+def nonempty_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Tell which rows hold at least one live position.
+
+    Args:
+        mask: Bool or number mask, `[batch, response]`.
+
+    Returns:
+        Bool tensor, `[batch]`.
+    """
+    if mask.shape[-1] == 0:
+        return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
+    rows = mask[:, 0] != 0
+    # Nearly every row starts with a live token; only the others need the full scan.
+    others = (~rows).nonzero().squeeze(-1)
+    rows[others] = (mask[others] != 0).any(dim=-1)
+    return rows
+
+
+def require_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+    """Refuse NaN and infinity at live positions.
+
+    Args:
+        name: What the tensor is called in the message.
+        values: Any shape.
+        mask: Bool, same shape.
+
+    Raises:
+        DataError: Names the tensor, the count and the first position.
+    """
+    bad = ~torch.isfinite(values) & mask
+    count = int(bad.sum())
+    if count:
+        first = tuple(bad.nonzero()[0].tolist())
+        raise DataError(
+            f"{name}: {count} of {int(mask.sum())} live values are not finite, "
+            f"the first at {first} ({values[first].item()})"
+        )

@@ -1,0 +1,54 @@
+"""Log-ratios between the current and the old policy."""
+
+from __future__ import annotations
+
+import torch
+
+LOG_RATIO_BOUND = 20.0
+"""Largest |log ratio| that enters an exponential, in nats; e^20 is 4.9e8."""
+
+
+def masked_log_ratio(
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Return log pi_theta - log pi_old at live positions, 0 elsewhere.
+
+    The mask comes before anything non-linear: NaN times a zero gradient is
+    NaN, so a masked value must never reach an exponential. Types narrower
+    than float32 are widened first: bfloat16 would turn a ratio of 1.02 at
+    log-probability -5.3 into 1.
+
+    Args:
+        log_prob: Log-probabilities under the current policy, nats, `[batch, response]`.
+        old_log_prob: The same under the policy that sampled.
+        mask: Bool, `[batch, response]`.
+
+    Returns:
+        `[batch, response]`, nats, float32 (float64 for float64).
+    """
+    dtype = torch.promote_types(log_prob.dtype, torch.float32)
+    return torch.where(mask, log_prob.to(dtype) - old_log_prob.to(dtype), 0.0)
+
+
+def beyond_bound(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Tell where the log-ratio exceeds the bound and so carries no gradient.
+
+    Args:
+        log_ratio: Any shape, nats.
+
+    Returns:
+        Bool tensor of the same shape.
+    """
+    return log_ratio.abs() > LOG_RATIO_BOUND
+
+
+def bound_log_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Bound the log-ratio to +-20 nats.
+
+    Args:
+        log_ratio: Any shape, nats.
+
+    Returns:
+        Tensor of the same shape, nats.
+    """
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)

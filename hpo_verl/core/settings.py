@@ -1,0 +1,78 @@
+"""Checks of settings; every message names the key, the value and what is permitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from hpo_verl.errors import ConfigError
+
+SettingsT = TypeVar("SettingsT")
+
+
+def require_number(
+    key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Refuse anything but a finite real number of a range.
+
+    Args:
+        key: Full path of the setting, for the message.
+        value: What was given.
+        low: Smallest permitted value.
+        high: Largest permitted value.
+        open_low: Whether `low` itself is excluded.
+
+    Raises:
+        ConfigError: Wrong type, NaN, infinite or out of range.
+    """
+    end = ", inf)" if high == math.inf else f", {high:g}]"
+    permitted = f"a number in {'(' if open_low else '['}{low:g}{end}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{key} = {value!r}: must be {permitted}, got {type(value).__name__}")
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        raise ConfigError(f"{key} = {value!r}: must be {permitted}")
+
+
+def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse anything but one of the named choices.
+
+    Raises:
+        ConfigError: Names the choices.
+    """
+    if value not in choices:
+        raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(choices)}")
+
+
+def parse_settings(
+    settings_type: type[SettingsT], values: Mapping[str, Any] | None, path: str
+) -> SettingsT:
+    """Build a settings dataclass from a mapping.
+
+    Args:
+        settings_type: Dataclass that checks its own values.
+        values: Settings by name; absent ones take their defaults, None means no setting at all.
+        path: Where the mapping stands in the configuration, for messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: Not a mapping, an unknown key, or a bad value.
+    """
+    if values is None:
+        return settings_type()
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} = {values!r}: must be a mapping, got {type(values).__name__}")
+    known = [field.name for field in dataclasses.fields(settings_type)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {path}.{near[0]}?" if near else ""
+            raise ConfigError(
+                f"{path}.{key} = {values[key]!r}: unknown setting, "
+                f"known are {', '.join(known)}{hint}"
+            )
+    return settings_type(**dict(values))

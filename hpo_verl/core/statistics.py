@@ -1,0 +1,125 @@
+"""What a batch did, in a handful of numbers.
+
+No name may contain "min", "max", "sum" or "total": verl picks the reduction
+over mini-batches and sub-steps by such substrings.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SIGNS = ("positive", "negative")
+
+
+def _quotient(numerator: float, denominator: float) -> float:
+    """0 where there is nothing to divide by; the fractions in the same row tell."""
+    return numerator / denominator if denominator > 0 else 0.0
+
+
+def batch_statistics(
+    *,
+    alpha: float,
+    positives: int,
+    negatives: int,
+    zero_spread_groups: int,
+    groups: int,
+    rewards: torch.Tensor,
+    live: torch.Tensor,
+    lengths: torch.Tensor,
+    advantages: torch.Tensor,
+    unweighted: torch.Tensor,
+) -> dict[str, float]:
+    """Describe a rollout batch by the sign of its advantages.
+
+    Args:
+        alpha: Weight of negative advantages; 1 for algorithms without one.
+        positives: Number of responses counted as positive.
+        negatives: Number of responses counted as negative.
+        zero_spread_groups: Number of groups whose rewards are all equal.
+        groups: Number of groups.
+        rewards: Reward of every response, `[batch]`.
+        live: Rows that count, `[batch]` bool.
+        lengths: Live tokens of every response, `[batch]`.
+        advantages: Advantage of every response as trained on, `[batch]`.
+        unweighted: The same before the weight, `[batch]`.
+
+    Returns:
+        `alpha`; `positive_fraction`, `negative_fraction`, `solve_rate` (reward > 0), fractions
+        of live responses; `zero_spread_group_fraction`, of groups; `response_length_positive`,
+        `response_length_negative`, tokens;
+        `advantage_mass_negative_over_positive`: sum of |A| over tokens with A < 0, divided by
+        that with A > 0, as trained on, and with `_before_weighting` before the weight.
+        A quotient with nothing below is 0.
+    """
+    responses = int(live.sum())
+    lengths = lengths.double()
+
+    def mass_ratio(values: torch.Tensor) -> float:
+        mass = values.double() * lengths
+        return _quotient(-float(mass.clamp(max=0).sum()), float(mass.clamp(min=0).sum()))
+
+    def mean_length(rows: torch.Tensor) -> float:
+        return _quotient(float(lengths[rows].sum()), int(rows.sum()))
+
+    return {
+        "alpha": alpha,
+        "positive_fraction": _quotient(positives, responses),
+        "negative_fraction": _quotient(negatives, responses),
+        "zero_spread_group_fraction": _quotient(zero_spread_groups, groups),
+        "solve_rate": _quotient(int((live & (rewards > 0)).sum()), responses),
+        "response_length_positive": mean_length(live & (unweighted > 0)),
+        "response_length_negative": mean_length(live & (unweighted < 0)),
+        "advantage_mass_negative_over_positive": mass_ratio(advantages),
+        "advantage_mass_negative_over_positive_before_weighting": mass_ratio(unweighted),
+    }
+
+
+def token_sums(
+    ratio: torch.Tensor, advantages: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """Sum what a loss did to the tokens of a micro-batch, split by the advantage's sign.
+
+    Sums add up over micro-batches and ranks, so that `token_means` of the
+    total is exact however a mini-batch was split.
+
+    Args:
+        ratio: Importance ratio, `[batch, response]`.
+        advantages: `[batch, response]`.
+        gradient: d loss / d log pi_theta of every token, `[batch, response]`.
+        mask: Bool, `[batch, response]`.
+
+    Returns:
+        For each sign: `tokens`, `ratio`, `clipped` (tokens with gradient 0) and
+        `gradient` (sum of its magnitude).
+    """
+    parts = []
+    for live in ((advantages > 0) & mask, (advantages < 0) & mask):
+        magnitude = torch.where(live, gradient, 0.0).abs()
+        parts += [
+            live.sum(),
+            torch.where(live, ratio, 0.0).sum(dtype=torch.float64),
+            (live & (magnitude == 0)).sum(),
+            magnitude.sum(dtype=torch.float64),
+        ]
+    values = iter(torch.stack([part.double() for part in parts]).tolist())
+    names = ("tokens", "ratio", "clipped", "gradient")
+    return {f"{name}_{sign}": next(values) for sign in SIGNS for name in names}
+
+
+def token_means(sums: dict[str, float]) -> dict[str, float]:
+    """Turn sums over tokens into what is logged.
+
+    Args:
+        sums: Totals of `token_sums`.
+
+    Returns:
+        For each sign: `ratio` (mean over tokens), `clipped_fraction` (of tokens) and
+        `gradient_weight` (sum over the tokens of a mini-batch of |d loss / d log pi|).
+    """
+    means = {}
+    for sign in SIGNS:
+        tokens = sums[f"tokens_{sign}"]
+        means[f"ratio_{sign}"] = _quotient(sums[f"ratio_{sign}"], tokens)
+        means[f"clipped_fraction_{sign}"] = _quotient(sums[f"clipped_{sign}"], tokens)
+        means[f"gradient_weight_{sign}"] = sums[f"gradient_{sign}"]
+    return means
