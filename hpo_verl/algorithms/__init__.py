@@ -1,0 +1,1 @@
+"""One file per algorithm: paper, equation, settings, pure functions; torch only."""

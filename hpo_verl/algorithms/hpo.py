@@ -1,0 +1,138 @@
+"""Hysteretic policy optimisation: HPO and A-HPO (arXiv 2605.30201).
+
+    J = (1/N) sum_i (1/L) sum_t min(r_it w(A_i) A_i, clip(r_it, 1 - e_low, 1 + e_high) w(A_i) A_i)
+    w(A) = 1 for A > 0, alpha for A < 0;   L = mean length of the responses
+    HPO: alpha fixed;   A-HPO: alpha = clip(n+ / n-, alpha_min, 1)
+
+A_i is GRPO's group-relative advantage, r_it the token's importance ratio, n+
+and n- the numbers of responses with a positive and a negative advantage in
+the rollout batch.
+
+The paper fixes w, L and A-HPO's ratio of counts. It leaves open, and this
+module decides: token-level ratio, clip 0.2 / 0.2, no dual clip, counts over
+the whole rollout batch, advantages normalised by the standard deviation,
+alpha_min 0.1. (1/N) sum_i (1/L) sum_t is the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hpo_verl.core.clipping import clipped_surrogate
+from hpo_verl.core.groups import group_relative_advantages
+from hpo_verl.core.settings import require_choice, require_number
+from hpo_verl.core.signs import positive_negative_ratio, weight_negatives
+
+ZERO_ADVANTAGE_CHOICES = ("ignore", "negative")
+
+
+@dataclass(frozen=True)
+class HPOSettings:
+    """Settings of HPO, under `algorithm.hpo`.
+
+    Attributes:
+        alpha: Weight of negative advantages, in [0, 1].
+        zero_advantage: Whether failed responses (reward <= 0) of groups with equal rewards
+            count as negatives (`negative`) or not (`ignore`). Here it changes logged counts only.
+    """
+
+    alpha: float = 0.6
+    zero_advantage: str = "ignore"
+
+    def __post_init__(self) -> None:
+        require_number("algorithm.hpo.alpha", self.alpha, 0.0, 1.0)
+        require_choice("algorithm.hpo.zero_advantage", self.zero_advantage, ZERO_ADVANTAGE_CHOICES)
+
+    def weight(self, positives: int, negatives: int) -> float:
+        """Return alpha, whatever the counts."""
+        return float(self.alpha)
+
+
+@dataclass(frozen=True)
+class AHPOSettings:
+    """Settings of A-HPO, under `algorithm.hpo`.
+
+    Attributes:
+        alpha_min: Lower bound of the weight, in [0, 1].
+        zero_advantage: Whether failed responses (reward <= 0) of groups with equal rewards
+            count as negatives (`negative`) or not (`ignore`).
+    """
+
+    alpha_min: float = 0.1
+    zero_advantage: str = "ignore"
+
+    def __post_init__(self) -> None:
+        require_number("algorithm.hpo.alpha_min", self.alpha_min, 0.0, 1.0)
+        require_choice("algorithm.hpo.zero_advantage", self.zero_advantage, ZERO_ADVANTAGE_CHOICES)
+
+    def weight(self, positives: int, negatives: int) -> float:
+        """Return clip(n+ / n-, alpha_min, 1); 1 without negatives."""
+        return positive_negative_ratio(positives, negatives, self.alpha_min)
+
+
+class HystereticAdvantages(NamedTuple):
+    """Advantages of a batch before and after the weight, and the counts behind it.
+
+    Attributes:
+        advantages: Weighted advantages, `[batch]` float64.
+        unweighted: The same before the weight.
+        alpha: Weight of the negatives.
+        positives: Number of responses counted as positive.
+        negatives: Number of responses counted as negative.
+        zero_spread_groups: Number of groups whose rewards are all equal.
+        groups: Number of groups.
+    """
+
+    advantages: torch.Tensor
+    unweighted: torch.Tensor
+    alpha: float
+    positives: int
+    negatives: int
+    zero_spread_groups: int
+    groups: int
+
+
+def hysteretic_advantages(
+    rewards: torch.Tensor,
+    group_codes: torch.Tensor,
+    live: torch.Tensor,
+    settings: HPOSettings | AHPOSettings,
+    *,
+    normalize_by_std: bool = True,
+) -> HystereticAdvantages:
+    """Group-relative advantages, the negative ones damped by one weight per batch.
+
+    Args:
+        rewards: One reward per response, `[batch]`.
+        group_codes: Group of each response, `[batch]` int64, 0 .. groups - 1.
+        live: Rows that count, `[batch]` bool.
+        settings: Of HPO or of A-HPO.
+        normalize_by_std: False gives R - mean instead of (R - mean) / std.
+
+    Returns:
+        The advantages, detached, and the counts.
+    """
+    group = group_relative_advantages(
+        rewards.detach(), group_codes, live, normalize_by_std=normalize_by_std
+    )
+    positives = int((group.advantages > 0).sum())
+    negatives = int((group.advantages < 0).sum())
+    if settings.zero_advantage == "negative":
+        negatives += int((group.zero_spread & (rewards <= 0)).sum())
+    alpha = settings.weight(positives, negatives)
+    return HystereticAdvantages(
+        advantages=weight_negatives(group.advantages, alpha),
+        unweighted=group.advantages,
+        alpha=alpha,
+        positives=positives,
+        negatives=negatives,
+        zero_spread_groups=group.zero_spread_groups,
+        groups=group.groups,
+    )
+
+
+hpo_loss = clipped_surrogate
+"""Loss per token: the clipped surrogate of weighted advantages, without dual clip."""

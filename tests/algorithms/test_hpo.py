@@ -1,0 +1,237 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpo_verl.algorithms.hpo import (
+    AHPOSettings,
+    HPOSettings,
+    hpo_loss,
+    hysteretic_advantages,
+)
+from hpo_verl.core.surrogate import attach
+from hpo_verl.errors import ConfigError
+
+
+def advantages_of(rewards, codes, settings, live=None, **options):
+    rewards = torch.tensor(rewards)
+    live = torch.ones(len(rewards)) if live is None else torch.tensor(live)
+    return hysteretic_advantages(
+        rewards, torch.tensor(codes).long(), live.bool(), settings, **options
+    )
+
+
+def test_defaults_are_those_of_the_decisions():
+    assert HPOSettings() == HPOSettings(alpha=0.6, zero_advantage="ignore")
+    assert AHPOSettings() == AHPOSettings(alpha_min=0.1, zero_advantage="ignore")
+
+
+@pytest.mark.parametrize(("kind", "key"), [(HPOSettings, "alpha"), (AHPOSettings, "alpha_min")])
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf"), "0.5", None, True])
+def test_a_weight_out_of_range_is_refused_by_its_path(kind, key, value):
+    message = re.escape(f"algorithm.hpo.{key} = {value!r}: must be a number in [0, 1]")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        kind(**{key: value})
+
+
+@pytest.mark.parametrize(("kind", "key"), [(HPOSettings, "alpha"), (AHPOSettings, "alpha_min")])
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, 0.37])
+def test_weights_within_range(kind, key, value):
+    assert getattr(kind(**{key: value}), key) == value
+
+
+@pytest.mark.parametrize("kind", [HPOSettings, AHPOSettings])
+def test_zero_advantage_is_one_of_two_words(kind):
+    assert kind(zero_advantage="negative").zero_advantage == "negative"
+    with pytest.raises(
+        ConfigError,
+        match=r"^algorithm\.hpo\.zero_advantage = 'both': must be one of ignore, negative$",
+    ):
+        kind(zero_advantage="both")
+
+
+def test_fixed_weight_ignores_the_counts():
+    weight = HPOSettings(alpha=1).weight(0, 5)
+    assert (weight, type(weight)) == (1.0, float)
+    assert HPOSettings(alpha=0.25).weight(3, 1) == 0.25
+
+
+def test_hand_derived_batch():
+    # Group 0: rewards 1 0 0 0, advantages 1.5 -.5 -.5 -.5; group 1: equal, 0.
+    batch = ([1.0, 0.0, 0.0, 0.0, 0.7, 0.7], [0, 0, 0, 0, 1, 1])
+    fixed = advantages_of(*batch, HPOSettings(alpha=0.6))
+    np.testing.assert_allclose(fixed.advantages, [1.5, -0.3, -0.3, -0.3, 0, 0], rtol=1e-5)
+    adaptive = advantages_of(*batch, AHPOSettings())
+    np.testing.assert_allclose(
+        adaptive.advantages, [1.5, -0.5 / 3, -0.5 / 3, -0.5 / 3, 0, 0], rtol=1e-5
+    )
+    np.testing.assert_allclose(adaptive.unweighted, [1.5, -0.5, -0.5, -0.5, 0, 0], rtol=1e-5)
+    assert (adaptive.positives, adaptive.negatives) == (1, 3)
+    assert (adaptive.groups, adaptive.zero_spread_groups) == (2, 1)
+    assert adaptive.alpha == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("successes", "size", "alpha"),
+    [(1, 10, 1 / 9), (2, 10, 0.25), (3, 10, 3 / 7), (3, 8, 0.6), (5, 10, 1.0), (9, 10, 1.0)],
+)
+def test_t6_one_mixed_group(successes, size, alpha):
+    rewards = [1.0] * successes + [0.0] * (size - successes)
+    assert advantages_of(rewards, [0] * size, AHPOSettings()).alpha == pytest.approx(alpha)
+
+
+def test_the_lower_bound_holds():
+    rewards = [1.0] + [0.0] * 31
+    assert advantages_of(rewards, [0] * 32, AHPOSettings(alpha_min=0.1)).alpha == 0.1
+    assert advantages_of(rewards, [0] * 32, AHPOSettings(alpha_min=0.0)).alpha == 1 / 31
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, -0.3])
+@pytest.mark.parametrize("kind", [HPOSettings, AHPOSettings])
+def test_t7_groups_of_equal_rewards_leave_the_weight_alone(reward, kind):
+    mixed = ([1.0, 0.0, 0.0], [0, 0, 0])
+    more = ([1.0, 0.0, 0.0] + [reward] * 7, [0, 0, 0] + [1] * 7)
+    assert advantages_of(*more, kind()).alpha == advantages_of(*mixed, kind()).alpha
+    assert advantages_of(*more, kind()).zero_spread_groups == 1
+
+
+def test_failed_groups_may_count_as_negatives():
+    batch = ([1.0, 0.0, 0.0, 0.0, -1.0, -1.0, 1.0, 1.0], [0, 0, 1, 1, 2, 2, 3, 3])
+    ignoring = advantages_of(*batch, AHPOSettings())
+    counting = advantages_of(*batch, AHPOSettings(zero_advantage="negative"))
+    assert (ignoring.positives, ignoring.negatives, ignoring.alpha) == (1, 1, 1.0)
+    assert (counting.positives, counting.negatives, counting.alpha) == (1, 5, 0.2)
+    assert counting.advantages[2:].tolist() == [0.0] * 6
+
+
+def test_a_failed_group_of_one_counts_as_negative_too():
+    batch = ([1.0, 0.0, 0.0], [0, 0, 1])
+    assert advantages_of(*batch, AHPOSettings(zero_advantage="negative")).negatives == 2
+
+
+def test_rows_that_are_not_live_are_no_negatives():
+    batch = ([1.0, 0.0, 0.0, 0.0], [0, 0, 1, 1])
+    counted = advantages_of(*batch, AHPOSettings(zero_advantage="negative"), live=[1, 1, 1, 0])
+    assert (counted.positives, counted.negatives) == (1, 2)
+
+
+def test_no_positives_and_no_negatives():
+    nothing = advantages_of([0.0, 0.0], [0, 0], AHPOSettings())
+    assert (nothing.positives, nothing.negatives, nothing.alpha) == (0, 0, 1.0)
+    failed = advantages_of([0.0, 0.0], [0, 0], AHPOSettings(zero_advantage="negative"))
+    assert (failed.positives, failed.negatives, failed.alpha) == (0, 2, 0.1)
+
+
+def test_the_difference_from_the_mean_is_weighted_as_well():
+    result = advantages_of(
+        [1.0, 0.0, 0.0, 0.0], [0] * 4, HPOSettings(alpha=0.5), normalize_by_std=False
+    )
+    assert result.advantages.tolist() == [0.75, -0.125, -0.125, -0.125]
+    scaled = advantages_of([1.0, 0.0, 0.0, 0.0], [0] * 4, HPOSettings(alpha=0.5))
+    assert scaled.advantages[0] == pytest.approx(1.5, rel=1e-5)
+
+
+def test_t8_no_gradient_flows_through_the_weight():
+    rewards = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+    result = hysteretic_advantages(
+        rewards, torch.zeros(3).long(), torch.ones(3).bool(), AHPOSettings()
+    )
+    assert not result.advantages.requires_grad
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0])), min_size=1, max_size=40),
+    st.floats(0, 1),
+)
+@settings(max_examples=80, deadline=None)
+def test_the_weight_stays_within_its_bounds(rows, alpha_min):
+    codes, rewards = map(list, zip(*rows, strict=True))
+    result = advantages_of(rewards, codes, AHPOSettings(alpha_min=alpha_min))
+    assert alpha_min <= result.alpha <= 1
+    positive = result.unweighted > 0
+    assert torch.equal(result.advantages[positive], result.unweighted[positive])
+    torch.testing.assert_close(
+        result.advantages[~positive], result.alpha * result.unweighted[~positive]
+    )
+
+
+# ---------------------------------------------------------------- the loss
+
+LOW, HIGH = 0.2, 0.3
+RATIOS = [0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0]
+
+
+def loss_of(ratios, advantage, low=LOW, high=HIGH):
+    log_ratio = torch.tensor(ratios, dtype=torch.float64).log()
+    return hpo_loss(log_ratio, torch.full_like(log_ratio, advantage), low, high)
+
+
+def test_every_branch_with_hand_derived_numbers():
+    # A = 2: the ratio is cut above 1.3; A = -2: below 0.8. The other side is free.
+    positive = loss_of(RATIOS, 2.0)
+    np.testing.assert_allclose(
+        positive.values, [-1.0, -1.58, -1.62, -2.0, -2.58, -2.6, -2.6], rtol=1e-12
+    )
+    np.testing.assert_allclose(positive.slopes, [-1.0, -1.58, -1.62, -2.0, -2.58, 0, 0], rtol=1e-12)
+    negative = loss_of(RATIOS, -2.0)
+    np.testing.assert_allclose(negative.values, [1.6, 1.6, 1.62, 2.0, 2.58, 2.62, 4.0], rtol=1e-12)
+    np.testing.assert_allclose(negative.slopes, [0, 0, 1.62, 2.0, 2.58, 2.62, 4.0], rtol=1e-12)
+
+
+def test_no_second_clip_however_large_the_ratio():
+    loss = loss_of([1e6], -1.0)
+    assert loss.values.item() == pytest.approx(1e6)
+    assert loss.slopes.item() == pytest.approx(1e6)
+
+
+def test_an_advantage_of_zero_gives_nothing():
+    loss = loss_of(RATIOS, 0.0)
+    assert (loss.values == 0).all()
+    assert (loss.slopes == 0).all()
+
+
+def numpy_loss(log_ratio, advantages, low, high):
+    ratio = np.exp(log_ratio)
+    return -np.minimum(ratio * advantages, np.clip(ratio, 1 - low, 1 + high) * advantages)
+
+
+def test_agrees_with_the_equation():
+    generator = torch.Generator().manual_seed(1)
+    log_ratio = torch.randn(64, 32, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(64, 32, generator=generator, dtype=torch.float64)
+    loss = hpo_loss(log_ratio.clone(), advantages, LOW, HIGH)
+    expected = numpy_loss(log_ratio.numpy(), advantages.numpy(), LOW, HIGH)
+    np.testing.assert_allclose(loss.values, expected, rtol=1e-12)
+
+
+def test_the_slope_is_the_derivative():
+    generator = torch.Generator().manual_seed(2)
+    log_ratio = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+    log_prob = log_ratio.clone().requires_grad_()
+
+    def function(x):
+        return attach(x, hpo_loss(x.detach().clone(), advantages, LOW, HIGH))
+
+    assert torch.autograd.gradcheck(function, (log_prob,))
+
+
+def test_the_arguments_are_not_changed():
+    log_ratio, advantages = torch.full((3,), 0.5), torch.tensor([1.0, -1.0, 0.0])
+    hpo_loss(log_ratio, advantages, LOW, HIGH)
+    assert log_ratio.tolist() == [0.5] * 3
+    assert advantages.tolist() == [1.0, -1.0, 0.0]
+
+
+@given(st.floats(-5, 5), st.floats(-4, 4), st.floats(0.05, 4))
+@settings(max_examples=100, deadline=None)
+def test_t4_weighting_the_advantage_is_weighting_the_loss(log_ratio, advantage, weight):
+    log_ratio = torch.tensor([log_ratio], dtype=torch.float64)
+    advantage = torch.tensor([advantage], dtype=torch.float64)
+    weighted = hpo_loss(log_ratio, weight * advantage, LOW, HIGH)
+    plain = hpo_loss(log_ratio, advantage, LOW, HIGH)
+    torch.testing.assert_close(weighted.values, weight * plain.values, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(weighted.slopes, weight * plain.slopes, atol=1e-12, rtol=1e-9)
