@@ -1,0 +1,1 @@
+"""Verifiable rewards; standard library only."""

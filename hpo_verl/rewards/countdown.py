@@ -1,0 +1,122 @@
+"""Countdown: reach a target with given numbers, each used once, by + - * /.
+
+Binary reward, exact: 1 if and only if the last complete `<answer>...</answer>`
+block of the response holds one expression (`expression.py` has the grammar) whose
+integers are the given numbers, each as often as given, and whose value is the
+target as a rational number. The expression may be followed by `= N` if N is the
+target. Where the block stands, in a thinking part or after it, makes no difference;
+an answer tag that is opened and never closed is no block.
+
+A response is text from a model and counts as hostile: it is bounded first, never
+evaluated as code, and nothing in it raises. A ground truth is data of ours: a
+malformed one raises DataError, because scoring it 0 would hide it.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hpo_verl.errors import DataError
+from hpo_verl.rewards.expression import normalise, read_expression, read_integer
+from hpo_verl.rewards.result import MAX_RESPONSE_CHARACTERS, RewardResult, reward_result
+
+OPEN, CLOSE = "<answer>", "</answer>"
+# An answer longer than this is not read: room for blanks around an expression.
+_MAX_ANSWER_CHARACTERS = 1_000
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Mapping[str, Any] | str,
+    extra_info: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> RewardResult:
+    """Score one response to a Countdown puzzle.
+
+    Args:
+        data_source: Name of the data set; used in error messages only.
+        solution_str: The response, without its prompt.
+        ground_truth: `{"target": int, "numbers": [int, ...]}`, of Python or numpy
+            types, or the same as a JSON string.
+        extra_info: Not used; verl passes it.
+        **kwargs: Not used; verl passes its reward model's address where there is one.
+
+    Returns:
+        `score` and `acc` 0.0 or 1.0; `format` 1.0 if there is an answer block whose
+        content is an expression, with or without `= N`; and `reason`:
+        `correct`, `too_long`, `no_answer`, `not_an_expression`, `wrong_numbers`,
+        `division_by_zero`, `wrong_value` or `wrong_equation` (`= N`, N not the target).
+
+    Raises:
+        DataError: The ground truth is malformed, or the response is not text.
+    """
+    target, numbers = _read_ground_truth(ground_truth, data_source)
+    if not isinstance(solution_str, str):
+        raise DataError(
+            f"{data_source}: solution_str is {type(solution_str).__name__}; text is needed"
+        )
+    if len(solution_str) > MAX_RESPONSE_CHARACTERS:
+        return reward_result("too_long", well_formed=False)
+    answer = _last_answer(solution_str)
+    if answer is None:
+        return reward_result("no_answer", well_formed=False)
+    if len(answer) > _MAX_ANSWER_CHARACTERS:
+        return reward_result("not_an_expression", well_formed=False)
+    text, equals, result = normalise(answer).strip().partition("=")
+    expression = read_expression(text)
+    claimed = read_integer(result) if equals else target
+    if expression is None or claimed is None:
+        return reward_result("not_an_expression", well_formed=False)
+    if sorted(expression.integers) != numbers:
+        return reward_result("wrong_numbers", well_formed=True)
+    if expression.denominator == 0:
+        return reward_result("division_by_zero", well_formed=True)
+    if not expression.equals(target):
+        return reward_result("wrong_value", well_formed=True)
+    if claimed != target:
+        return reward_result("wrong_equation", well_formed=True)
+    return reward_result("correct", well_formed=True, correct=True)
+
+
+def _last_answer(response: str) -> str | None:
+    """Return what stands between the last opening tag that is closed and its closing tag."""
+    start = response.rfind(OPEN, 0, max(0, response.rfind(CLOSE)))
+    if start < 0:
+        return None
+    start += len(OPEN)
+    return response[start : response.index(CLOSE, start)]
+
+
+def _read_ground_truth(
+    ground_truth: Mapping[str, Any] | str, data_source: str
+) -> tuple[int, list[int]]:
+    """Return the target and the sorted numbers."""
+    try:
+        if isinstance(ground_truth, str):
+            ground_truth = json.loads(ground_truth)
+        return _integer(ground_truth["target"]), sorted(_integers(ground_truth["numbers"]))  # type: ignore[index]
+    except (TypeError, KeyError, ValueError, IndexError) as error:
+        shown = repr(ground_truth)
+        raise DataError(
+            f"{data_source}: ground_truth is {shown[:100]}; needed: "
+            '{"target": integer, "numbers": [integer, ...]} or the same as JSON'
+        ) from error
+
+
+def _integers(values: Iterable[Any]) -> list[int]:
+    if isinstance(values, str | bytes | Mapping):
+        raise TypeError("numbers must be a list")
+    integers = [_integer(value) for value in values]
+    if not integers:
+        raise ValueError("numbers must not be empty")
+    return integers
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a boolean is not an integer")
+    return operator.index(value)

@@ -1,0 +1,162 @@
+r"""TeleLogs: name the root cause, C1 to C8, in the last `\boxed{}` of the response.
+
+Binary reward as in arXiv 2507.21974: 1 if and only if the last box that the
+response opens is closed and holds the right cause. The prompt itself doubles
+the braces, so `\boxed{{C3}}` counts too, as do `\text{C3}`, `c3` and `3`;
+everything else scores 0. An earlier box never rescues a later one, closed or
+cut off: the last word counts.
+
+A response is hostile text: it is bounded first and scanned once, without
+regular expressions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hpo_verl.errors import DataError
+from hpo_verl.rewards.result import MAX_RESPONSE_CHARACTERS, RewardResult, reward_result
+
+CAUSES = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8")
+
+_BOX = "\\boxed{"
+_TEXT = "\\text{"
+# Room for every accepted form with blanks around it; a longer box holds prose.
+_MAX_BOX_CHARACTERS = 64
+_SPELLINGS = {spelling: cause for cause in CAUSES for spelling in (cause, cause.lower(), cause[1:])}
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> RewardResult:
+    r"""Score one response to a TeleLogs question.
+
+    Args:
+        data_source: Name of the data set; used in error messages only.
+        solution_str: The response, without its prompt.
+        ground_truth: The right cause, "C1" to "C8".
+        extra_info: Not used; verl passes it.
+        **kwargs: Not used; verl passes its reward model's address where there is one.
+
+    Returns:
+        `score` and `acc` 0.0 or 1.0; `format` 1.0 if the last box is strictly
+        `\boxed{C3}` or `\boxed{{C3}}`, right or wrong; and `reason`: `correct`,
+        `wrong_cause`, `too_long`, `no_box`, `unclosed_box` or `not_a_cause`.
+
+    Raises:
+        DataError: The ground truth is not a cause, or the response is not text.
+    """
+    if ground_truth not in CAUSES:
+        raise DataError(
+            f"{data_source}: ground_truth is {str(ground_truth)[:40]!r}; needed: C1 to C8"
+        )
+    if not isinstance(solution_str, str):
+        raise DataError(
+            f"{data_source}: solution_str is {type(solution_str).__name__}; text is needed"
+        )
+    content, reason = _last_box(solution_str)
+    if content is None:
+        return reward_result(reason, well_formed=False)
+    cause = _read_cause(content)
+    if cause is None:
+        return reward_result("not_a_cause", well_formed=False)
+    strict = content in (cause, f"{{{cause}}}")
+    correct = cause == ground_truth
+    return reward_result(
+        "correct" if correct else "wrong_cause", well_formed=strict, correct=correct
+    )
+
+
+def extract_cause(response: str) -> str | None:
+    """Return the cause that a response answers, "C1" to "C8", or None if it answers none."""
+    content, _ = _last_box(response)
+    return None if content is None else _read_cause(content)
+
+
+def pass_at_1(accuracies: Sequence[Sequence[float]]) -> float:
+    """Mean over questions of the mean accuracy of each question's responses, in [0, 1].
+
+    Args:
+        accuracies: One group per question; `acc` of each of its responses.
+
+    Raises:
+        DataError: No groups, or an empty one.
+    """
+    _check_groups(accuracies, 1)
+    return sum(sum(group) / len(group) for group in accuracies) / len(accuracies)
+
+
+def maj_at_k(
+    answers: Sequence[Sequence[str | None]], ground_truths: Sequence[str], k: int = 4
+) -> float:
+    """Share of questions whose most frequent answer is the right one, in [0, 1].
+
+    A response without an answer does not vote. Where n answers tie for the most
+    votes, the right one among them counts 1/n, so the order of the responses
+    does not matter.
+
+    Args:
+        answers: One group per question; `extract_cause` of each of its responses.
+        ground_truths: The right cause of each question.
+        k: How many responses of each group vote: the first k.
+
+    Raises:
+        DataError: No groups, fewer than k answers in one, or not one ground truth per group.
+    """
+    _check_groups(answers, k)
+    if len(answers) != len(ground_truths):
+        raise DataError(f"maj_at_k: {len(answers)} groups but {len(ground_truths)} ground truths")
+    total = 0.0
+    for group, ground_truth in zip(answers, ground_truths, strict=True):
+        votes = Counter(answer for answer in group[:k] if answer is not None)
+        most = max(votes.values(), default=0)
+        winners = [answer for answer, count in votes.items() if count == most]
+        total += (ground_truth in winners) / max(1, len(winners))
+    return total / len(answers)
+
+
+def _last_box(response: str) -> tuple[str | None, str]:
+    """Return what the last box holds, or None and the reason why there is nothing to read."""
+    if len(response) > MAX_RESPONSE_CHARACTERS:
+        return None, "too_long"
+    start = response.rfind(_BOX)
+    if start < 0:
+        return None, "no_box"
+    start += len(_BOX)
+    depth = 1
+    for index in range(start, min(len(response), start + _MAX_BOX_CHARACTERS)):
+        if response[index] == "{":
+            depth += 1
+        elif response[index] == "}":
+            depth -= 1
+            if depth == 0:
+                return response[start:index], ""
+    cut_off = len(response) - start <= _MAX_BOX_CHARACTERS
+    return None, "unclosed_box" if cut_off else "not_a_cause"
+
+
+def _read_cause(content: str) -> str | None:
+    r"""Read a cause, at most once inside braces and once inside `\text{}`, in either order."""
+    wrappers = ["{", _TEXT]
+    content = content.strip()
+    while content not in _SPELLINGS:
+        wrapper = next((opening for opening in wrappers if content.startswith(opening)), None)
+        if wrapper is None or not content.endswith("}"):
+            return None
+        wrappers.remove(wrapper)
+        content = content[len(wrapper) : -1].strip()
+    return _SPELLINGS[content]
+
+
+def _check_groups(groups: Sequence[Sequence[object]], at_least: int) -> None:
+    if len(groups) == 0 or at_least < 1:
+        raise DataError("at least 1 group of at least 1 response is needed")
+    for number, group in enumerate(groups):
+        if len(group) < at_least:
+            raise DataError(f"group {number} has {len(group)} responses; {at_least} are needed")

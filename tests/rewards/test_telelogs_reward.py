@@ -1,0 +1,283 @@
+"""TeleLogs reward: accepted and refused answers, hostile text, speed, group metrics."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpo_verl.errors import DataError
+from hpo_verl.rewards.result import MAX_RESPONSE_CHARACTERS
+from hpo_verl.rewards.telelogs import (
+    CAUSES,
+    compute_score,
+    extract_cause,
+    maj_at_k,
+    pass_at_1,
+)
+
+
+def score(response: str, ground_truth: str = "C3") -> float:
+    return compute_score("telelogs", response, ground_truth)["score"]
+
+
+@pytest.mark.parametrize(
+    ("response", "form"),
+    [
+        (r"\boxed{C3}", 1.0),
+        (r"\boxed{{C3}}", 1.0),
+        (r"\boxed{ C3 }", 0.0),
+        (r"\boxed{c3}", 0.0),
+        (r"\boxed{3}", 0.0),
+        (r"\boxed{{3}}", 0.0),
+        (r"\boxed{\text{C3}}", 0.0),
+        (r"\boxed{{\text{C3}}}", 0.0),
+        (r"\boxed{\text{{3}}}", 0.0),
+        ("so:\n\\boxed{\n C3\t}\n", 0.0),
+        (r"not \boxed{C1} but \boxed{C3}, done.", 1.0),
+        (r"\boxed{C1 \boxed{C3}", 1.0),
+        (r"\boxed{\boxed{C3}}", 1.0),
+        (r"$$\boxed{C3}$$ and }}}} {{{", 1.0),
+    ],
+)
+def test_accepted_answers(response: str, form: float) -> None:
+    assert compute_score("telelogs", response, "C3") == {
+        "score": 1.0,
+        "acc": 1.0,
+        "format": form,
+        "reason": "correct",
+    }
+    assert extract_cause(response) == "C3"
+    wrong = compute_score("telelogs", response, "C4")
+    assert wrong == {"score": 0.0, "acc": 0.0, "format": form, "reason": "wrong_cause"}
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("", "no_box"),
+        ("C3", "no_box"),
+        ("the answer is C3.", "no_box"),
+        (r"boxed{C3}", "no_box"),
+        (r"\boxed C3", "no_box"),
+        (r"\boxed(C3)", "no_box"),
+        (r"\Boxed{C3}", "no_box"),
+        (r"\boxed{C3", "unclosed_box"),
+        (r"\boxed{{C3}", "unclosed_box"),
+        (r"\boxed{C3} or rather \boxed{C", "unclosed_box"),
+        (r"\boxed{", "unclosed_box"),
+        (r"\boxed{}", "not_a_cause"),
+        (r"\boxed{{}}", "not_a_cause"),  # the prompt's own example
+        (r"\boxed{C3} \boxed{}", "not_a_cause"),
+        (r"\boxed{{{C3}}}", "not_a_cause"),
+        (r"\boxed{\text{\text{C3}}}", "not_a_cause"),
+        (r"\boxed{\textbf{C3}}", "not_a_cause"),
+        (r"\boxed{\{C3\}}", "not_a_cause"),
+        (r"\boxed{C0}", "not_a_cause"),
+        (r"\boxed{C9}", "not_a_cause"),
+        (r"\boxed{C33}", "not_a_cause"),
+        (r"\boxed{13}", "not_a_cause"),
+        (r"\boxed{3.0}", "not_a_cause"),
+        (r"\boxed{-3}", "not_a_cause"),
+        (r"\boxed{C 3}", "not_a_cause"),
+        (r"\boxed{C3, C4}", "not_a_cause"),
+        (r"\boxed{C1C2C3C4C5C6C7C8}", "not_a_cause"),
+        (r"\boxed{C3: a neighbouring cell}", "not_a_cause"),
+        (r"\boxed{C３}", "not_a_cause"),  # full-width digit
+        (r"\boxed{С3}", "not_a_cause"),  # Cyrillic letter
+        (r"\boxed{C٣}", "not_a_cause"),  # Arabic-Indic digit
+        (r"\boxed{C³}", "not_a_cause"),
+        ("\\boxed{C3\x00}", "not_a_cause"),
+        ("\\boxed{\u202eC3}", "not_a_cause"),
+        ("\\boxed{\ud800}", "not_a_cause"),
+        (r"\boxed{C3" + " " * 80 + "}", "not_a_cause"),
+        (r"\boxed{C3}" + " " * MAX_RESPONSE_CHARACTERS, "too_long"),
+    ],
+)
+def test_everything_else_scores_0(response: str, reason: str) -> None:
+    assert compute_score("telelogs", response, "C3") == {
+        "score": 0.0,
+        "acc": 0.0,
+        "format": 0.0,
+        "reason": reason,
+    }
+    assert extract_cause(response) is None
+
+
+@pytest.mark.parametrize("ground_truth", ["", "C0", "C9", "c3", "3", 3, None, ["C3"], {"a": 1}])
+def test_a_malformed_ground_truth_is_an_error(ground_truth: object) -> None:
+    with pytest.raises(DataError, match=r"ground_truth .* C1 to C8"):
+        compute_score("telelogs", r"\boxed{C3}", ground_truth)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("response", [None, 3, b"\\boxed{C3}", ["\\boxed{C3}"]])
+def test_a_response_that_is_not_text_is_an_error(response: object) -> None:
+    with pytest.raises(DataError, match="text is needed"):
+        compute_score("telelogs", response, "C3")  # type: ignore[arg-type]
+
+
+def test_verl_calls_it_by_keyword_with_more_arguments() -> None:
+    result = compute_score(
+        data_source="telelogs_synthetic",
+        solution_str=r"\boxed{C8}",
+        ground_truth="C8",
+        extra_info={"index": 0},
+        reward_router_address=None,
+    )
+    assert result["score"] == 1.0
+
+
+# --- an independent reading: a regular expression anchored at the last box -------------------
+
+_CORE = r"[Cc]?([1-8])"
+_FORMS = [
+    rf"\s*{_CORE}\s*",
+    rf"\s*\{{\s*{_CORE}\s*\}}\s*",
+    rf"\s*\\text\{{\s*{_CORE}\s*\}}\s*",
+    rf"\s*\{{\s*\\text\{{\s*{_CORE}\s*\}}\s*\}}\s*",
+    rf"\s*\\text\{{\s*\{{\s*{_CORE}\s*\}}\s*\}}\s*",
+]
+_ORACLE = [re.compile(form + r"\}") for form in _FORMS]
+
+
+def oracle(response: str) -> str | None:
+    pieces = response.split("\\boxed{")
+    if len(pieces) == 1 or len(response) > MAX_RESPONSE_CHARACTERS:
+        return None
+    # The content has at most 63 characters, its closing brace is the 64th at most.
+    match = next((m for form in _ORACLE if (m := form.match(pieces[-1][:64]))), None)
+    return None if match is None else f"C{match[1]}"
+
+
+PIECES = [
+    "\\boxed{", "\\boxed", "\\text{", "{", "}", "}}", "{{", "C", "c", "3", "C3", "c3", "C4", "8",
+    " ", "\n", "\\", "$", "３", "\x00", "\ud800", "\u202e", "Ｃ", "the cause is ", "<answer>", "|",
+    "\\boxed{C3}", "\\boxed{{C3}}", "\\boxed{\\text{C3}}", "\\boxed{3}", " " * 60,
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=14))
+def test_agrees_with_an_independent_reading(pieces: list[str]) -> None:
+    response = "".join(pieces)
+    assert extract_cause(response) == oracle(response)
+    for cause in ("C3", "C4"):
+        assert score(response, cause) == float(oracle(response) == cause)
+
+
+def test_mutated_responses_never_raise_hang_or_cheat() -> None:
+    count = 20_000
+    rng = random.Random(20250507)
+    seeds = [
+        r"Speed is 20 km/h.\n\boxed{C3}",
+        r"\boxed{{C3}}",
+        r"<think>\boxed{C1}</think>\boxed{3}",
+    ]
+    ones = 0
+    for _ in range(count):
+        text = rng.choice(seeds)
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randint(0, len(text))
+            cut = min(len(text), at + rng.choice((0, 0, 1, 2, 5)))
+            text = text[:at] + rng.choice(PIECES) * rng.choice((1, 1, 1, 2)) + text[cut:]
+        result = compute_score("telelogs", text, "C3")
+        expected = oracle(text) == "C3"
+        assert result["score"] == float(expected), repr(text)
+        ones += expected
+    assert 0.02 < ones / count < 0.9, "the mutations must reach both outcomes"
+
+
+# --- speed ------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "open boxes": "\\boxed{" * 14_000,
+    "open braces": "\\boxed{" + "{" * 90_000,
+    "closed braces": "}" * 90_000 + "\\boxed{C3}",
+    "nested text": "\\boxed{" + "\\text{" * 16_000,
+    "backslashes": "\\" * 99_000,
+    "near misses": "\\boxed" * 16_000,
+    "closed boxes": "\\boxed{C3}" * 9_000,
+    "one megabyte": "x" * 1_000_000,
+    "spaces in a box": "\\boxed{" + " " * 90_000 + "C3}",
+    "wide letters": "\\boxed{" + "\U0001f600" * 90_000,
+    "answer tags": "<answer>" * 6_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_response_takes_5_ms(name: str) -> None:
+    fastest = min(_cpu_seconds(HOSTILE[name]) for _ in range(5))
+    assert fastest < 5e-3
+
+
+def _cpu_seconds(response: str) -> float:
+    start = time.process_time()
+    compute_score("telelogs", response, "C3")
+    return time.process_time() - start
+
+
+def test_scores_50_000_responses_per_second() -> None:
+    body = "The serving cell is 0.6 km away and the speed is 23 km/h. " * 40
+    responses = [body + end for end in (r"\boxed{{C3}}", r"\boxed{\text{C4}}", "no idea")]
+    rates = []
+    for _ in range(5):
+        start = time.process_time()
+        for _ in range(2000):
+            for response in responses:
+                compute_score("telelogs", response, "C3")
+        rates.append(6000 / (time.process_time() - start))
+    assert max(rates) >= 50_000
+
+
+# --- metrics over groups ------------------------------------------------------------------------
+
+
+def test_pass_at_1_by_hand() -> None:
+    # (1/4 + 4/4 + 0/2) / 3
+    assert pass_at_1([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0]]) == pytest.approx(1.25 / 3)
+
+
+def test_maj_at_k_by_hand() -> None:
+    answers = [
+        ["C1", "C2", "C1", "C3"],  # C1 wins
+        ["C1", None, None, None],  # one vote is enough
+        ["C1", "C2", "C2", "C1"],  # a tie of two: one half
+        [None, None, None, None],  # nobody votes
+        ["C2", "C2", "C3", "C1"],  # C2 wins, C1 is right
+    ]
+    assert maj_at_k(answers, ["C1"] * 5, k=4) == pytest.approx((1 + 1 + 0.5 + 0 + 0) / 5)
+    # Only the first k vote.
+    assert maj_at_k([["C1", "C2", "C2", "C2"]], ["C1"], k=1) == 1.0
+
+
+@given(
+    st.lists(st.sampled_from([*CAUSES, None]), min_size=4, max_size=4),
+    st.sampled_from(CAUSES),
+    st.randoms(use_true_random=False),
+)
+def test_maj_at_k_ignores_the_order_of_responses(
+    group: list[str | None], truth: str, rng: random.Random
+) -> None:
+    shuffled = list(group)
+    rng.shuffle(shuffled)
+    assert maj_at_k([group], [truth]) == maj_at_k([shuffled], [truth])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: pass_at_1([]),
+        lambda: pass_at_1([[1.0], []]),
+        lambda: maj_at_k([], []),
+        lambda: maj_at_k([["C1"] * 3], ["C1"], k=4),
+        lambda: maj_at_k([["C1"] * 4], ["C1", "C2"], k=4),
+        lambda: maj_at_k([["C1"] * 4], ["C1"], k=0),
+    ],
+)
+def test_metrics_refuse_incomplete_groups(call) -> None:
+    with pytest.raises(DataError):
+        call()
