@@ -1,0 +1,1 @@
+"""Commands that write training data and the tiny policy."""

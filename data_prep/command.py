@@ -1,0 +1,74 @@
+"""What the commands of `data_prep` share: one-line errors and a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hpo_verl.errors import HpoVerlError
+
+EXIT_BAD_INPUT = 2
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, `error: ...`, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with exit code 2."""
+        self.exit(EXIT_BAD_INPUT, f"error: {message} (see --help)\n")
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` and return the exit code: 0, 2 for bad input, 130 for Ctrl-C.
+
+    An error that the package raises on purpose becomes one line on stderr; any
+    other is a defect of ours and keeps its traceback.
+    """
+    try:
+        main(argv)
+    except HpoVerlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def integer_in(low: int, high: int) -> Callable[[str], int]:
+    """Return an argparse `type` that accepts an integer in [low, high]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
+        return value
+
+    return parse
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar on stderr; without a terminal it prints its last state only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,67 @@
+"""The three ways to put a Countdown puzzle to a policy.
+
+None holds an expression that could be copied as an answer: what stands between the
+answer tags in a prompt is not in the reward's grammar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Messages = list[dict[str, str]]
+
+_SYSTEM = (
+    "You solve arithmetic puzzles. Reason step by step, check your result, "
+    "and then give the answer in the form asked for."
+)
+_TASK = (
+    "Combine the numbers {numbers} into an expression whose value is exactly {target}. "
+    "Use each number exactly once, no other number, and only +, -, *, / and parentheses. "
+)
+
+
+def chat(numbers: Sequence[int], target: int) -> Messages:
+    """System and user message, for instruction-tuned models: the chat template wraps them once."""
+    task = _TASK.format(numbers=_listed(numbers), target=target)
+    return [
+        {"role": "system", "content": _SYSTEM},
+        {
+            "role": "user",
+            "content": task + "Close your reply with the expression between answer tags, "
+            "like this: <answer>expression</answer>",
+        },
+    ]
+
+
+def base(numbers: Sequence[int], target: int) -> Messages:
+    """One message of plain text that a pre-trained model continues.
+
+    To send it without role marks, give the model a chat template that prints the
+    content only: verl's `actor_rollout_ref.model.custom_chat_template` set to
+    `{{ messages[0]['content'] }}`.
+    """
+    task = _TASK.format(numbers=_listed(numbers), target=target)
+    content = (
+        f"Puzzle: {task}The solution closes with the expression between answer tags, "
+        "like this: <answer>expression</answer>\n\nSolution, step by step:\n"
+    )
+    return [{"role": "user", "content": content}]
+
+
+def tiny(numbers: Sequence[int], target: int) -> Messages:
+    """One short message such as `3 7 2 = 13`, for the tiny policy that is trained on CPU.
+
+    It explains nothing: only a policy that was warm-started on this form can read it.
+    """
+    return [{"role": "user", "content": f"{' '.join(map(str, numbers))} = {target}"}]
+
+
+PROMPTS: dict[str, Callable[[Sequence[int], int], Messages]] = {
+    "chat": chat,
+    "base": base,
+    "tiny": tiny,
+}
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

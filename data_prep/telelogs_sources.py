@@ -1,0 +1,211 @@
+"""Where real TeleLogs rows come from, and where they may not go.
+
+The dataset `netop/TeleLogs` (arXiv 2507.21974) is gated and its authors ask
+that it is not shared again: its rows are read with the user's own token or
+from the user's own file, and are never written into a repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.tables import first_line, read_rows
+from hpo_verl.errors import DataError
+from hpo_verl.rewards.telelogs import CAUSES
+
+HUB_DATASET = "netop/TeleLogs"
+# The dataset was published under this configuration name and also without one.
+HUB_CONFIGURATIONS = ("troubleshooting", None)
+HUB_SPLITS = {"train": "train", "val": "test"}
+TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105 (the variable's name, not a token)
+HOW_TO_ASK = (
+    f"ask for access on https://huggingface.co/datasets/{HUB_DATASET} (log in, accept the "
+    "conditions, wait for the authors' approval), make a token with read permission on "
+    f"https://huggingface.co/settings/tokens and set it as {TOKEN_VARIABLE}; "
+    "--source synthetic needs no access"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COLUMNS: dict[str, Any] = {"question": "text", "answer": "text"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its cause, and the file and row it came from."""
+
+    question: str
+    answer: str
+    place: str
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read the columns question and answer of a parquet, jsonl or csv file.
+
+    Raises:
+        DataError: The file cannot be read, or a row has no question or a cause
+            that is not C1 to C8; names file, row and column.
+    """
+    return _checked(read_rows(path, _COLUMNS), str(path))
+
+
+def hub_token() -> str:
+    """Return the user's hub token from the environment, or raise DataError: how to get one."""
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise DataError(
+            f"{TOKEN_VARIABLE} is not set and {HUB_DATASET} is a gated dataset: {HOW_TO_ASK}"
+        )
+    return token
+
+
+def read_hub(token: str, revision: str | None) -> tuple[dict[str, list[Example]], str]:
+    """Read both splits of the hub's dataset at one commit.
+
+    Args:
+        token: A token whose owner has been granted access.
+        revision: Commit to read, 40 hexadecimal digits; None takes the newest
+            commit of `main` and says which it was.
+
+    Returns:
+        Split ("train", "val") -> rows, and the commit.
+
+    Raises:
+        DataError: No access, no such commit, no network, or a bad row.
+    """
+    if revision is not None and not _COMMIT.fullmatch(revision):
+        raise DataError(f"--revision: {revision!r} is not a commit (40 hexadecimal digits)")
+    try:
+        commit = revision or _newest_commit(token)
+        splits = {
+            split: _checked(
+                _hub_rows(hub_split, token, commit), f"{HUB_DATASET}@{commit[:8]} {hub_split}"
+            )
+            for split, hub_split in HUB_SPLITS.items()
+        }
+    except DataError:
+        raise
+    # The hub's client raises errors of five libraries; each of them means the same here.
+    except Exception as error:
+        raise DataError(
+            f"{HUB_DATASET}: cannot be read ({type(error).__name__}: {first_line(error)}); "
+            f"if access is what is missing, {HOW_TO_ASK}"
+        ) from error
+    return splits, commit
+
+
+def _newest_commit(token: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().dataset_info(HUB_DATASET, revision="main", token=token).sha)
+
+
+def _hub_rows(split: str, token: str, commit: str) -> Iterable[Any]:
+    """The only function that reads rows over the network."""
+    from datasets import load_dataset
+
+    for configuration in HUB_CONFIGURATIONS[:-1]:
+        try:
+            return load_dataset(
+                HUB_DATASET, configuration, split=split, revision=commit, token=token
+            )
+        except ValueError as error:
+            # What `datasets` raises for a configuration that does not exist.
+            if "BuilderConfig" not in str(error):
+                raise
+    return load_dataset(HUB_DATASET, split=split, revision=commit, token=token)
+
+
+def _checked(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
+    examples: list[Example] = []
+    first_seen: dict[str, Example] = {}
+    for number, row in enumerate(rows, start=1):
+        place = f"{name}: row {number}"
+        for column in _COLUMNS:
+            value = row.get(column)
+            if not isinstance(value, str) or not value.strip():
+                raise DataError(f"{place}, column '{column}': is missing, empty or not text")
+        example = Example(row["question"], row["answer"].strip(), place)
+        if example.answer not in CAUSES:
+            raise DataError(
+                f"{place}, column 'answer': {example.answer[:40]!r} is not one of C1 to C8"
+            )
+        earlier = first_seen.setdefault(example.question, example)
+        if earlier.answer != example.answer:
+            raise DataError(
+                f"{place}, column 'answer': {example.answer}, but {earlier.place} has the same "
+                f"question with {earlier.answer}"
+            )
+        if earlier is example:
+            examples.append(example)
+    return examples
+
+
+def choose(
+    examples: Mapping[str, list[Example]], sizes: Mapping[str, int | None], seed: int
+) -> dict[str, list[Example]]:
+    """Draw the rows of each split; no question is in both.
+
+    Args:
+        examples: {"train": ...} to be divided in two, or {"train": ..., "val": ...}.
+        sizes: Split -> number of rows; None takes all, or, of one undivided file,
+            a tenth for validation and the rest for training.
+        seed: Of the draw.
+
+    Raises:
+        DataError: Fewer rows than asked for.
+    """
+    random = np.random.default_rng(seed)
+    pool = {
+        split: [rows[i] for i in random.permutation(len(rows))] for split, rows in examples.items()
+    }
+    if "val" not in pool:
+        undivided = pool["train"]
+        val_size = sizes["val"] if sizes["val"] is not None else max(1, len(undivided) // 10)
+        pool = {"val": undivided[:val_size], "train": undivided[val_size:]}
+    else:
+        held_out = {example.question for example in pool["val"]}
+        pool["train"] = [example for example in pool["train"] if example.question not in held_out]
+    for split, size in sizes.items():
+        if size is not None and size > len(pool[split]):
+            raise DataError(
+                f"--{split}-size: {size} rows are asked for, {len(pool[split])} are there "
+                "(after rows that repeat a question are left out)"
+            )
+    return {split: pool[split][: sizes[split]] for split in ("train", "val")}
+
+
+def check_place(out: str | Path, real: bool) -> None:
+    """Raise DataError if data must not be written to `out`.
+
+    Real rows may go into no repository at all; synthetic ones into no folder
+    that holds files under version control.
+    """
+    folder = Path(out).resolve()
+    package = Path(__file__).resolve().parents[1]
+    roots = [parent for parent in (folder, *folder.parents) if (parent / ".git").exists()]
+    if (package / "pyproject.toml").exists() and folder.is_relative_to(package):
+        roots.append(package)
+    if real and roots:
+        raise DataError(
+            f"--out: {folder} lies in the repository {roots[0]}; TeleLogs rows must not be "
+            "shared again, so choose a folder outside any repository"
+        )
+    if roots and _has_tracked_files(folder):
+        raise DataError(f"--out: {folder} holds files under version control; choose another folder")
+
+
+def _has_tracked_files(folder: Path) -> bool:
+    git = shutil.which("git")
+    if git is None or not folder.is_dir():
+        return False
+    command = [git, "-C", str(folder), "ls-files", "--", "."]
+    listed = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+    return bool(listed.stdout.strip())

@@ -1,0 +1,90 @@
+"""Tokenizer of the tiny policy: byte-level BPE in Qwen2's form.
+
+transformers builds a `Qwen2Tokenizer` for every checkpoint whose config says
+Qwen2, whatever was saved beside it, so the tokenizer is one from the start:
+every byte is in the vocabulary (any text can be encoded and decoded), and the
+words of the chat template are one token each. What Countdown writes often is an
+ordinary added token, which decoding never strips: the answer tags, numbers of
+two digits, and the parts of a step such as `(7`, `-2`, `)*3` and `=15`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from transformers import AddedToken, Qwen2Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+ANSWER_OPEN = "<answer>"
+ANSWER_CLOSE = "</answer>"
+MAX_DIGIT = 9
+MAX_VALUE = 99
+# Words of the chat template, and the " =" of a prompt in byte letters.
+_WORDS = ("system", "user", "assistant", "Ġ=")
+_STEP_PART = re.compile(r"([(=]|\)?[-+*/])?([0-9]{1,2})")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Return the tiny policy's tokenizer; `len(tokenizer)` is the vocabulary size.
+
+    `<|im_end|>` ends a response, `<|endoftext|>` pads.
+    """
+    vocabulary = {letter: i for i, letter in enumerate(_byte_letters())}
+    merges: list[tuple[str, str]] = []
+    for word in _WORDS:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,  # pyright: ignore[reportArgumentType] - pairs are what it passes on
+        unk_token=None,  # pyright: ignore[reportArgumentType] - every byte is known
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=[TURN_START],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    ordinary = [ANSWER_OPEN, ANSWER_CLOSE, *_arithmetic_tokens()]
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in ordinary])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def step_part(token: str) -> tuple[str, int] | None:
+    """Split a token such as `)*3` into its marks and its number; None for any other token."""
+    match = _STEP_PART.fullmatch(token)
+    return (match[1] or "", int(match[2])) if match else None
+
+
+def _arithmetic_tokens() -> list[str]:
+    digits = range(1, MAX_DIGIT + 1)
+    return [
+        *(str(number) for number in range(10, MAX_VALUE + 1)),
+        *(f"({digit}" for digit in digits),
+        *(f"{operator}{digit}" for operator in "+-*/" for digit in digits),
+        *(f"){operator}{digit}" for operator in "*/" for digit in digits),
+        *(f"={value}" for value in range(MAX_VALUE + 1)),
+    ]
+
+
+def _byte_letters() -> list[str]:
+    """Return the 256 printable letters of byte-level BPE, in order of their bytes.
+
+    Printable Latin-1 bytes stand for themselves; the others (control letters,
+    space, newline) take the code points from 256 upwards, so that newline is
+    `Ċ` and space `Ġ`, as in GPT-2 and Qwen2.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]

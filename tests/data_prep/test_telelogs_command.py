@@ -1,0 +1,160 @@
+"""`python -m data_prep.telelogs`: synthetic rows, prompt lengths, bad arguments."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from telelogs_helpers import command, questions, refused, rows_of, write_table
+
+from data_prep.tiny_tokenizer import build_tokenizer
+from hpo_verl.rewards.telelogs import CAUSES, compute_score
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# --- synthetic ---------------------------------------------------------------------------------
+
+
+def test_synthetic_rows_have_verls_schema_and_score(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    arguments = ("--source", "synthetic", "--train-size", 24, "--val-size", 16, "--seed", 5)
+    assert command(*arguments, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["train.parquet", "val.parquet"]
+    for split, count in (("train", 24), ("val", 16)):
+        rows = rows_of(out / f"{split}.parquet")
+        assert len(rows) == count
+        assert Counter(row["reward_model"]["ground_truth"] for row in rows) == dict.fromkeys(
+            CAUSES, count // 8
+        )
+        for index, row in enumerate(rows):
+            assert list(row) == [
+                "data_source",
+                "prompt",
+                "ability",
+                "reward_model",
+                "extra_info",
+            ]
+            assert row["data_source"] == "telelogs_synthetic"
+            assert [message["role"] for message in row["prompt"]] == ["user"]
+            assert row["reward_model"]["style"] == "rule"
+            truth = row["reward_model"]["ground_truth"]
+            assert row["extra_info"] == {
+                "split": split,
+                "index": index,
+                "cause": truth,
+                "randomised": False,
+            }
+            answer = compute_score(row["data_source"], f"\\boxed{{{truth}}}", truth)
+            assert answer["score"] == 1.0
+            # The prompt itself is worth nothing.
+            assert compute_score("", row["prompt"][0]["content"], truth)["score"] == 0.0
+
+
+@pytest.mark.parametrize("extra", [(), ("--randomise",), ("--prompt", "tiny")])
+def test_same_arguments_same_bytes(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    arguments = ("--source", "synthetic", "--train-size", 40, "--val-size", 8, *extra)
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert command(*arguments, "--seed", seed, "--out", tmp_path / out) == 0
+    for name in ("train.parquet", "val.parquet"):
+        a, b, c = ((tmp_path / out / name).read_bytes() for out in "abc")
+        assert a == b
+        assert a != c
+
+
+def test_the_size_of_a_split_does_not_change_its_rows(tmp_path: Path) -> None:
+    for count in (8, 20):
+        arguments = ("--source", "synthetic", "--train-size", count, "--val-size", 8)
+        assert command(*arguments, "--out", tmp_path / str(count)) == 0
+    few, many = (rows_of(tmp_path / str(count) / "train.parquet") for count in (8, 20))
+    assert many[:8] == few
+
+
+def test_randomise_maps_the_ground_truth(tmp_path: Path) -> None:
+    arguments = ("--source", "synthetic", "--train-size", 80, "--val-size", 8)
+    assert command(*arguments, "--out", tmp_path / "plain") == 0
+    assert command(*arguments, "--randomise", "--out", tmp_path / "random") == 0
+    plain, permuted = (rows_of(tmp_path / name / "train.parquet") for name in ("plain", "random"))
+    moved = 0
+    for before, after in zip(plain, permuted, strict=True):
+        truth, cause = after["reward_model"]["ground_truth"], after["extra_info"]["cause"]
+        assert cause == before["reward_model"]["ground_truth"]
+        assert after["extra_info"]["randomised"]
+        old, new = (row["prompt"][0]["content"].splitlines() for row in (before, after))
+        reason = next(line[4:] for line in old if line.startswith(f"{cause}: "))
+        assert f"{truth}: {reason}" in new
+        moved += truth != cause
+    assert moved > 50
+
+
+def test_tiny_prompts_are_short(tmp_path: Path) -> None:
+    arguments = ("--source", "synthetic", "--prompt", "tiny", "--train-size", 16, "--val-size", 8)
+    assert command(*arguments, "--out", tmp_path / "out") == 0
+    tokenizer = build_tokenizer()
+    for row in rows_of(tmp_path / "out" / "train.parquet"):
+        tokens = tokenizer.apply_chat_template(
+            row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert len(tokens) <= 40
+
+
+# --- prompt lengths ----------------------------------------------------------------------------
+
+
+def test_long_prompts_are_reported_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    build_tokenizer().save_pretrained(tokenizer)
+    rows = [{"question": "x" * length, "answer": "C1"} for length in (10, 20, 30)]
+    arguments = (
+        "--source", write_table(tmp_path / "a.csv", rows),
+        "--val-source", write_table(tmp_path / "b.csv", [{**rows[0], "question": "y" * 40}]),
+        "--tokenizer", tokenizer,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert command(*arguments, "--max-prompt-length", 36) == 0
+    error = capsys.readouterr().err
+    assert "warning: 2 of 4 prompts are longer than 36 tokens" in error
+    assert "val 0 (" in error
+    kept = {row["prompt"][0]["content"] for row in rows_of(tmp_path / "out" / "train.parquet")}
+    assert kept == {row["question"] for row in rows}
+    assert command(*arguments, "--max-prompt-length", 100) == 0
+    assert "longest prompt: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--max-prompt-length", 100), "need each other"),
+        (("--tokenizer", "somewhere"), "need each other"),
+        (("--max-prompt-length", 0, "--tokenizer", "x"), "not an integer from 1"),
+        (("--max-prompt-length", 9, "--tokenizer", "/nowhere"), "--tokenizer: /nowhere"),
+        (("--prompt", "tiny", "--randomise"), "lists no causes"),
+        (("--prompt", "small"), "invalid choice"),
+        (("--train-size", 0), "not an integer from 1"),
+        (("--train-size", "many"), "not an integer from 1"),
+        (("--seed", -1), "not an integer from 0"),
+        (("--val-source", "x.csv"), "needs a file"),
+        (("--revision", COMMIT), "needs --source hub"),
+        (("--colour", "red"), "unrecognized"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: tuple, message: str
+) -> None:
+    out = tmp_path / "out"
+    assert message in refused(capsys, "--source", "synthetic", "--out", out, *extra)
+    assert not out.exists()
+
+
+def test_tiny_prompts_cannot_be_made_of_real_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_table(tmp_path / "rows.csv", questions(3))
+    arguments = ("--source", path, "--prompt", "tiny", "--out", tmp_path / "out")
+    assert "--prompt tiny needs --source synthetic" in refused(capsys, *arguments)

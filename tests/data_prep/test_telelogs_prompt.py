@@ -1,0 +1,239 @@
+"""The printed question: golden files, columns and number formats, balance, tiny form."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.telelogs import synthetic_rows
+from data_prep.telelogs_prompt import randomise, render
+from data_prep.telelogs_simulator import simulate
+from data_prep.telelogs_tiny import FEATURES, tiny_prompt
+from hpo_verl.errors import DataError
+from hpo_verl.rewards.telelogs import CAUSES
+
+GOLDEN = Path(__file__).with_name("golden")
+
+
+def golden_texts() -> dict[str, str]:
+    """What the golden files hold; running this file as a script writes them anew."""
+    permuted, answer = randomise(render(simulate((2025, 6), "C6")), "C6", np.random.default_rng(1))
+    tiny = islice(synthetic_rows("val", 16, 2025, "tiny"), 16)
+    return {
+        "telelogs_C1.txt": render(simulate((2025, 1), "C1")),
+        "telelogs_C5.txt": render(simulate((2025, 5), "C5")),
+        f"telelogs_C6_randomised_to_{answer}.txt": permuted,
+        "telelogs_tiny.txt": "".join(f"{row.question} {row.answer}\n" for row in tiny),
+    }
+
+
+def test_prompts_equal_the_golden_files() -> None:
+    texts = golden_texts()
+    assert {path.name for path in GOLDEN.glob("telelogs_*.txt")} == set(texts)
+    for name, text in texts.items():
+        assert (GOLDEN / name).read_text(encoding="utf-8") == text, name
+
+
+DRIVE_FORMATS = [
+    r"2025-\d\d-\d\d \d\d:\d\d:\d\d\.000000",
+    r"128\.\d{6}",
+    r"32\.\d{6}",
+    r"\d{1,2}",
+    r"\d{1,3}",
+    r"-\d{2,3}\.\d\d",
+    r"-?\d{1,2}\.\d\d",
+    r"\d{1,4}\.\d\d",
+    *[r"\d{1,3}|-"] * 5,
+    *[r"-\d{2,3}\.\d\d|-"] * 5,
+    r"\d{2,3}\.\d\d",
+]
+CELL_FORMATS = [
+    r"00339\d\d",
+    r"[0-2]",
+    r"128\.\d{6}",
+    r"32\.\d{6}",
+    r"\d{1,3}",
+    r"\d{1,2}",
+    r"\d|10|255",
+    r"0|5|10",
+    r"DEFAULT|SCENARIO_([1-9]|1[0-6])",
+    r"\d{1,2}\.\d",
+    r"\d{1,3}",
+    r"32T32R|64T64R",
+    r"34\.9",
+    r"NR AAU [1-3]",
+]
+
+
+def test_every_cause_prints_the_same_columns_and_formats() -> None:
+    for index in range(160):
+        question = render(simulate((4, index), CAUSES[index % 8]))
+        head, drive, cells = re.split(
+            r"User plane drive test data as follows：\n|Engeneering parameters data as follows：\n",
+            question,
+        )
+        assert head.count("\\boxed{{}}") == 1
+        assert [line[:3] for line in head.splitlines() if re.match(r"C\d", line)] == [
+            f"{cause}:" for cause in CAUSES
+        ]
+        for table, formats, sizes in (
+            (drive, DRIVE_FORMATS, range(9, 12)),
+            (cells, CELL_FORMATS, range(6, 9)),
+        ):
+            header, *rows = [line.split("|") for line in table.strip().splitlines()]
+            assert len(header) == len(formats)
+            assert len(rows) in sizes
+            for row in rows:
+                for value, pattern in zip(row, formats, strict=True):
+                    assert re.fullmatch(pattern, value), (value, pattern)
+
+
+def test_values_stay_in_the_ranges_of_a_real_network() -> None:
+    for index in range(160):
+        drive = simulate((5, index), CAUSES[index % 8])
+        assert drive.throughput.min() > 0
+        assert drive.throughput.max() <= 1450
+        assert drive.low.any()
+        assert not drive.low.all()
+        assert -2 <= drive.sinr.min() <= drive.sinr.max() <= 28
+        assert drive.rsrp[np.arange(len(drive.serving)), drive.serving].min() > -101
+        assert drive.rsrp.max() < -65
+        assert (drive.speed >= 0).all()
+        assert drive.speed.max() <= 75
+        pcis = [cell.pci for cell in drive.cells]
+        assert len(set(pcis)) == len(pcis)
+        assert 0 <= min(pcis) <= max(pcis) <= 1007
+        places = Counter((cell.gnodeb_id, cell.east, cell.north) for cell in drive.cells)
+        assert len(places) == len({cell.gnodeb_id for cell in drive.cells})  # one mast per site
+        assert max(places.values()) <= 3
+
+
+@pytest.mark.parametrize("count", [1, 8, 100, 803])
+def test_causes_are_balanced(count: int) -> None:
+    counts = Counter(row.answer for row in synthetic_rows("train", count, 1, "tiny"))
+    assert sum(counts.values()) == count
+    assert max(counts.values()) - min(counts[cause] for cause in CAUSES) <= 1
+
+
+def test_same_seed_same_rows_other_seed_other_rows() -> None:
+    first, again, other, val = (
+        [(row.question, row.answer) for row in synthetic_rows(split, 24, seed)]
+        for split, seed in (("train", 7), ("train", 7), ("train", 8), ("val", 7))
+    )
+    assert first == again
+    assert len({*first, *other, *val}) == 72
+
+
+def test_10000_prompts_take_30_seconds_of_one_core_at_most() -> None:
+    start = time.process_time()
+    assert sum(1 for _ in synthetic_rows("train", 1000, 3)) == 1000
+    assert time.process_time() - start < 3.0
+
+
+# --- randomise ----------------------------------------------------------------------------------
+
+
+def test_randomise_keeps_every_line_and_maps_the_answer() -> None:
+    question = render(simulate((6, 0), "C4"))
+    permuted, answer = randomise(question, "C4", np.random.default_rng(0))
+
+    def shared(text: str) -> list[str]:
+        return sorted(re.sub(r"^C\d: ", "", line) for line in text.splitlines())
+
+    assert permuted != question
+    assert shared(permuted) == shared(question)
+    overlap = next(line for line in question.splitlines() if line.startswith("C4: "))
+    assert f"{answer}: {overlap[4:]}" in permuted.splitlines()
+    # The headers stay where they are.
+    headers = [number for number, line in enumerate(question.splitlines()) if "Longitude" in line]
+    assert headers == [n for n, line in enumerate(permuted.splitlines()) if "Longitude" in line]
+
+
+def test_randomise_permutes_ids_uniformly() -> None:
+    question = render(simulate((6, 1), "C2"))
+    answers = Counter(
+        randomise(question, "C2", np.random.default_rng(index))[1] for index in range(800)
+    )
+    assert set(answers) == set(CAUSES)
+    assert max(answers.values()) < 100 + 5 * 9.4  # five standard deviations
+
+
+def test_randomise_reads_markdown_tables_and_other_wording() -> None:
+    causes = "\n".join(f"{cause}: reason {cause[1]}" for cause in CAUSES)
+    table = "| a | b |\n|---|:-:|\n| 1 | 2 |\n| 3 | 4 |\n"
+    permuted, answer = randomise(
+        f"Why?\n{causes}\n\n{table}\nand\n{table}", "C7", np.random.default_rng(1)
+    )
+    assert f"{answer}: reason 7" in permuted
+    assert permuted.count("| a | b |\n|---|:-:|\n| ") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("C8: ", "D8: "), "C1 to C8"),
+        (lambda text: text.replace("C2: ", "C3: "), "C1 to C8"),
+        (lambda text: text.split("Engeneering")[0], "2 pipe tables"),
+        (lambda text: text.replace("|", ";"), "2 pipe tables"),
+        (lambda text: "", "C1 to C8"),
+    ],
+)
+def test_randomise_refuses_another_structure(change, message: str) -> None:
+    question = change(render(simulate((6, 2), "C1")))
+    with pytest.raises(DataError, match=message):
+        randomise(question, "C1", np.random.default_rng(0))
+
+
+# --- tiny -----------------------------------------------------------------------------------------
+
+
+def tiny_cause(letters: str) -> str:
+    """Read the cause off the nine letters."""
+    speed, far, changes, rbs, residue, overlap, tilt, level, ends = letters
+    found = {
+        "C1": tilt == "T" and level in "UV",
+        "C2": far == "F",
+        "C3": ends == "Y",
+        "C4": overlap == "Q",
+        "C5": changes == "I",
+        "C6": residue == "O",
+        "C7": speed == "C",
+        "C8": rbs == "J",
+    }
+    (cause,) = [cause for cause, holds in found.items() if holds]
+    return cause
+
+
+def test_tiny_prompts_hold_the_label() -> None:
+    rows = list(synthetic_rows("train", 1600, 9, "tiny"))
+    assert {len(row.question) for row in rows} == {len(FEATURES)}
+    solved = sum(tiny_cause(row.question) == row.answer for row in rows)
+    assert solved / len(rows) >= 0.99
+    # Enough different prompts to learn from: not one per cause.
+    assert len({row.question for row in rows}) > 400
+
+
+def test_each_letter_means_one_bin_of_one_feature() -> None:
+    letters = "".join(feature.letters for feature in FEATURES)
+    assert len(set(letters)) == len(letters)
+    seen = Counter("".join(row.question for row in synthetic_rows("val", 1600, 9, "tiny")))
+    assert set(seen) == set(letters)
+
+
+def test_the_tiny_prompt_does_not_read_the_cause() -> None:
+    # A healthy-looking change, the drive of one cause, rendered after the fact: the
+    # features come from measurements alone.
+    drive = simulate((7, 0), "C7")
+    drive.speed[:] = 30.0
+    assert tiny_prompt(drive)[0] == "B"
+
+
+if __name__ == "__main__":
+    for name, text in golden_texts().items():
+        (GOLDEN / name).write_text(text, encoding="utf-8")
