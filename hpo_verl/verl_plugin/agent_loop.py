@@ -1,0 +1,88 @@
+"""A single-turn agent loop whose samples repeat.
+
+verl gives every request a random id, so a rollout server cannot tell which
+noise belongs to which sample. This loop adds a seed to the sampling parameters
+that follows from the sample itself; vLLM and the backend `hf` both honour it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+SEED_BITS = 63
+PROMPTS_KEPT = 4096
+
+
+def sample_seed(
+    rollout_seed: int, global_steps: int, index: object, session_id: int, messages: object
+) -> int:
+    """Seed of one sample: a hash of what names it.
+
+    Args:
+        rollout_seed: `actor_rollout_ref.rollout.seed`.
+        global_steps: training step.
+        index: the prompt's index in its data set.
+        session_id: which of the prompt's samples this is.
+        messages: the prompt, which tells training from validation prompts.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    name = repr((rollout_seed, int(global_steps), str(index), int(session_id), messages))
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
+
+
+@register("seeded_single_turn_agent")
+class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
+    """verl's single-turn loop with a seed per sample."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prompts: dict[str, asyncio.Task[list[int]]] = {}
+
+    async def ct_build_initial_tokens(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any = None,
+        images: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        mm_inputs_out: Any = None,
+    ) -> list[int]:
+        """Tokenise a prompt once for all of its samples."""
+        build = super().ct_build_initial_tokens(
+            messages, tools, images, videos, audios, mm_inputs_out
+        )
+        if tools or images or videos or audios:
+            return await build
+        name = repr(messages)
+        if name in self._prompts:
+            build.close()
+        else:
+            if len(self._prompts) >= PROMPTS_KEPT:
+                self._prompts.clear()
+            self._prompts[name] = asyncio.create_task(build)
+        return list(await self._prompts[name])
+
+    async def run(
+        self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any
+    ) -> AgentLoopOutput:
+        """Generate one response with noise that depends on the sample's name alone."""
+        seed = sample_seed(
+            self.rollout_config.seed,
+            kwargs["global_steps"],
+            kwargs.get("index"),
+            kwargs["session_id"],
+            [(message["role"], message["content"]) for message in kwargs["raw_prompt"]],
+        )
+        seeded = {**sampling_params, "seed": seed}
+        # Concrete in the parent, though verl's decorator hides that from a type checker.
+        return await super().run(  # pyright: ignore[reportAbstractUsage]
+            seeded, priority=priority, **kwargs
+        )

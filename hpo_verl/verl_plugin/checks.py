@@ -1,0 +1,80 @@
+"""Checks of a whole configuration, on the driver, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpo_verl.algorithms.catalog import (
+    HOMOGENEOUS_LOSSES,
+    HYSTERETIC_ESTIMATORS,
+    PENALISED_LOSSES,
+    SELECTING_LOSSES,
+)
+from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.advantages import read_settings
+from hpo_verl.verl_plugin.losses import clip_range, mhpo_settings, require_aggregation
+
+
+def check_algorithm(config: Mapping[str, Any]) -> list[str]:
+    """Check the settings of the algorithm and how they go together.
+
+    Args:
+        config: verl's whole configuration, resolved.
+
+    Returns:
+        Warnings: combinations that run but are not what their names promise.
+
+    Raises:
+        ConfigError: Unknown or out-of-range setting, or a combination that cannot be meant.
+    """
+    algorithm = config["algorithm"]
+    actor = config["actor_rollout_ref"]["actor"]
+    estimator = str(algorithm.get("adv_estimator"))
+    loss_mode = str(actor["policy_loss"].get("loss_mode", "vanilla"))
+    loss_agg_mode = str(actor.get("loss_agg_mode"))
+
+    require_aggregation(loss_mode, loss_agg_mode)
+    if loss_mode == "hpo":
+        clip_range(actor)
+    if loss_mode == "mhpo":
+        mhpo_settings(actor["policy_loss"])
+    warnings = []
+    if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
+        warnings.append(
+            f"policy_loss.loss_mode = 'sapo' ignores loss_agg_mode = {loss_agg_mode!r}: "
+            "verl always uses seq-mean-token-mean there"
+        )
+    if estimator in HYSTERETIC_ESTIMATORS:
+        read_settings(estimator, algorithm)
+        warnings += _check_weighted(estimator, loss_mode, algorithm)
+    elif algorithm.get("hpo", None):
+        raise ConfigError(
+            f"algorithm.hpo = {dict(algorithm['hpo'])!r}: algorithm.adv_estimator = "
+            f"{estimator!r} ignores it; use {' or '.join(HYSTERETIC_ESTIMATORS)}"
+        )
+    return warnings
+
+
+def _check_weighted(estimator: str, loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:
+    """Check what the hysteretic weight is combined with."""
+    combination = f"adv_estimator = {estimator!r} with policy_loss.loss_mode = {loss_mode!r}"
+    if loss_mode in SELECTING_LOSSES:
+        raise ConfigError(
+            f"{combination}: the weight would change more than the weight of the loss, since "
+            f"that loss {SELECTING_LOSSES[loss_mode]}; use one of {', '.join(HOMOGENEOUS_LOSSES)}"
+        )
+    warnings = []
+    if loss_mode in PENALISED_LOSSES:
+        warnings.append(f"{combination}: that loss {PENALISED_LOSSES[loss_mode]}")
+    elif loss_mode not in HOMOGENEOUS_LOSSES:
+        warnings.append(
+            f"{combination}: unknown here; weighting the advantages equals weighting the loss "
+            "only if that loss is proportional to the advantage"
+        )
+    if algorithm.get("use_kl_in_reward", False):
+        warnings.append(
+            f"adv_estimator = {estimator!r} with algorithm.use_kl_in_reward: the KL penalty "
+            "enters the rewards, so groups are hardly ever equal and the counts of signs follow it"
+        )
+    return warnings

@@ -1,0 +1,11 @@
+"""verl on a machine without an accelerator.
+
+verl 0.9.1 says that it does not support CPUs. This folder is the one place
+that bridges what it lacks:
+
+- `platform`: device, memory and random-number functions for "cpu", through
+  verl's `PlatformRegistry`;
+- `bridges`: the two places where verl offers no registry;
+- `sampling`, `generation`, `server`: the rollout backend `hf`, which generates
+  with transformers behind verl's asynchronous server interface.
+"""

@@ -1,0 +1,68 @@
+"""What verl 0.9.1 offers no hook for.
+
+Three things, each bridged in one function that runs only where the CPU platform
+is selected and only for a verl version whose behaviour was checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import verl
+
+from hpo_verl.errors import EnvironmentCheckError
+
+CHECKED_VERL_VERSIONS = ("0.9.1",)
+
+
+def require_checked_verl() -> None:
+    """Refuse a verl whose internals the bridges were not checked against.
+
+    Raises:
+        EnvironmentCheckError: the installed version is another.
+    """
+    if verl.__version__ not in CHECKED_VERL_VERSIONS:
+        raise EnvironmentCheckError(
+            f"verl {verl.__version__}: the CPU backend was checked with "
+            f"{', '.join(CHECKED_VERL_VERSIONS)} only"
+        )
+
+
+def name_hf_rollout(rollout_base: Any) -> None:
+    """Add `hf` to verl's table of rollout adapters.
+
+    verl has a public registry for replicas (`RolloutReplicaRegistry`) but keeps
+    the table of their adapters in a private dictionary.
+    """
+    require_checked_verl()
+    rollout_base._ROLLOUT_REGISTRY["hf", "async"] = (
+        "hpo_verl.verl_plugin.cpu.server.HFServerAdapter"
+    )
+
+
+def use_one_gloo_group(distributed: Any) -> None:
+    """Make verl's workers initialise "cpu:gloo" instead of "cpu:gloo,cpu:gloo".
+
+    verl names one backend for the CPU and one for the device; where the device
+    is the CPU, torch rejects the pair as a duplicate.
+    """
+    require_checked_verl()
+    original = distributed.initialize_global_process_group_ray
+
+    def initialize_global_process_group_ray(
+        timeout_second: float | None = None, backend: str | None = None
+    ) -> None:
+        original(timeout_second=timeout_second, backend=backend or "cpu:gloo")
+
+    distributed.initialize_global_process_group_ray = initialize_global_process_group_ray
+
+
+def use_batched_log_probs(torch_functional: Any) -> None:
+    """Make verl compute the log-probabilities of all tokens in one call.
+
+    Without flash attention verl calls `logsumexp` token by token, to save memory
+    on an accelerator; on the CPU these calls take longer than the model. verl's
+    own `logprobs_from_logits_naive` computes the same.
+    """
+    require_checked_verl()
+    torch_functional.logprobs_from_logits_v2 = torch_functional.logprobs_from_logits_naive

@@ -1,0 +1,207 @@
+"""Batched generation with transformers, repeatable bit for bit.
+
+A floating-point matrix product can round differently when its shape changes.
+Every forward pass here therefore has one of a few fixed shapes: rows are padded
+to `block_rows` and prompts to a multiple of `PROMPT_MULTIPLE`, which depends on
+the row alone; and one thread computes it, since several share its rows out by
+position. With noise that is seeded per request, a response then depends only on
+the weights, its own prompt and its own seed. Blocks run side by side instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.cpu.sampling import SamplingSettings, sample_tokens
+
+PROMPT_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue.
+
+    Attributes:
+        prompt_ids: prompt tokens.
+        seed: seed of this request's noise.
+        max_tokens: most tokens to generate.
+        temperature: 0 means greedy.
+        top_k: below 1 keeps the whole vocabulary.
+        top_p: fraction in (0, 1].
+    """
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value, valid, permitted in (
+            ("prompt_ids", len(self.prompt_ids), len(self.prompt_ids) >= 1, "at least one token"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 0, "an integer >= 0"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "[0, inf)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "(0, 1]"),
+        ):
+            if not valid:
+                raise ConfigError(f"sampling parameter {name}={value}: must be in {permitted}")
+
+    @property
+    def padded_prompt_length(self) -> int:
+        """Prompt length rounded up to a multiple of `PROMPT_MULTIPLE` (tokens).
+
+        At least one place stays padding: transformers takes another attention
+        kernel for a block without any, and would round differently.
+        """
+        return (len(self.prompt_ids) // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Tokens of one response, EOS included, and their log-probabilities in nats."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finished: bool
+
+
+class BatchGenerator:
+    """Continues prompts in fixed-shape blocks with a KV cache.
+
+    Args:
+        model: causal language model in evaluation mode.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: token for padding; never attended to.
+        block_rows: rows of every forward pass.
+        num_threads: blocks that run at the same time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        block_rows: int,
+        num_threads: int = 1,
+    ) -> None:
+        torch.set_num_threads(1)
+        self.model = model
+        self.eos_token_ids = torch.tensor(sorted(set(eos_token_ids)))
+        self.pad_token_id = pad_token_id
+        self.block_rows = block_rows
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="generation")
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[GenerationResult]:
+        """Continue every request; results keep the order of the requests.
+
+        Args:
+            requests: prompts and their settings.
+            should_stop: asked before every token; True ends generation early
+                with `finished=False` on what was not complete.
+
+        Returns:
+            One result a request.
+        """
+        by_shape: dict[int, list[int]] = {}
+        for position, request in enumerate(requests):
+            by_shape.setdefault(request.padded_prompt_length, []).append(position)
+        blocks = [
+            (positions[start : start + self.block_rows], padded_prompt_length)
+            for padded_prompt_length, positions in sorted(by_shape.items())
+            for start in range(0, len(positions), self.block_rows)
+        ]
+        answers = self._threads.map(
+            lambda block: self._generate_block(
+                [requests[position] for position in block[0]], block[1], should_stop
+            ),
+            blocks,
+        )
+        results: dict[int, GenerationResult] = {}
+        for (positions, _), block_answers in zip(blocks, answers, strict=True):
+            results.update(zip(positions, block_answers, strict=True))
+        return [results[position] for position in range(len(requests))]
+
+    @torch.inference_mode()
+    def _generate_block(
+        self,
+        requests: Sequence[GenerationRequest],
+        padded_prompt_length: int,
+        should_stop: Callable[[], bool],
+    ) -> list[GenerationResult]:
+        rows, live = self.block_rows, len(requests)
+        max_tokens = max(request.max_tokens for request in requests)
+        input_ids = torch.full((rows, padded_prompt_length), self.pad_token_id)
+        attention_mask = torch.zeros((rows, padded_prompt_length + max_tokens), dtype=torch.long)
+        uniforms = torch.zeros((rows, max_tokens), dtype=torch.float64)
+        limit = torch.zeros(rows, dtype=torch.long)
+        # Rows beyond the live ones repeat a valid prompt pattern: one attended token.
+        attention_mask[live:, padded_prompt_length - 1] = 1
+        generator = torch.Generator()
+        for row, request in enumerate(requests):
+            length = len(request.prompt_ids)
+            input_ids[row, padded_prompt_length - length :] = torch.tensor(request.prompt_ids)
+            attention_mask[row, padded_prompt_length - length : padded_prompt_length] = 1
+            generator.manual_seed(request.seed)
+            uniforms[row, : request.max_tokens] = torch.rand(
+                request.max_tokens, dtype=torch.float64, generator=generator
+            )
+            limit[row] = request.max_tokens
+        settings = _settings_of(requests, rows)
+
+        tokens = torch.full((rows, max_tokens), self.pad_token_id)
+        log_probs = torch.zeros((rows, max_tokens))
+        length = torch.zeros(rows, dtype=torch.long)
+        done = limit == 0
+        cache = None
+        position_ids = (attention_mask[:, :padded_prompt_length].cumsum(-1) - 1).clamp(min=0)
+        for step in range(max_tokens):
+            if bool(done.all()) or should_stop():
+                break
+            seen = padded_prompt_length + step
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask[:, :seen],
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            token, log_prob = sample_tokens(
+                output.logits[:, -1].float(), uniforms[:, step], settings
+            )
+            tokens[:, step] = torch.where(done, self.pad_token_id, token)
+            log_probs[:, step] = log_prob
+            length += ~done
+            done |= torch.isin(token, self.eos_token_ids) | (length >= limit)
+            attention_mask[:, seen] = 1
+            input_ids = tokens[:, step : step + 1]
+            position_ids = position_ids[:, -1:] + 1
+        return [
+            GenerationResult(
+                token_ids=tokens[row, : length[row]].tolist(),
+                log_probs=log_probs[row, : length[row]].tolist(),
+                finished=bool(done[row]),
+            )
+            for row in range(live)
+        ]
+
+
+def _settings_of(requests: Sequence[GenerationRequest], rows: int) -> SamplingSettings:
+    padding = rows - len(requests)
+    return SamplingSettings(
+        temperature=torch.tensor([r.temperature for r in requests] + [1.0] * padding),
+        top_k=torch.tensor([r.top_k for r in requests] + [-1] * padding),
+        top_p=torch.tensor([r.top_p for r in requests] + [1.0] * padding, dtype=torch.float64),
+    )

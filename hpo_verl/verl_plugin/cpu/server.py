@@ -1,0 +1,345 @@
+"""The rollout backend `hf`: a transformers server behind verl's asynchronous interface.
+
+The server is a Ray actor that verl's clients ask for one response at a time;
+requests that arrive together are generated together. Each FSDP rank owns one
+server and sends it the actor's weights after every step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
+
+from hpo_verl.errors import ConfigError, WeightSyncError
+from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+# How long the server waits for further requests before it starts a batch.
+ARRIVAL_PAUSE_SECONDS = 0.02
+# A bucket of weights that the server has not taken by then ends the run.
+WEIGHT_SYNC_TIMEOUT_SECONDS = 60.0
+SAMPLING_KEYS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "max_new_tokens",
+        "seed",
+        "logprobs",
+        "repetition_penalty",
+    }
+)
+
+
+def server_name(config: RolloutConfig, replica_rank: int) -> str:
+    """Ray actor name of a replica's server."""
+    return f"{config.name}_server_{replica_rank}_0"
+
+
+def request_from_sampling_params(
+    prompt_ids: Iterable[int],
+    sampling_params: dict[str, Any],
+    request_id: str,
+    config: RolloutConfig,
+) -> GenerationRequest:
+    """Translate verl's sampling parameters.
+
+    The noise is seeded by `sampling_params["seed"]`; without one, by the
+    request's id, which repeats only where the caller repeats it.
+
+    Raises:
+        ConfigError: a parameter is unknown, unsupported or out of range.
+    """
+    unknown = sorted(set(sampling_params) - SAMPLING_KEYS)
+    if unknown:
+        raise ConfigError(f"rollout hf: unknown sampling parameter {unknown[0]!r}")
+    penalty = sampling_params.get("repetition_penalty", 1.0)
+    if penalty != 1.0:
+        raise ConfigError(f"rollout hf: repetition_penalty={penalty}: only 1.0 is supported")
+    prompt = tuple(int(token) for token in prompt_ids)
+    room = (config.max_model_len or config.prompt_length + config.response_length) - len(prompt)
+    wanted = sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens")
+    seed = sampling_params.get("seed")
+    return GenerationRequest(
+        prompt_ids=prompt,
+        seed=zlib.crc32(request_id.encode()) ^ config.seed if seed is None else int(seed),
+        max_tokens=max(0, min(int(wanted or config.response_length), room)),
+        temperature=float(sampling_params.get("temperature", 1.0)),
+        top_k=int(sampling_params.get("top_k", -1)),
+        top_p=float(sampling_params.get("top_p", 1.0)),
+    )
+
+
+class HFServer:
+    """Generates with transformers on the CPU; one Ray actor a replica.
+
+    Args:
+        config: verl's rollout configuration. `engine_kwargs.hf.num_threads`
+            sets how many blocks are generated at a time (default: this server's
+            share of the cores).
+        model_config: verl's model configuration.
+        replicas: servers that share this machine.
+    """
+
+    def __init__(self, config: Any, model_config: Any, replicas: int) -> None:
+        self.config: RolloutConfig = omega_conf_to_dataclass(config)
+        self.model_config: HFModelConfig = omega_conf_to_dataclass(
+            model_config, dataclass_type=HFModelConfig
+        )
+        options = dict((self.config.engine_kwargs or {}).get("hf") or {})
+        threads = options.pop("num_threads", None)
+        if options:
+            raise ConfigError(f"rollout.engine_kwargs.hf.{next(iter(options))}: unknown key")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(self.model_config.local_path),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        ).eval()
+        tokenizer = self.model_config.tokenizer
+        eos = self.model.generation_config.eos_token_id
+        eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+        self.generator = BatchGenerator(
+            self.model,
+            eos_token_ids=[] if self.config.ignore_eos else [*eos_ids, tokenizer.eos_token_id],
+            pad_token_id=tokenizer.pad_token_id,
+            block_rows=self.config.max_num_seqs,
+            num_threads=threads or max(1, (os.cpu_count() or 1) // replicas),
+        )
+        self._global_steps: int | None = None
+        self._pending: list[tuple[GenerationRequest, asyncio.Future[TokenOutput]]] = []
+        self._drain_task: asyncio.Task[None] | None = None
+        self._admit = asyncio.Event()
+        self._admit.set()
+        self._abort = False
+        self._names_expected = set(self.model.state_dict())
+        self._names_received: set[str] = set()
+        self._sync_incomplete = False
+
+    async def ready(self) -> bool:
+        """Answer once the model is loaded."""
+        return True
+
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        request_id: str,
+        image_data: Any = None,
+        video_data: Any = None,
+        **kwargs: Any,
+    ) -> TokenOutput:
+        """Continue one prompt; answered together with the requests that arrive with it."""
+        if image_data or video_data:
+            raise ConfigError("rollout hf: images and videos are not supported")
+        request = request_from_sampling_params(prompt_ids, sampling_params, request_id, self.config)
+        await self._admit.wait()
+        if self._sync_incomplete:
+            raise WeightSyncError("the rollout server holds a partly updated model")
+        future: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
+        self._pending.append((request, future))
+        if self._drain_task is None or self._drain_task.done():
+            self._drain_task = asyncio.create_task(self._drain())
+        return await future
+
+    async def generate_batch(
+        self, requests: list[dict[str, Any]]
+    ) -> list[TokenOutput | BaseException]:
+        """Continue many prompts; a request that fails is answered by its error."""
+        return await asyncio.gather(
+            *(self.generate(**request) for request in requests), return_exceptions=True
+        )
+
+    async def _drain(self) -> None:
+        while self._pending:
+            arrived = 0
+            while arrived != len(self._pending):
+                arrived = len(self._pending)
+                await asyncio.sleep(ARRIVAL_PAUSE_SECONDS)
+            batch, self._pending = self._pending, []
+            try:
+                results = await asyncio.to_thread(
+                    self.generator.generate,
+                    [request for request, _ in batch],
+                    lambda: self._abort,
+                )
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(
+                        TokenOutput(
+                            token_ids=result.token_ids,
+                            log_probs=result.log_probs,
+                            stop_reason="completed" if result.finished else "aborted",
+                            extra_fields={"global_steps": self._global_steps},
+                        )
+                    )
+
+    async def load_weights(self, named_tensors: dict[str, torch.Tensor]) -> None:
+        """Copy one bucket of the actor's weights into the model.
+
+        Raises:
+            WeightSyncError: a name is unknown, a shape differs or a value is not finite.
+        """
+        self._sync_incomplete = True
+        current = self.model.state_dict()
+        for name, tensor in named_tensors.items():
+            if name not in current:
+                raise WeightSyncError(f"weight {name!r} is unknown to the rollout model")
+            if current[name].shape != tensor.shape:
+                raise WeightSyncError(
+                    f"weight {name!r} has shape {tuple(tensor.shape)}, "
+                    f"the rollout model expects {tuple(current[name].shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise WeightSyncError(f"weight {name!r} holds a value that is not finite")
+            current[name].copy_(tensor)
+            self._names_received.add(name)
+
+    async def finish_weight_update(self, global_steps: int | None) -> None:
+        """Check that every weight has arrived, and count them as those of `global_steps`.
+
+        Raises:
+            WeightSyncError: a weight is missing.
+        """
+        missing = sorted(self._names_expected - self._names_received)
+        self._names_received.clear()
+        if missing:
+            raise WeightSyncError(f"{len(missing)} weights were not sent, {missing[0]!r} first")
+        self._sync_incomplete = False
+        if global_steps is not None:
+            self._global_steps = global_steps
+
+    async def set_global_steps(self, global_steps: int) -> None:
+        """Name the step whose weights the model holds."""
+        self._global_steps = global_steps
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """End running requests with what they have; hold new ones until resumed."""
+        self._admit.clear()
+        self._abort = True
+        if self._drain_task is not None:
+            await self._drain_task
+        self._abort = False
+
+    async def resume_generation(self) -> None:
+        """Admit requests again."""
+        self._admit.set()
+
+    async def nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
+        """Answer verl's control calls that concern device memory or profiling."""
+
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = nothing_to_do
+    start_profile = stop_profile = nothing_to_do
+
+
+class HFReplica(RolloutReplica):
+    """One `HFServer`; the model is not split over processes."""
+
+    async def launch_servers(self) -> None:
+        """Start the server's actor and wait until its model is loaded."""
+        if self.world_size != 1:
+            raise ConfigError(
+                "rollout hf: tensor_model_parallel_size, data_parallel_size and "
+                f"pipeline_model_parallel_size must be 1; their product is {self.world_size}"
+            )
+        actor_class: Any = ray.remote(HFServer)
+        server = actor_class.options(
+            name=server_name(self.config, self.replica_rank),
+            max_concurrency=self.max_concurrency,
+        ).remote(self.config, self.model_config, self.gpus_per_node)
+        await server.ready.remote()
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = f"hf:{self.replica_rank}"
+
+    def rollout_worker_use_gpu(self) -> bool:
+        """The server needs no accelerator."""
+        return False
+
+
+class HFServerAdapter(BaseRollout):
+    """The actor's side of an `HFServer`: sends the weights.
+
+    Args:
+        config: verl's rollout configuration.
+        model_config: verl's model configuration.
+        device_mesh: not used; the model is not split.
+        replica_rank: which server is ours; -1 means that of this rank.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_config: HFModelConfig,
+        device_mesh: Any,
+        replica_rank: int = -1,
+    ) -> None:
+        super().__init__(config, model_config, device_mesh)
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+
+    async def resume(self, tags: list[str]) -> None:
+        """Nothing to do: the server never releases its memory."""
+
+    async def release(self) -> None:
+        """Nothing to do: the server never releases its memory."""
+
+    @torch.no_grad()
+    async def update_weights(
+        self,
+        weights: Any,
+        wire_format: str = "named_tensors",
+        global_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Send all weights to the server, in buckets through Ray's object store.
+
+        Raises:
+            WeightSyncError: the server refused a bucket, or took longer than
+                `WEIGHT_SYNC_TIMEOUT_SECONDS` over one.
+        """
+        if wire_format != "named_tensors":
+            raise ConfigError(f"rollout hf: wire format {wire_format!r} is not supported")
+        server = ray.get_actor(server_name(self.config, self.replica_rank))
+        bucket_bytes = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
+        bucket: dict[str, torch.Tensor] = {}
+        size = 0
+        async for name, tensor in ensure_async_iterator(weights):
+            if size and size + tensor.nbytes > bucket_bytes:
+                await _within_timeout(server.load_weights.remote(bucket), "a bucket of weights")
+                bucket, size = {}, 0
+            # The receiver reads from the object store, so no copy of our own is needed.
+            bucket[name] = tensor.detach().to("cpu", torch.float32)
+            size += bucket[name].nbytes
+        await _within_timeout(server.load_weights.remote(bucket), "the last bucket of weights")
+        await _within_timeout(
+            server.finish_weight_update.remote(global_steps), "the end of the weight update"
+        )
+
+
+async def _within_timeout(reply: Any, what: str) -> None:
+    try:
+        await asyncio.wait_for(reply, WEIGHT_SYNC_TIMEOUT_SECONDS)
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise WeightSyncError(
+            f"the rollout server did not take {what} within {WEIGHT_SYNC_TIMEOUT_SECONDS:.0f} s"
+        ) from error

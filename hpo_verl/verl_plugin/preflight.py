@@ -1,0 +1,105 @@
+"""Checks a configuration in the driver, before verl starts Ray.
+
+As a Hydra callback (`hydra.callbacks` in the recipes) the same checks run under
+stock `python -m verl.trainer.main_ppo`; it also gives the run its folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hpo_verl.errors import ConfigError, HpoVerlError
+from hpo_verl.launch import checks
+from hpo_verl.launch.prepare import check_made
+from hpo_verl.launch.recipes import without_hydra
+
+EXIT_BAD_INPUT = 2
+# Sections that verl turns into dataclasses, some of them only inside a worker.
+TYPED_SECTIONS = (
+    "algorithm",
+    "actor_rollout_ref.actor",
+    "actor_rollout_ref.rollout",
+)
+
+
+def check(config: DictConfig) -> None:
+    """Check everything that can be known before Ray starts.
+
+    Args:
+        config: the composed configuration, without Hydra's own part.
+
+    Raises:
+        HpoVerlError: names the key or file, its value and what is permitted.
+    """
+    checks.check_all(config)
+    check_made(config)
+    check_with_verl(config)
+
+
+def check_with_verl(config: DictConfig) -> None:
+    """Check the algorithm's settings and what verl's own validation sees.
+
+    Raises:
+        ConfigError: names the section and verl's complaint.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    from hpo_verl.verl_plugin.checks import check_algorithm
+
+    check_algorithm(config)
+    mode = config.trainer.v1.trainer_mode
+    if mode not in TRAINER_REGISTRY:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode!r}: must be one of {', '.join(TRAINER_REGISTRY)}"
+        )
+    for section in TYPED_SECTIONS:
+        # verl passes our `algorithm.hpo` on to the estimator untyped.
+        values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
+        values.pop("hpo", None)
+        try:
+            omega_conf_to_dataclass(DictConfig(values))
+        except Exception as error:
+            raise ConfigError(f"{section}: {_innermost(error)}") from error
+    try:
+        validate_config(
+            config=config,
+            use_reference_policy=need_reference_policy(config),
+            use_critic=need_critic(config),
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"verl refuses the configuration: {_innermost(error)}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    """The message of the error behind Hydra's instantiation error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Preflight(Callback):
+    """Checks the configuration and places the run's files in Hydra's output folder."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check, then point verl's loggers and checkpoints into the run folder."""
+        try:
+            check(without_hydra(config))
+            folder = Path(config.hydra.run.dir).absolute()
+            checks.check_run_folder(folder)
+        except HpoVerlError as error:
+            print(f"error: {error}", file=sys.stderr)
+            # Hydra turns a callback's exceptions into warnings; this is none.
+            raise SystemExit(EXIT_BAD_INPUT) from error
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / "metrics.jsonl"))
+        os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
+        with open_dict(config):
+            if not config.trainer.default_local_dir:
+                config.trainer.default_local_dir = str(folder / "checkpoints")

@@ -1,0 +1,165 @@
+"""One rank of verl's FSDP2 engine on CPU; run by test_engine_split.py.
+
+Arguments: rank, folder with a tiny model, port of a group of one, port of a group of two.
+Rank 0 first trains one mini-batch alone in 1, 2 and 8 micro-batches; then both
+ranks do so together, half of the mini-batch each. Gradients and statistics
+are written to the folder.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def mini_batch(rows, micro_batch_size):
+    """The same eight responses everywhere, of which `rows` are taken."""
+    from verl.utils import tensordict_utils as tu
+
+    generator = torch.Generator().manual_seed(0)
+    prompts, responses, masks, old, advantages = [], [], [], [], []
+    for row in range(8):
+        length = 2 + (5 * row) % 7
+        prompts.append(torch.randint(0, 32, (3 + row % 2,), generator=generator))
+        responses.append(torch.randint(0, 32, (length,), generator=generator))
+        mask = torch.ones(length, dtype=torch.long)
+        mask[1] = row % 3 != 0  # a token of a tool
+        masks.append(mask if row != 5 else torch.zeros_like(mask))  # a padding row
+        old.append(-3.5 + 0.5 * torch.randn(length, generator=generator))
+        advantages.append(torch.full((length,), 1.5 if row % 2 else -0.25))
+
+    def nested(tensors):
+        return torch.nested.as_nested_tensor([tensors[row] for row in rows], layout=torch.jagged)
+
+    joined = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    loss_masks = [
+        torch.cat([torch.zeros_like(prompt), mask])
+        for prompt, mask in zip(prompts, masks, strict=True)
+    ]
+    return tu.get_tensordict(
+        {
+            "prompts": nested(prompts),
+            "responses": nested(responses),
+            "input_ids": nested(joined),
+            "position_ids": nested([torch.arange(len(ids)) for ids in joined]),
+            "loss_mask": nested(loss_masks),
+            "response_mask": nested(masks),
+            "old_log_probs": nested(old),
+            "advantages": nested(advantages),
+        },
+        non_tensor_dict={
+            "temperature": 1.0,
+            "global_batch_size": 8,
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": micro_batch_size,
+            "use_remove_padding": False,
+            "use_fused_kernels": False,
+            "calculate_entropy": False,
+        },
+    )
+
+
+def gradients(engine):
+    return {
+        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+        for name, p in engine.module.named_parameters()
+        if p.grad is not None
+    }
+
+
+def train(model_path, rank, world):
+    """Return gradients and sums of statistics for every loss and number of micro-batches."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.utils.metric import Metric
+    from verl.workers.config import (
+        ActorConfig,
+        FSDPEngineConfig,
+        FSDPOptimizerConfig,
+        HFModelConfig,
+        PolicyLossConfig,
+    )
+    from verl.workers.engine import EngineRegistry
+
+    from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+    from hpo_verl.verl_plugin.loss_statistics import PREFIX, loss_with_statistics
+
+    engine = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=HFModelConfig(
+            path=str(model_path),
+            load_tokenizer=False,
+            use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        ),
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2",
+            use_torch_compile=False,
+            dtype="float32",
+            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=1),
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    share = 8 // world
+    rows = range(rank * share, (rank + 1) * share)
+    results = {}
+    for loss, modes in LOSS_AGG_MODES.items():
+        for mode in modes:
+            for parts in (1, 2, 8 // world):
+                config = ActorConfig(
+                    strategy="fsdp2",
+                    rollout_n=1,
+                    ppo_micro_batch_size_per_gpu=1,
+                    loss_agg_mode=mode,
+                    policy_loss=PolicyLossConfig(loss_mode=loss),
+                )
+                with engine.train_mode():
+                    engine.optimizer_zero_grad()
+                    output = engine.forward_backward_batch(
+                        mini_batch(rows, share // parts),
+                        partial(loss_with_statistics, config=config),
+                    )
+                    gathered = [None] * world
+                    dist.all_gather_object(gathered, output["metrics"])
+                    # As verl's TrainingWorker reduces them over ranks and micro-batches.
+                    sums = {
+                        key.removeprefix(PREFIX): Metric.aggregate_dp(
+                            [rank_metrics[key] for rank_metrics in gathered]
+                        )
+                        for key in gathered[0]
+                        if key.startswith(PREFIX)
+                    }
+                    results[loss, mode, parts * world] = (gradients(engine), sums)
+    return results
+
+
+def main(rank, folder, alone, together):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    import verl  # noqa: F401
+
+    if rank == 0:
+        os.environ["WORLD_SIZE"] = "1"
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{alone}", rank=0, world_size=1
+        )
+        torch.save(train(folder, 0, 1), folder / "one.pt")
+        dist.destroy_process_group()
+    os.environ["WORLD_SIZE"] = "2"
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{together}", rank=rank, world_size=2
+    )
+    results = train(folder, rank, 2)
+    if rank == 0:
+        torch.save(results, folder / "two.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5])

@@ -1,0 +1,87 @@
+"""Splitting a mini-batch over micro-batches and ranks of verl's engine changes nothing."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+from hpo_verl.core.statistics import token_means
+
+WORKER = Path(__file__).with_name("engine_split_worker.py")
+OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"],
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    ports = [str(free_port()), str(free_port())]
+    environment = os.environ | {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in (0, 1):
+        with (folder / f"rank{rank}.log").open("w") as log:
+            command = [sys.executable, str(WORKER), str(rank), str(folder), *ports]
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    try:
+        deadline = time.monotonic() + 300
+        # A rank that fails leaves the other one waiting for it.
+        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+            if any(process.poll() for process in ranks):
+                break
+            time.sleep(0.2)
+    finally:
+        for process in ranks:
+            process.kill()
+    codes = [process.wait() for process in ranks]
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-2000:] for rank in (0, 1))
+    assert codes == [0, 0], logs
+    # Written by the worker above, in a folder of this test.
+    return {
+        ranks: torch.load(folder / f"{name}.pt", weights_only=False)
+        for ranks, name in ((1, "one"), (2, "two"))
+    }
+
+
+@pytest.mark.parametrize(("name", "mode"), OURS)
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (1, 8), (2, 2), (2, 4), (2, 8)])
+def test_gradients_and_statistics_equal_those_of_one_piece(results, name, mode, ranks, parts):
+    gradients, sums = results[1][name, mode, 1]
+    split_gradients, split_sums = results[ranks][name, mode, parts]
+    assert set(gradients) == set(split_gradients)
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert largest > 0
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(
+            split_gradients[key], gradient, rtol=1e-6, atol=1e-6 * largest, msg=key
+        )
+    assert token_means(split_sums) == pytest.approx(token_means(sums), rel=1e-6)
+
+
+def test_the_statistics_are_those_of_the_batch(results):
+    # Rows 1, 3, 7 are positive, 0, 2, 4, 6 negative; row 5 is padding; a third lose a token.
+    _, sums = results[1]["hpo", "token-mean", 1]
+    lengths = [2 + (5 * row) % 7 - (row % 3 == 0) for row in range(8)]
+    assert sums["tokens_positive"] == sum(lengths[row] for row in (1, 3, 7))
+    assert sums["tokens_negative"] == sum(lengths[row] for row in (0, 2, 4, 6))
+    assert sums["gradient_positive"] > 0 < sums["gradient_negative"]

@@ -1,0 +1,129 @@
+"""Generation: against a plain forward pass, and bit for bit whatever the company."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
+
+VOCABULARY, EOS, PAD = 40, 3, 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def make_requests(count, max_tokens=12, **settings):
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [
+        GenerationRequest(
+            tuple(torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()),
+            seed=seed,
+            max_tokens=max_tokens,
+            **settings,
+        )
+        for seed, length in enumerate(lengths)
+    ]
+
+
+def make_generator(model, eos=(EOS,), **options):
+    return BatchGenerator(model, eos, PAD, **{"block_rows": 16, "num_threads": 1, **options})
+
+
+def test_log_probs_equal_those_of_one_forward_pass_without_cache_or_padding(model):
+    for request, result in zip(
+        make_requests(20), make_generator(model).generate(make_requests(20)), strict=True
+    ):
+        ids = torch.tensor([[*request.prompt_ids, *result.token_ids]])
+        with torch.inference_mode():
+            log_prob = model(ids).logits.log_softmax(-1)[0, len(request.prompt_ids) - 1 : -1]
+        expected = log_prob.gather(-1, torch.tensor(result.token_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(result.log_probs), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_greedy_equals_transformers_own(model):
+    request = make_requests(1, temperature=0.0)[0]
+    (result,) = make_generator(model).generate([request])
+    reference = model.generate(
+        torch.tensor([request.prompt_ids]),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    assert result.token_ids == reference[0, len(request.prompt_ids) :].tolist()
+
+
+def test_stops_after_eos_and_at_the_limit(model):
+    results = make_generator(model).generate(make_requests(64, max_tokens=30))
+    ended = [result for result in results if result.token_ids[-1] == EOS]
+    assert ended
+    assert all(EOS not in result.token_ids[:-1] for result in results)
+    assert all(len(result.token_ids) == 30 for result in results if result not in ended)
+    assert all(result.finished for result in results)
+
+
+def test_zero_tokens_is_an_empty_response(model):
+    (result,) = make_generator(model).generate([GenerationRequest((5,), 0, max_tokens=0)])
+    assert (result.token_ids, result.log_probs, result.finished) == ([], [], True)
+
+
+def test_a_response_does_not_depend_on_order_company_or_threads(model):
+    requests = make_requests(50, max_tokens=20)
+    reference = make_generator(model).generate(requests)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(2)).tolist()
+    shuffled = make_generator(model).generate([requests[row] for row in order])
+    assert [reference[row] for row in order] == shuffled
+    assert make_generator(model, num_threads=2).generate(requests) == reference
+    for row in (0, 7, 49):
+        assert make_generator(model).generate([requests[row]]) == [reference[row]]
+
+
+def test_another_seed_gives_another_response(model):
+    prompt = make_requests(1)[0].prompt_ids
+    first, second = make_generator(model, eos=()).generate(
+        [GenerationRequest(prompt, seed, max_tokens=20) for seed in (0, 1)]
+    )
+    assert first.token_ids != second.token_ids
+
+
+def test_should_stop_ends_early_with_what_there_is(model):
+    asked = iter([False, False, True])
+    (result,) = make_generator(model, eos=()).generate(
+        make_requests(1, max_tokens=20), should_stop=lambda: next(asked)
+    )
+    assert len(result.token_ids) == 2
+    assert not result.finished
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("max_tokens", -1),
+        ("prompt_ids", ()),
+    ],
+)
+def test_refuses_settings_out_of_range(field, value):
+    settings = {"prompt_ids": (1,), "seed": 0, "max_tokens": 1, field: value}
+    with pytest.raises(ConfigError, match=field):
+        GenerationRequest(**settings)

@@ -1,0 +1,116 @@
+"""Sampling: hand-derived draws, restrictions, and the distribution itself."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpo_verl.verl_plugin.cpu.sampling import SamplingSettings, restrict_logits, sample_tokens
+
+
+def make_settings(rows, temperature=1.0, top_k=-1, top_p=1.0):
+    return SamplingSettings(
+        temperature=torch.full((rows,), temperature),
+        top_k=torch.full((rows,), top_k),
+        top_p=torch.full((rows,), top_p, dtype=torch.float64),
+    )
+
+
+def logits_of(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("uniform", "expected"),
+    [(0.0, 0), (0.49, 0), (0.5, 1), (0.79, 1), (0.8, 3), (0.999999, 3)],
+)
+def test_inverts_the_cumulative_distribution_and_skips_impossible_tokens(uniform, expected):
+    logits = logits_of(0.5, 0.3, 0.0, 0.2)
+    token, log_prob = sample_tokens(logits, torch.tensor([uniform]), make_settings(1))
+    assert token.item() == expected
+    assert log_prob.item() == pytest.approx(math.log([0.5, 0.3, 0, 0.2][expected]), rel=1e-6)
+
+
+def test_temperature_divides_the_logits():
+    logits = logits_of(0.8, 0.2)
+    _, log_prob = sample_tokens(logits, torch.tensor([0.0]), make_settings(1, temperature=2.0))
+    # sqrt(.8) : sqrt(.2) = 2 : 1
+    assert log_prob.item() == pytest.approx(math.log(2 / 3), rel=1e-6)
+
+
+def test_greedy_takes_the_first_maximum_and_reports_its_probability_at_temperature_1():
+    logits = logits_of(0.2, 0.4, 0.4)
+    token, log_prob = sample_tokens(logits, torch.tensor([0.99]), make_settings(1, temperature=0.0))
+    assert token.item() == 1
+    assert log_prob.item() == pytest.approx(math.log(0.4), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "kept"),
+    [
+        (1, {1}),
+        (2, {1, 2}),
+        (3, {0, 1, 2, 3}),
+        (4, {0, 1, 2, 3}),
+        (0, {0, 1, 2, 3}),
+        (99, {0, 1, 2, 3}),
+    ],
+)
+def test_top_k_keeps_ties_with_the_kth(top_k, kept):
+    logits = logits_of(0.15, 0.45, 0.25, 0.15)
+    restricted = restrict_logits(logits, make_settings(1, top_k=top_k))
+    assert set(torch.isfinite(restricted[0]).nonzero().flatten().tolist()) == kept
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.01, {2}), (0.5, {2}), (0.51, {2, 0}), (0.8, {2, 0}), (0.81, {0, 1, 2})]
+)
+def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
+    logits = logits_of(0.3, 0.2, 0.5)
+    restricted = restrict_logits(logits, make_settings(1, top_p=top_p))
+    assert set(torch.isfinite(restricted[0]).nonzero().flatten().tolist()) == kept
+
+
+def test_top_p_works_within_top_k():
+    # Within the top 2, .5 and .3 become .625 and .375: the first alone reaches .6.
+    restricted = restrict_logits(logits_of(0.5, 0.3, 0.2), make_settings(1, top_k=2, top_p=0.6))
+    assert torch.isfinite(restricted[0]).tolist() == [True, False, False]
+
+
+def test_rows_have_settings_of_their_own():
+    logits = logits_of(0.5, 0.3, 0.2).repeat(3, 1)
+    mixed = SamplingSettings(
+        temperature=torch.tensor([1.0, 0.0, 1.0]),
+        top_k=torch.tensor([-1, -1, 1]),
+        top_p=torch.ones(3, dtype=torch.float64),
+    )
+    token, _ = sample_tokens(logits, torch.full((3,), 0.95), mixed)
+    assert token.tolist() == [2, 0, 0]
+
+
+def test_draws_follow_the_distribution():
+    probability = torch.tensor([0.1, 0.6, 0.3])
+    uniforms = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    token, _ = sample_tokens(probability.log().expand(40_000, 3), uniforms, make_settings(40_000))
+    observed = torch.bincount(token, minlength=3) / 40_000
+    # Four standard errors of the largest share.
+    torch.testing.assert_close(observed, probability, atol=4 * 0.00245, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.floats(-30, 30), min_size=1, max_size=12),
+    uniform=st.floats(0, 1, exclude_max=True),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.integers(-1, 12),
+    top_p=st.floats(0.01, 1),
+)
+def test_a_drawn_token_is_always_permitted(logits, uniform, temperature, top_k, top_p):
+    row = torch.tensor([logits])
+    chosen = make_settings(1, temperature, top_k, top_p)
+    token, log_prob = sample_tokens(row, torch.tensor([uniform], dtype=torch.float64), chosen)
+    assert 0 <= token.item() < len(logits)
+    assert torch.isfinite(log_prob).all()
+    assert log_prob.item() <= 1e-6

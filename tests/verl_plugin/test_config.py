@@ -1,0 +1,248 @@
+"""Recipes compose with verl's own tree, and what they set reaches the function that uses it."""
+
+import copy
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import InstantiationException
+from omegaconf import open_dict
+from verl.trainer import config as verl_config
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils.config import omega_conf_to_dataclass
+
+from hpo_verl.algorithms.catalog import (
+    ALGORITHMS,
+    HOMOGENEOUS_LOSSES,
+    LOSS_AGG_MODES,
+    PENALISED_LOSSES,
+    SELECTING_LOSSES,
+)
+from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin import losses as plugin
+from hpo_verl.verl_plugin.checks import check_algorithm
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+VERL = Path(verl_config.__file__).parent
+
+
+@functools.cache
+def composed_once(algorithm):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(VERL), version_base=None):
+        return compose(
+            "ppo_trainer",
+            overrides=[
+                f"hydra.searchpath=[file://{RECIPES}]",
+                f"+algo={algorithm}",
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+                "data.max_response_length=64",
+            ],
+        )
+
+
+def composed(algorithm, *overrides):
+    """Compose a recipe's group with verl's tree, as a primary config does, then override."""
+    config = copy.deepcopy(composed_once(algorithm))
+    with open_dict(config):
+        config.merge_with_dotlist(list(overrides))
+    return config
+
+
+def evaluate(config):
+    """Call the loss that a configuration selects; return loss per advantage sign and slopes.
+
+    Four responses of one token: ratios 1.5, 0.5 with A = 1, then with A = -1.
+    """
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    actor.global_batch_info.update(
+        dp_size=1,
+        batch_num_tokens=4,
+        global_batch_size=4,
+        loss_scale_factor=actor.loss_scale_factor,
+    )
+    log_prob = torch.tensor([[1.5], [0.5], [1.5], [0.5]]).log().requires_grad_()
+    loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
+        old_log_prob=torch.zeros(4, 1),
+        log_prob=log_prob,
+        advantages=torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
+        response_mask=torch.ones(4, 1, dtype=torch.bool),
+        loss_agg_mode=actor.loss_agg_mode,
+        config=actor,
+    )
+    loss.backward()
+    return loss.item(), log_prob.grad.squeeze(-1).tolist()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_recipe_composes_and_passes_the_checks(algorithm):
+    config = composed(algorithm)
+    assert check_algorithm(config) == []
+    assert config.algorithm.adv_estimator == ALGORITHMS[algorithm].estimator
+    assert torch.isfinite(torch.tensor(evaluate(config)[0]))
+
+
+# Ratios 1.5, 0.5 with A = 1, then with A = -1; the mean of four tokens.
+CLIPPED = ((-1.2 - 0.5 + 1.5 + 0.8) / 4, [0.0, -0.125, 0.375, 0.0])
+
+
+@pytest.mark.parametrize("algorithm", ["a_hpo", "hpo", "grpo", "grpo_token_mean"])
+def test_clip_of_the_token_ratio(algorithm):
+    loss, slopes = evaluate(composed(algorithm))
+    assert loss == pytest.approx(CLIPPED[0], rel=1e-5)
+    assert slopes == pytest.approx(CLIPPED[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["a_hpo", "hpo", "grpo", "grpo_token_mean", "dapo"])
+def test_the_clip_settings_reach_the_loss(algorithm):
+    low, high = "actor_rollout_ref.actor.clip_ratio_low", "actor_rollout_ref.actor.clip_ratio_high"
+    loss, _ = evaluate(composed(algorithm, f"{low}=0.4", f"{high}=0.1"))
+    assert loss == pytest.approx((-1.1 - 0.5 + 1.5 + 0.6) / 4, rel=1e-5)
+
+
+def test_dapo_clips_higher_and_filters_groups():
+    config = composed("dapo")
+    assert evaluate(config)[0] == pytest.approx((-1.28 - 0.5 + 1.5 + 0.8) / 4, rel=1e-5)
+    assert config.algorithm.filter_groups.enable
+    assert config.algorithm.filter_groups.metric == "reward"
+
+
+def test_dr_grpo_divides_by_the_constant_length_and_not_by_the_deviation():
+    config = composed("dr_grpo")
+    assert evaluate(config)[0] == pytest.approx(CLIPPED[0] / 64, rel=1e-5)
+    assert config.algorithm.norm_adv_by_std_in_grpo is False
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo_token_mean", "dr_grpo", "dapo"])
+def test_the_second_clip_is_out_of_reach(algorithm):
+    actor = omega_conf_to_dataclass(composed(algorithm).actor_rollout_ref.actor)
+    log_prob = torch.full((1, 1), 30.0)
+    _, metrics = core_algos.compute_policy_loss_vanilla(
+        old_log_prob=torch.zeros(1, 1), log_prob=log_prob, advantages=-torch.ones(1, 1),
+        response_mask=torch.ones(1, 1).bool(), loss_agg_mode="token-mean", config=actor,
+    )  # fmt: skip
+    assert metrics["actor/pg_clipfrac_lower"] == 0
+
+
+def test_gspo_clips_as_narrowly_as_its_paper():
+    loss, slopes = evaluate(composed("gspo"))
+    assert loss == pytest.approx((-1.0004 - 0.5 + 1.5 + 0.9997) / 4, rel=1e-5)
+    assert slopes == pytest.approx(CLIPPED[1], rel=1e-5)
+
+
+def test_sapo_reads_its_temperatures_at_actor_level():
+    loss, _ = evaluate(composed("sapo"))
+
+    def gate(ratio, tau):
+        return torch.sigmoid(torch.tensor(tau * (ratio - 1))).item() * 4 / tau
+
+    expected = -gate(1.5, 1.0) - gate(0.5, 1.0) + gate(1.5, 1.05) + gate(0.5, 1.05)
+    assert loss == pytest.approx(expected / 4, rel=1e-5)
+    changed, _ = evaluate(composed("sapo", "actor_rollout_ref.actor.tau_neg=2.0"))
+    assert changed != loss
+
+
+def test_mhpos_settings_are_typed_and_reach_the_loss():
+    plain = evaluate(composed("mhpo"))[0]
+    path = "actor_rollout_ref.actor.policy_loss"
+    for name in ("c", "k_pos", "lambda_pos", "k_neg", "lambda_neg"):
+        assert evaluate(composed("mhpo", f"{path}.{name}=0.7"))[0] != pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("override", ["c=0", "c=21", "k_pos=-1", "lambda_neg=.nan", "k_neg=two"])
+def test_a_bad_setting_of_mhpo_is_refused_before_any_worker_starts(override):
+    name = override.partition("=")[0]
+    config = composed("mhpo", f"actor_rollout_ref.actor.policy_loss.{override}")
+    with pytest.raises(ConfigError, match=rf"^actor_rollout_ref\.actor\.policy_loss\.{name} = "):
+        check_algorithm(config)
+    with pytest.raises(InstantiationException, match=rf"policy_loss\.{name} = "):
+        omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+
+
+def test_an_unknown_setting_of_mhpo_is_refused_by_name():
+    config = composed("mhpo", "actor_rollout_ref.actor.policy_loss.lamda_neg=1")
+    with pytest.raises(InstantiationException, match="lamda_neg"):
+        omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "override", "message"),
+    [
+        ("a_hpo", "algorithm.hpo.alpha_min=2", "algorithm.hpo.alpha_min = 2: must be a number"),
+        ("hpo", "algorithm.hpo.alpah=0.4", "algorithm.hpo.alpah = 0.4: unknown setting"),
+        ("hpo", "algorithm.hpo.zero_advantage=all", "must be one of ignore, negative"),
+        ("a_hpo", "algorithm.norm_adv_by_std_in_grpo=2", "must be true or false"),
+        ("a_hpo", "actor_rollout_ref.actor.clip_ratio_low=2", "clip_ratio_low = 2: must be"),
+        (
+            "a_hpo",
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
+            "policy_loss.loss_mode = 'hpo' permits token-mean only",
+        ),
+        ("grpo", "algorithm.hpo.alpha=0.4", "algorithm.adv_estimator = 'grpo' ignores it"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(algorithm, override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_algorithm(composed(algorithm, override))
+
+
+LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
+
+
+@pytest.mark.parametrize("algorithm", ["hpo", "a_hpo"])
+def test_the_weight_composes_with_every_loss_that_is_proportional_to_the_advantage(algorithm):
+    config = composed(algorithm)
+    for loss in set(HOMOGENEOUS_LOSSES) - {"sapo"}:
+        config.actor_rollout_ref.actor.policy_loss.loss_mode = loss
+        config.actor_rollout_ref.actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
+        assert check_algorithm(config) == []
+
+
+def test_sapo_says_that_it_ignores_the_aggregation():
+    (warning,) = check_algorithm(composed("a_hpo", f"{LOSS}=sapo"))
+    assert "ignores loss_agg_mode = 'token-mean'" in warning
+
+
+@pytest.mark.parametrize("loss", SELECTING_LOSSES)
+def test_losses_that_choose_tokens_by_the_advantage_are_refused(loss):
+    with pytest.raises(ConfigError, match=f"adv_estimator = 'a_hpo' with .*'{loss}'"):
+        check_algorithm(composed("a_hpo", f"{LOSS}={loss}"))
+    assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
+
+
+@pytest.mark.parametrize("loss", [*PENALISED_LOSSES, "someone_elses"])
+def test_other_losses_are_warned_about(loss):
+    (warning,) = check_algorithm(composed("a_hpo", f"{LOSS}={loss}"))
+    assert f"policy_loss.loss_mode = '{loss}'" in warning
+    assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
+
+
+def test_a_kl_penalty_in_the_reward_is_warned_about():
+    (warning,) = check_algorithm(composed("hpo", "algorithm.use_kl_in_reward=true"))
+    assert "use_kl_in_reward" in warning
+
+
+def test_the_hysteretic_settings_reach_the_estimator():
+    rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
+    for algorithm, override, weight in (
+        ("hpo", "algorithm.hpo.alpha=0.25", 0.25),
+        ("a_hpo", "algorithm.hpo.alpha_min=0.5", 0.5),
+    ):
+        config = composed(algorithm, override).algorithm
+        advantages, _ = core_algos.get_adv_estimator_fn(config.adv_estimator)(
+            token_level_rewards=rewards, response_mask=torch.ones(4, 1), config=config,
+            index=["a"] * 4,
+        )  # fmt: skip
+        assert advantages.squeeze(-1).tolist() == pytest.approx(
+            [1.5] + [-0.5 * weight] * 3, rel=1e-5
+        )
+
+
+def test_the_loss_of_the_recipes_is_ours():
+    assert get_policy_loss_fn(ALGORITHMS["a_hpo"].loss) is plugin.LOSSES["hpo"]
+    assert get_policy_loss_fn(ALGORITHMS["mhpo"].loss) is plugin.LOSSES["mhpo"]
