@@ -1,0 +1,52 @@
+"""Recipes composed once per test process, and with each algorithm merged in."""
+
+import json
+from functools import lru_cache
+
+from omegaconf import OmegaConf
+
+from hpo_verl.launch.recipes import compose_recipe, recipes_directory, without_hydra
+
+
+@lru_cache
+def composed(recipe, extra, hardware):
+    """A recipe on some hardware as Hydra composes it, without an algorithm."""
+    return without_hydra(compose_recipe(recipe, [*extra, f"hardware={hardware}", "~algo"]))
+
+
+@lru_cache
+def plain(recipe, extra, hardware):
+    return OmegaConf.to_container(composed(recipe, extra, hardware), resolve=True)
+
+
+def algorithm_file(name):
+    return OmegaConf.to_container(OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml"))
+
+
+class View(dict):
+    """A plain dictionary that is read like a DictConfig."""
+
+    def __getattr__(self, name):
+        try:
+            value = self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+        return View(value) if isinstance(value, dict) else value
+
+
+def merged(base, changes):
+    """Plain dictionaries, the second over the first."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    return {**base, **{k: merged(base.get(k), v) for k, v in changes.items()}}
+
+
+def with_algorithm(recipe, extra, hardware, algorithm):
+    """The resolved configuration with an algorithm's settings; its names keep `grpo`'s."""
+    settings = algorithm_file(algorithm)
+    base = plain(recipe, extra, hardware)
+    for key, value in settings["actor_rollout_ref"]["actor"].items():
+        if value == "${data.max_response_length}":
+            settings["actor_rollout_ref"]["actor"][key] = base["data"]["max_response_length"]
+    assert "${" not in json.dumps(settings)
+    return View(merged(base, settings))

@@ -1,0 +1,324 @@
+"""Every recipe with every algorithm on every hardware is one that verl accepts.
+
+Composing, resolving and instantiating costs more than a second, and there are
+some 400 combinations. So Hydra composes each recipe on each hardware without its
+algorithm; the algorithm's file is merged in here, and verl's dataclasses are
+built once per distinct content. That this changes nothing is tested on
+combinations composed by Hydra and checked by the preflight itself.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from composed_recipes import algorithm_file, composed, plain, with_algorithm
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from hpo_verl.launch import checks
+from hpo_verl.launch.prepare import preparations
+from hpo_verl.launch.recipes import (
+    compose_recipe,
+    group_options,
+    recipe_names,
+    recipes_directory,
+    without_hydra,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCTION = [
+    f"{t}-{s}" for t in ("countdown3", "countdown4", "telelogs") for s in ("1.5b", "3b", "7b")
+]
+VARIANTS = [
+    *((name, ()) for name in recipe_names()),
+    ("countdown3-3b", ("model=llama3.2-3b",)),
+]
+HARDWARE = group_options("hardware")
+ALGORITHMS = group_options("algo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_PLATFORM", "cpu")
+        yield
+
+
+_built = {}
+
+
+def build(node):
+    """What Hydra's `instantiate` makes of a section, each distinct content once."""
+    if isinstance(node, list):
+        return [build(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    key = json.dumps(node, sort_keys=True)
+    if key not in _built:
+        values = {name: build(value) for name, value in node.items() if name != "_target_"}
+        _built[key] = get_class(node["_target_"])(**values) if "_target_" in node else values
+    return _built[key]
+
+
+def combinations():
+    for recipe, extra in VARIANTS:
+        for hardware in HARDWARE:
+            for algorithm in ALGORITHMS:
+                yield recipe, extra, hardware, algorithm
+
+
+def test_verl_accepts_every_recipe_with_every_algorithm_on_every_hardware(monkeypatch):
+    import verl.utils.config as verl_config
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+
+    from hpo_verl.verl_plugin.checks import check_algorithm
+
+    monkeypatch.setattr(verl_config, "omega_conf_to_dataclass", build)
+    seen = 0
+    for combination in combinations():
+        config = with_algorithm(*combination)
+        where = " ".join(map(str, combination))
+        try:
+            # validate_config builds the actor itself.
+            build({k: v for k, v in config["algorithm"].items() if k != "hpo"})
+            build(config["actor_rollout_ref"]["rollout"])
+            check_algorithm(config)
+            verl_config.validate_config(config, need_reference_policy(config), need_critic(config))
+        except Exception as error:
+            raise AssertionError(f"{where}: {error}") from error
+        check_values(config, combination[2], where)
+        seen += 1
+    assert seen == len(VARIANTS) * len(HARDWARE) * len(ALGORITHMS)
+    assert set(PRODUCTION) <= {recipe for recipe, _ in VARIANTS}
+
+
+def check_values(config, hardware, where):
+    """What must hold for any combination, beyond what verl looks at."""
+    data, trainer = config.data, config.trainer
+    policy = config.actor_rollout_ref
+    actor, rollout, model = policy.actor, policy.rollout, policy.model
+    gpus = trainer.nnodes * trainer.n_gpus_per_node
+    assert actor.strategy == "fsdp2", where
+    assert rollout.mode == "async", where
+    assert not model.trust_remote_code, where
+    assert not data.trust_remote_code, where
+    # A group-relative advantage needs a group.
+    assert rollout.n >= 2, where
+    assert data.train_batch_size % actor.ppo_mini_batch_size == 0, where
+    # Ranks get equal shares of the step and of each mini-batch.
+    assert actor.ppo_mini_batch_size * rollout.n % gpus == 0, where
+    longest = data.max_prompt_length + data.max_response_length
+    assert actor.ppo_max_token_len_per_gpu >= longest, where
+    assert config.reward.custom_reward_function.path.startswith("pkg://hpo_verl.rewards."), where
+    assert trainer.resume_mode == "auto", where
+    assert list(trainer.logger) == ["console", "file", "tensorboard"], where
+    if hardware == "cpu":
+        assert rollout.name == "hf", where
+    else:
+        assert rollout.name == "vllm", where
+        assert model.use_remove_padding, where
+        assert actor.use_dynamic_bsz, where
+        assert trainer.device == "cuda", where
+        assert gpus == {"1gpu": 1, "8gpu": 8, "2x8gpu": 16}[hardware], where
+
+
+def rotation():
+    """As many combinations as it takes to meet every variant, hardware and algorithm."""
+    for i in range(max(len(VARIANTS), len(HARDWARE), len(ALGORITHMS))):
+        yield (
+            *VARIANTS[i % len(VARIANTS)],
+            HARDWARE[i % len(HARDWARE)],
+            ALGORITHMS[i % len(ALGORITHMS)],
+        )
+
+
+def without_names(config):
+    """A resolved configuration without what follows from the algorithm elsewhere."""
+    del config["critic"]
+    for section, key in (
+        (config["trainer"], "experiment_name"),
+        (config["trainer"], "default_local_dir"),
+        (config["actor_rollout_ref"]["rollout"]["trace"], "experiment_name"),
+    ):
+        section.pop(key)
+    return config
+
+
+def test_merging_and_building_here_equals_hydra_and_the_preflight():
+    from verl.utils.config import omega_conf_to_dataclass
+
+    from hpo_verl.verl_plugin.preflight import check_with_verl
+
+    for i, (recipe, extra, hardware, algorithm) in enumerate(rotation()):
+        overrides = [*extra, f"hardware={hardware}", f"algo={algorithm}"]
+        real = without_hydra(compose_recipe(recipe, overrides))
+        checks.check_numbers(real)
+        check_with_verl(real)
+        resolved = OmegaConf.to_container(real, resolve=True)
+        if i % 4 == 0:
+            section = resolved["actor_rollout_ref"]["rollout"]
+            assert omega_conf_to_dataclass(OmegaConf.create(section)) == build(section)
+        ours = copy.deepcopy(dict(with_algorithm(recipe, extra, hardware, algorithm)))
+        assert without_names(ours) == without_names(resolved)
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name
+
+
+def test_no_value_has_two_homes():
+    """A setting belongs to one group; only `placement` may go over another's."""
+    owners = {}
+    for path in recipes_directory().glob("*/*.yaml"):
+        group = {"backend": "hardware"}.get(path.parent.name, path.parent.name)
+        if group == "placement":
+            continue
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        content.pop("defaults", None)
+        for leaf in leaves(content):
+            owners.setdefault(leaf, set()).add(group)
+    shared = {leaf for leaf, groups in owners.items() if len(groups) > 1}
+    # The tiny task and the tiny model are of the other kind of run.
+    tiny = {
+        "data.seed",
+        "trainer.total_epochs",
+        "actor_rollout_ref.rollout.seed",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+        "actor_rollout_ref.actor.data_loader_seed",
+        "actor_rollout_ref.actor.fsdp_config.seed",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    }
+    assert shared <= tiny
+    for name in PRODUCTION:
+        primary = OmegaConf.to_container(OmegaConf.load(recipes_directory() / f"{name}.yaml"))
+        assert list(primary) == ["defaults"]
+
+
+def test_the_nine_recipes_exist_and_a_placement_fits_its_card():
+    assert set(PRODUCTION) <= set(recipe_names())
+    placements = {path.stem for path in (recipes_directory() / "placement").glob("*.yaml")}
+    names = {f"{m}_{h}" for m in group_options("model") for h in HARDWARE}
+    assert placements <= names
+    small = composed("countdown3-1.5b", (), "1gpu").actor_rollout_ref.actor
+    assert not small.fsdp_config.offload_policy
+    assert not small.fsdp_config.param_offload
+    middle = composed("countdown3-3b", ("model=llama3.2-3b",), "1gpu").actor_rollout_ref.actor
+    assert middle.fsdp_config.param_offload
+    assert middle.fsdp_config.optimizer_offload
+    large = composed("countdown4-7b", (), "1gpu").actor_rollout_ref.actor
+    assert large.fsdp_config.offload_policy
+    assert not composed(
+        "countdown4-7b", (), "8gpu"
+    ).actor_rollout_ref.actor.fsdp_config.offload_policy
+
+
+def checkpoints(recipe, extra=(), hardware="8gpu", algorithm="a_hpo"):
+    """Where a run keeps its checkpoints, resolved with its algorithm's own values."""
+    config = OmegaConf.masked_copy(
+        composed(recipe, extra, hardware), ["names", "seed", "algorithm", "trainer"]
+    )
+    actor = plain(recipe, extra, hardware)["actor_rollout_ref"]["actor"]
+    config = OmegaConf.merge(
+        {"data": {"max_response_length": 1}, "actor_rollout_ref": {"actor": actor}},
+        config,
+        algorithm_file(algorithm),
+    )
+    return config.trainer.default_local_dir
+
+
+def test_checkpoints_have_one_absolute_place_per_policy_algorithm_and_seed(monkeypatch, tmp_path):
+    chosen = [(r, e) for r, e in VARIANTS if r in ("countdown3-3b", "countdown4-3b")]
+    places = {checkpoints(r, e, algorithm=a) for r, e in chosen for a in ALGORITHMS}
+    assert len(places) == 3 * len(ALGORITHMS)
+    assert all(Path(name).is_absolute() for name in places)
+    # The same run, started again on other machines, finds them.
+    assert checkpoints("countdown3-3b") == checkpoints("countdown3-3b", hardware="2x8gpu")
+    monkeypatch.setenv("HPO_VERL_CHECKPOINTS", str(tmp_path))
+    real = compose_recipe("countdown3-3b", ["seed=7"]).trainer
+    assert Path(real.default_local_dir) == tmp_path / real.experiment_name
+    # verl's loggers use the name as that of one file.
+    assert "/" not in real.experiment_name
+    assert real.experiment_name.startswith("countdown3-qwen2.5-3b-a_hpo-hpo-token-mean")
+    assert real.experiment_name.endswith("seed7")
+
+
+def test_one_seed_reaches_data_order_and_sampling():
+    config = compose_recipe("telelogs-7b", ["seed=7"])
+    assert [
+        config.data.seed,
+        config.actor_rollout_ref.rollout.seed,
+        config.actor_rollout_ref.actor.data_loader_seed,
+        config.actor_rollout_ref.actor.fsdp_config.seed,
+        config.prepare.data.arguments.seed,
+    ] == [7] * 5
+
+
+@pytest.mark.parametrize("backend", ["wandb", "mlflow"])
+def test_one_override_changes_the_logger(backend):
+    from verl.utils.tracking import Tracking
+
+    config = compose_recipe("countdown3-7b", [f"trainer.logger=[console,file,{backend}]"])
+    assert list(config.trainer.logger) == ["console", "file", backend]
+    assert set(config.trainer.logger) <= set(Tracking.supported_backend)
+
+
+def test_one_override_selects_the_gated_rows_and_keeps_them_out_of_the_repository():
+    synthetic = compose_recipe("telelogs-1.5b", [])
+    real = compose_recipe("telelogs-1.5b", ["prepare.data.arguments.source=hub"])
+    (made,) = preparations(real)
+    assert "--source hub" in made.shown
+    assert made.output != next(iter(preparations(synthetic))).output
+    assert ROOT not in made.output.parents
+    assert Path(real.data.train_files).parent == made.output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [
+        ("countdown3-1.5b", ["prepare.data.arguments.train_size=256"]),
+        ("countdown4-1.5b", ["prepare.data.arguments.train_size=256"]),
+        ("telelogs-1.5b", ["+prepare.data.arguments.train_size=64"]),
+    ],
+)
+def test_the_listed_command_makes_the_data_that_the_recipe_reads(recipe, sizes, tmp_path):
+    config = without_hydra(
+        compose_recipe(
+            recipe,
+            [
+                *sizes,
+                "++prepare.data.arguments.val_size=16",
+                f"prepare.data.output={tmp_path / 'data'}",
+            ],
+        )
+    )
+    (made,) = preparations(config)
+    subprocess.run(made.command, check=True, cwd=ROOT, capture_output=True)
+    checks.check_data(config)
+
+
+def test_stock_verl_composes_the_same(tmp_path):
+    printed = subprocess.run(
+        [
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir"),
+            *(str(recipes_directory()), "--config-name", "telelogs-3b"),
+            *("algo=dapo", "hardware=1gpu", "--cfg", "job"),
+        ],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ).stdout
+    text = printed[printed.index("model_engine:") :]
+    ours = without_hydra(compose_recipe("telelogs-3b", ["algo=dapo", "hardware=1gpu"]))
+    assert OmegaConf.create(text) == ours
