@@ -1,0 +1,100 @@
+"""The command `hpo-verl`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hpo_verl.errors import HpoVerlError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="hpo-verl",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Train language models with hysteretic policy optimisation in verl.\n\n"
+        "Exit codes: 0 success, 1 the training failed, 2 wrong input (nothing was started), "
+        "130 interrupted."
+    ),
+)
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides, as verl takes them."),
+]
+
+
+@app.callback()
+def hpo_verl() -> None:
+    """Keep subcommands even while there is only one."""
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; see `hpo-verl list`.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a policy as a recipe says; make its data and tiny policy if they are missing.
+
+    Examples:
+      hpo-verl train countdown-tiny
+
+      hpo-verl train countdown-tiny algo=grpo seed=1
+
+      hpo-verl train countdown-tiny algo=hpo algorithm.hpo.alpha=0.4
+
+      hpo-verl train countdown-tiny trainer.total_training_steps=300 hydra.run.dir=runs/long
+    """
+    from hpo_verl.launch.progress import TrainingProgress
+    from hpo_verl.launch.train import train as run
+
+    console = Console(highlight=False, soft_wrap=True)
+    arguments = overrides or []
+    with TrainingProgress(console) as progress:
+        finished = run(recipe, arguments, console.print, progress.update)
+    summary = finished.summary
+    before, after = summary["success_before"], summary["success_after"]
+    if isinstance(before, float) and isinstance(after, float):
+        console.print(f"success on held-out puzzles: {before:.1%} before, {after:.1%} after")
+    console.print(f"picture: {finished.curve}")
+    if finished.policy is not None:
+        console.print(f"policy:  {finished.policy}")
+    steps = summary["steps"]
+    if isinstance(steps, int):
+        kept = [text for text in arguments if "total_training_steps" not in text]
+        longer = " ".join([recipe, *kept, f"trainer.total_training_steps={5 * steps}"])
+        console.print(f"a longer run: hpo-verl train {longer}")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the recipes and what their groups offer."""
+    from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
+
+    print(f"recipes: {', '.join(recipe_names())}")
+    for group in GROUPS:
+        print(f"{group}=: {', '.join(group_options(group))}")
+
+
+def main() -> None:
+    """Entry point: one line and a documented exit code for every error made on purpose."""
+    from hpo_verl.launch.train import TrainingFailed
+
+    try:
+        app()
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
+    except HpoVerlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None

@@ -1,0 +1,252 @@
+"""What can be wrong with a run before it starts, checked without verl or Ray.
+
+Every function raises with the key or file, its value and what is permitted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
+from hpo_verl.launch.prepare import preparations
+
+PYTHON_VERSIONS = ((3, 10), (3, 13))
+VERL_VERSIONS = ("0.9.1",)
+REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
+FREE_DISK_BYTES = 1 << 30
+FREE_MEMORY_BYTES = 3 << 30
+
+# Dotted key -> (type, lowest, highest); None and absent keys are verl's business.
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "data.train_batch_size": (int, 1, math.inf),
+    "data.max_prompt_length": (int, 1, math.inf),
+    "data.max_response_length": (int, 1, math.inf),
+    "actor_rollout_ref.actor.optim.lr": (float, 0, 1),
+    "actor_rollout_ref.actor.optim.weight_decay": (float, 0, math.inf),
+    "actor_rollout_ref.actor.grad_clip": (float, 0, math.inf),
+    "actor_rollout_ref.actor.ppo_mini_batch_size": (int, 1, math.inf),
+    "actor_rollout_ref.actor.ppo_epochs": (int, 1, math.inf),
+    "actor_rollout_ref.actor.entropy_coeff": (float, 0, math.inf),
+    "actor_rollout_ref.rollout.n": (int, 1, math.inf),
+    "actor_rollout_ref.rollout.temperature": (float, 0, 100),
+    "actor_rollout_ref.rollout.top_p": (float, 0, 1),
+    "actor_rollout_ref.rollout.max_num_seqs": (int, 1, math.inf),
+    "trainer.n_gpus_per_node": (int, 1, 1024),
+    "trainer.nnodes": (int, 1, 4096),
+    "trainer.total_epochs": (int, 1, math.inf),
+    "trainer.total_training_steps": (int, 1, math.inf),
+    "trainer.save_freq": (int, -1, math.inf),
+    "trainer.test_freq": (int, -1, math.inf),
+    "reward.num_workers": (int, 1, 1024),
+    "seed": (int, 0, 2**31 - 1),
+}
+
+
+def check_versions() -> None:
+    """Refuse a Python or verl that this package was not made for.
+
+    Raises:
+        EnvironmentCheckError: names the version found and those permitted.
+    """
+    low, high = PYTHON_VERSIONS
+    if not low <= sys.version_info[:2] < high:
+        raise EnvironmentCheckError(
+            f"Python {sys.version_info.major}.{sys.version_info.minor}: "
+            f"need >= {low[0]}.{low[1]} and < {high[0]}.{high[1]}"
+        )
+    try:
+        found = version("verl")
+    except PackageNotFoundError as error:
+        raise EnvironmentCheckError(
+            f"verl is not installed; need {' or '.join(VERL_VERSIONS)}"
+        ) from error
+    if found not in VERL_VERSIONS:
+        raise EnvironmentCheckError(f"verl {found}: need {' or '.join(VERL_VERSIONS)}")
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Check the type and range of the settings that a user changes most.
+
+    Raises:
+        ConfigError: names the key, its value and the permitted range.
+    """
+    for key, (kind, low, high) in NUMBERS.items():
+        value = OmegaConf.select(config, key)
+        if value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = whole if kind is int else whole or isinstance(value, float)
+        if not fits or not math.isfinite(value) or not low <= value <= high:
+            word = "an integer" if kind is int else "a number"
+            bounds = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise ConfigError(f"{key}={value!r}: must be {word} {bounds}")
+    mini = OmegaConf.select(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
+    batch = config.data.train_batch_size
+    if mini is not None and (mini > batch or batch % mini):
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}: must divide "
+            f"data.train_batch_size={batch}"
+        )
+
+
+def data_files(config: DictConfig) -> Iterator[tuple[str, Path]]:
+    """Key and path of every data file that a configuration names."""
+    for key in ("data.train_files", "data.val_files"):
+        value = OmegaConf.select(config, key)
+        for path in value if isinstance(value, list | ListConfig) else [value]:
+            yield key, Path(str(path)).expanduser()
+
+
+def check_data(config: DictConfig) -> None:
+    """Check that every data file is a readable parquet file in verl's schema.
+
+    Raises:
+        DataError: names the key, the file and what it lacks; for a file that a
+            recipe can make, the command that makes it.
+    """
+    for key, path in data_files(config):
+        if not path.is_file():
+            makers = [p.shown for p in preparations(config) if path.parent == p.output]
+            hint = f"; make it with: {makers[0]}" if makers else ""
+            raise DataError(f"{key}: {path} does not exist{hint}")
+        try:
+            table = pq.ParquetFile(path)
+        except Exception as error:
+            raise DataError(f"{key}: {path} is not a complete parquet file ({error})") from error
+        absent = [name for name in REQUIRED_COLUMNS if name not in table.schema_arrow.names]
+        if absent:
+            raise DataError(f"{key}: {path} has no column {absent[0]!r}")
+        rows, needed = table.metadata.num_rows, 1
+        if key == "data.train_files":
+            needed = config.data.train_batch_size
+        if rows < needed:
+            raise DataError(f"{key}: {path} has {rows} rows; need at least {needed}")
+
+
+def check_model(config: DictConfig) -> None:
+    """Check that a local model folder holds a configuration, a tokenizer and whole weights.
+
+    A name of the form `organisation/model` is a hub id, which this does not look up.
+
+    Raises:
+        DataError: names the folder and what it lacks.
+    """
+    key, name = "actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path)
+    path = Path(name).expanduser()
+    if not path.exists() and not path.is_absolute() and name.count("/") == 1:
+        return
+    makers = [p.shown for p in preparations(config) if path == p.output]
+    hint = f"; make it with: {makers[0]}" if makers else ""
+    if not path.is_dir():
+        raise DataError(f"{key}: {path} is not a folder{hint}")
+    for wanted, files in (
+        ("a config.json", ["config.json"]),
+        ("a tokenizer", ["tokenizer.json", "tokenizer.model", "vocab.json"]),
+    ):
+        if not any((path / file).is_file() for file in files):
+            raise DataError(f"{key}: {path} holds no {wanted.split(' ', 1)[1]}{hint}")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise DataError(f"{key}: {path} holds no weights (*.safetensors){hint}")
+    for file in weights:
+        _check_safetensors(key, file)
+
+
+def _check_safetensors(key: str, file: Path) -> None:
+    """Compare the size of a safetensors file with what its header promises."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length < size else None
+        if header is None:
+            raise ValueError("its header is longer than the file")
+        end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise DataError(f"{key}: {file} is not a safetensors file ({error})") from error
+    if size != 8 + length + end:
+        raise DataError(f"{key}: {file} has {size} bytes; its header promises {8 + length + end}")
+
+
+def check_run_folder(path: Path) -> None:
+    """Check that a run can write its folder.
+
+    Raises:
+        EnvironmentCheckError: not a folder, not writable, or too little free disk.
+    """
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise EnvironmentCheckError(f"run folder {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise EnvironmentCheckError(f"run folder {path}: no permission to write to {existing}")
+    free = shutil.disk_usage(existing).free
+    if free < FREE_DISK_BYTES:
+        raise EnvironmentCheckError(
+            f"run folder {path}: {free >> 20} MiB free; need {FREE_DISK_BYTES >> 20} MiB"
+        )
+
+
+def check_machine(config: DictConfig) -> None:
+    """Check devices, memory and ports that the run will take on this machine.
+
+    Raises:
+        EnvironmentCheckError: names what is missing or taken.
+    """
+    ray_init: Any = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
+    for key, value in ray_init.items():
+        if str(key).endswith("port") and isinstance(value, int) and value > 0:
+            _check_port(f"ray_kwargs.ray_init.{key}", value)
+    if config.trainer.device != "cpu":
+        return
+    available = psutil.virtual_memory().available
+    if available < FREE_MEMORY_BYTES:
+        raise EnvironmentCheckError(
+            f"{available >> 20} MiB of memory are free; a run on the CPU needs "
+            f"{FREE_MEMORY_BYTES >> 20} MiB"
+        )
+    store = ray_init.get("object_store_memory")
+    shared = Path("/dev/shm")  # noqa: S108
+    if store and shared.is_dir() and shutil.disk_usage(shared).free < store:
+        raise EnvironmentCheckError(
+            f"ray_kwargs.ray_init.object_store_memory={store}: {shared} has only "
+            f"{shutil.disk_usage(shared).free} bytes free"
+        )
+
+
+def _check_port(key: str, port: int) -> None:
+    if not port < 65536:
+        raise ConfigError(f"{key}={port}: must be an integer in [1, 65535]")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise EnvironmentCheckError(f"{key}={port}: the port is taken") from error
+
+
+def check_files(config: DictConfig) -> None:
+    """Check the data files and the model folder."""
+    check_data(config)
+    check_model(config)
+
+
+def check_all(config: DictConfig) -> None:
+    """Run every check of this module that needs only the configuration."""
+    check_versions()
+    check_numbers(config)
+    check_files(config)
+    check_machine(config)

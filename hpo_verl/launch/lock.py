@@ -1,0 +1,38 @@
+"""A lock on a run folder, so that two runs never write to the same one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpo_verl.errors import EnvironmentCheckError
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when this process ends.
+
+    Raises:
+        EnvironmentCheckError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK_NAME).open("a+")
+    except OSError as error:
+        raise EnvironmentCheckError(f"run folder {folder}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EnvironmentCheckError(
+                f"run folder {folder}: another run is using it; choose another with hydra.run.dir="
+            ) from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield

@@ -1,0 +1,55 @@
+"""Reads the metrics that verl's file logger writes while a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VALIDATION_PREFIX = "val-core/"
+VALIDATION_SUFFIX = "/acc/mean@"
+
+
+@dataclass
+class MetricsFile:
+    """The lines of a `metrics.jsonl` that are complete so far.
+
+    Attributes:
+        path: the file; it may not exist yet.
+        rows: step and metrics of each line read.
+    """
+
+    path: Path
+    rows: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    _offset: int = 0
+
+    def read_new(self) -> list[tuple[int, Mapping[str, float]]]:
+        """Read the lines that were completed since the last call, and return them."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as stream:
+            stream.seek(self._offset)
+            text = stream.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        new = []
+        for line in complete.splitlines():
+            row = json.loads(line)
+            new.append((int(row["step"]), row["data"]))
+        self.rows.extend(new)
+        return new
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values at which a metric was logged."""
+        pairs = [(step, data[key]) for step, data in self.rows if data.get(key) is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def success(self) -> tuple[list[int], list[float]]:
+        """Steps and success rates (fraction) of the validations."""
+        keys = {key for _, data in self.rows for key in data if _is_validation(key)}
+        return self.series(min(keys)) if keys else ([], [])
+
+
+def _is_validation(key: str) -> bool:
+    return key.startswith(VALIDATION_PREFIX) and VALIDATION_SUFFIX in key

@@ -1,0 +1,126 @@
+"""What a finished run leaves for its user: the policy, a summary and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_verl.errors import DataError
+from hpo_verl.launch.metrics import MetricsFile
+
+PACKAGES = ("hpo-verl", "verl", "torch", "ray", "transformers", "vllm")
+TRACKER = "latest_checkpointed_iteration.txt"
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result; those not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def algorithm_name(config: DictConfig) -> str:
+    """Estimator and, where it adds something, loss: `a_hpo`, `grpo`, `a_hpo+gspo`."""
+    estimator = str(config.algorithm.adv_estimator)
+    loss = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    plain = loss == "vanilla" or (loss == "hpo" and estimator.endswith("hpo"))
+    return estimator if plain else f"{estimator}+{loss}"
+
+
+def write_summary(
+    folder: Path, config: DictConfig, metrics: MetricsFile, seconds: float
+) -> dict[str, Any]:
+    """Write `summary.json` and return what it holds.
+
+    Args:
+        folder: the run's folder.
+        config: the composed recipe.
+        metrics: all metrics of the run.
+        seconds: wall time from the start of verl's process.
+
+    Returns:
+        Keys algorithm, steps, seconds, success_before, success_after (fractions;
+        null without a validation), versions, seed.
+    """
+    steps, success = metrics.success()
+    summary = {
+        "algorithm": algorithm_name(config),
+        "steps": metrics.rows[-1][0] if metrics.rows else 0,
+        "seconds": round(seconds, 1),
+        "success_before": success[0] if success and steps[0] == 0 else None,
+        "success_after": success[-1] if len(success) > 1 else None,
+        "versions": package_versions(),
+        "seed": OmegaConf.select(config, "seed"),
+    }
+    temporary = folder / ".summary.json"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(temporary, folder / "summary.json")
+    return summary
+
+
+def collect_policy(folder: Path, checkpoints: Path) -> Path | None:
+    """Copy the Hugging Face model of the last checkpoint to `policy/`.
+
+    Args:
+        folder: the run's folder.
+        checkpoints: verl's `trainer.default_local_dir`.
+
+    Returns:
+        The folder, or None where the run saved no checkpoint with `hf_model`.
+
+    Raises:
+        DataError: the tracker file names a checkpoint that is not there.
+    """
+    tracker = checkpoints / TRACKER
+    if not tracker.is_file():
+        return None
+    checkpoint = checkpoints / f"global_step_{tracker.read_text().strip()}"
+    if not checkpoint.is_dir():
+        raise DataError(f"{tracker} names {checkpoint.name}, which does not exist")
+    source = checkpoint / "actor" / "huggingface"
+    if not any(source.glob("*.safetensors")):
+        return None
+    target = folder / "policy"
+    partial = folder / ".policy"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    return target
+
+
+def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
+    """Draw `curve.png`: success rate, alpha and the signs of the advantages over steps."""
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    top.plot(*metrics.series("hpo/solve_rate"), color=BLUE, alpha=0.5, label="training batch")
+    top.plot(*metrics.success(), color=BLUE, marker="o", label="held-out puzzles")
+    top.set_ylabel("success rate")
+    top.set_title(title)
+    middle.plot(*metrics.series("hpo/alpha"), color=PURPLE, label="alpha")
+    middle.set_ylabel("alpha")
+    middle.set_ylim(-0.05, 1.05)
+    for sign, colour in (("positive", GREEN), ("negative", ORANGE)):
+        steps, share = metrics.series(f"hpo/{sign}_fraction")
+        bottom.plot(steps, share, color=colour, label=f"{sign} advantages")
+    bottom.set_ylabel("share of responses")
+    bottom.set_xlabel("step")
+    for axes in (top, middle, bottom):
+        axes.legend(loc="best", frameon=False)
+        axes.grid(alpha=0.3)
+    path = folder / "curve.png"
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,118 @@
+"""Makes the data and the policy that a recipe names, where they are missing.
+
+A recipe lists under `prepare` what it can make:
+
+    prepare:
+      data:
+        module: data_prep.countdown
+        output: /folder
+        arguments: {numbers: 3, seed: 0}
+
+Each entry is one command, `python -m data_prep.countdown --out /folder
+--numbers 3 --seed 0`, whose output folder must hold the files that the recipe
+reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_verl.errors import ConfigError, DataError
+
+PERMITTED_PREFIX = "data_prep."
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """One command that makes something a recipe needs.
+
+    Attributes:
+        name: key under `prepare`.
+        module: module to run, below `data_prep`.
+        output: folder that it writes.
+        arguments: further command-line options, `--key value`.
+    """
+
+    name: str
+    module: str
+    output: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        """The command line, to run or to show."""
+        return [sys.executable, "-m", self.module, "--out", str(self.output), *self.arguments]
+
+    @property
+    def shown(self) -> str:
+        """The command as a user types it."""
+        return shlex.join(["python", *self.command[1:]])
+
+
+def preparations(config: DictConfig) -> Iterator[Preparation]:
+    """The commands that a composed recipe lists.
+
+    Raises:
+        ConfigError: a module lies outside `data_prep`.
+    """
+    for name, entry in (OmegaConf.select(config, "prepare") or {}).items():
+        if not str(entry.module).startswith(PERMITTED_PREFIX):
+            raise ConfigError(
+                f"prepare.{name}.module={entry.module}: only modules below {PERMITTED_PREFIX[:-1]}"
+            )
+        arguments = [
+            part
+            for key, value in (entry.get("arguments") or {}).items()
+            for part in (f"--{key.replace('_', '-')}", str(value))
+        ]
+        yield Preparation(
+            str(name), str(entry.module), Path(entry.output).expanduser(), tuple(arguments)
+        )
+
+
+def missing(config: DictConfig) -> list[Preparation]:
+    """Those preparations whose output folder does not exist."""
+    return [preparation for preparation in preparations(config) if not preparation.output.exists()]
+
+
+def check_made(config: DictConfig) -> None:
+    """Let the commands check what they made before it is used again.
+
+    A module under `prepare` may offer `check(folder)`, which raises where the
+    folder's content is not what the command wrote.
+
+    Raises:
+        DataError: names the file that was changed.
+    """
+    for preparation in preparations(config):
+        check = getattr(importlib.import_module(preparation.module), "check", None)
+        if check is not None and preparation.output.exists():
+            check(preparation.output)
+
+
+def make_missing(config: DictConfig, announce: Callable[[str], None]) -> None:
+    """Run the commands whose output is missing.
+
+    Args:
+        config: composed recipe.
+        announce: told what is being made.
+
+    Raises:
+        DataError: a command failed.
+    """
+    for preparation in missing(config):
+        announce(f"making {preparation.name}: {preparation.shown}")
+        finished = subprocess.run(preparation.command, check=False)  # noqa: S603
+        if finished.returncode != 0:
+            raise DataError(
+                f"prepare.{preparation.name}: exit code {finished.returncode} from "
+                f"{preparation.shown}"
+            )

@@ -1,0 +1,183 @@
+"""Runs verl as a child process and leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+# Every process of a run inherits it, however often it changes parent or group.
+MARKER = "HPO_VERL_RUN"
+# Names of the shared-memory files that verl's weight transfer and Python make.
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_")
+STOP_SECONDS = 15.0
+POLL_SECONDS = 0.3
+_PR_SET_PDEATHSIG = 1
+
+
+class TrainingProcess:
+    """verl's main program in a session, with a log file and a temporary folder of its own.
+
+    A context manager: whatever happens inside, every process that the run
+    started, its temporary folder and its shared memory are gone afterwards.
+
+    Args:
+        arguments: of `python -m verl.trainer.main_ppo`.
+        log_file: takes the output of all of the run's processes.
+        environment: variables on top of the caller's, given the temporary folder.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log_file: Path,
+        environment: Callable[[Path], dict[str, str]],
+    ) -> None:
+        self.arguments = arguments
+        self.log_file = log_file
+        self.environment = environment
+        self.marker = uuid.uuid4().hex
+        self._child: subprocess.Popen[bytes] | None = None
+        self._temporary: Path | None = None
+        self._shared_before: set[str] = set()
+
+    def __enter__(self) -> TrainingProcess:
+        # Short, since Ray puts sockets below it and a socket's path is limited to 107 bytes.
+        self._temporary = Path(tempfile.mkdtemp(prefix="hpo-"))
+        self._shared_before = _shared_memory_files()
+        with self.log_file.open("wb") as log:
+            self._child = subprocess.Popen(  # noqa: S603
+                [
+                    sys.executable,
+                    "-m",
+                    "verl.trainer.main_ppo",
+                    *self.arguments,
+                    f"++ray_kwargs.ray_init._temp_dir={self._temporary}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                env={**os.environ, **self.environment(self._temporary), MARKER: self.marker},
+            )
+        return self
+
+    def wait(self, on_poll: Callable[[], None]) -> int:
+        """Wait for the end, calling `on_poll` about three times a second; return the exit code."""
+        child = self._require_child()
+        while child.poll() is None:
+            on_poll()
+            time.sleep(POLL_SECONDS)
+        on_poll()
+        return child.returncode
+
+    def _require_child(self) -> subprocess.Popen[bytes]:
+        if self._child is None:
+            raise RuntimeError("the process was not started")
+        return self._child
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # A second Ctrl-C must not leave half of the processes running.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            child = self._require_child()
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGTERM)
+            end_processes(lambda: marked_processes(self.marker))
+            child.wait()
+            remove_shared_memory(_shared_memory_files() - self._shared_before)
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def marked_processes(marker: str) -> list[psutil.Process]:
+    """Living processes, other than this one, that a run with this marker started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            alive = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+            if alive and process.environ().get(MARKER) == marker:
+                found.append(process)
+    return found
+
+
+def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
+    """Ask processes to end, and kill those that have not after `STOP_SECONDS`."""
+    deadline = time.monotonic() + STOP_SECONDS
+    asked: set[int] = set()
+    while processes := find():
+        overdue = time.monotonic() > deadline
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                if overdue:
+                    process.kill()
+                elif process.pid not in asked:
+                    asked.add(process.pid)
+                    process.terminate()
+        time.sleep(POLL_SECONDS)
+
+
+def _shared_memory_files() -> set[str]:
+    if not SHARED_MEMORY.is_dir():
+        return set()
+    names = (entry.name for entry in os.scandir(SHARED_MEMORY))
+    return {name for name in names if name.startswith(SHARED_MEMORY_PREFIXES)}
+
+
+def remove_shared_memory(names: set[str]) -> None:
+    """Remove shared-memory files that no living process has mapped."""
+    if not names:
+        return
+    mapped = set(_mapped_shared_memory())
+    for name in names - mapped:
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def _mapped_shared_memory() -> Iterator[str]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            for region in process.memory_maps(grouped=True):
+                if region.path.startswith(f"{SHARED_MEMORY}/"):
+                    yield Path(region.path).name
+
+
+def last_error(log_file: Path, tail_bytes: int = 200_000) -> str:
+    """The last error message in a log: what a worker said before the run ended."""
+    with log_file.open("rb") as log:
+        log.seek(max(0, log_file.stat().st_size - tail_bytes))
+        lines = log.read().decode(errors="replace").splitlines()
+    errors = [line.strip() for line in lines if _looks_like_error(line)]
+    return errors[-1] if errors else (lines[-1].strip() if lines else "no output")
+
+
+def _looks_like_error(line: str) -> bool:
+    head = line.split("[0m", 1)[-1].strip().split(":", 1)[0]
+    name = head.rsplit(".", 1)[-1]
+    return name.isidentifier() and name.endswith(("Error", "Exception", "Interrupt", "Exit"))

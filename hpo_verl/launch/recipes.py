@@ -1,0 +1,130 @@
+"""Finds and composes recipes, and explains what does not compose."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpo_verl.errors import ConfigError
+
+VERL_SEARCH_PATH = "pkg://verl.trainer.config"
+GROUPS = ("task", "model", "algo", "hardware")
+
+
+def recipes_directory() -> Path:
+    """Folder with the recipes: the repository's, or the copy inside an installed wheel."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes: the YAML files at the top of the recipes' folder."""
+    return sorted(path.stem for path in recipes_directory().glob("*.yaml"))
+
+
+def group_options(group: str) -> list[str]:
+    """Names that a recipe's group offers, such as the algorithms under `algo`."""
+    return sorted(path.stem for path in (recipes_directory() / group).glob("*.yaml"))
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Say which candidates look most like a word, or list them all."""
+    candidates = sorted(candidates)
+    close = difflib.get_close_matches(word, candidates, n=count, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"available: {', '.join(candidates)}"
+
+
+def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a recipe with Hydra overrides, as `verl.trainer.main_ppo` would.
+
+    Args:
+        recipe: name of a recipe.
+        overrides: Hydra overrides; those of Hydra itself (`hydra.run.dir=...`) too.
+
+    Returns:
+        The whole configuration, Hydra's own part included.
+
+    Raises:
+        ConfigError: names the recipe, group, option or key, and the nearest valid ones.
+    """
+    if recipe not in recipe_names():
+        raise ConfigError(f"unknown recipe {recipe!r}: {nearest(recipe, recipe_names())}")
+    _check_group_options(overrides)
+    with initialize_config_dir(str(recipes_directory()), version_base=None):
+        try:
+            return _compose(recipe, overrides)
+        except ConfigCompositionException as error:
+            raise ConfigError(_explain(error, recipe, overrides)) from error
+        except (MissingConfigException, HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"recipe {recipe}: {_first_line(error)}") from error
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The part of a composed configuration that verl reads."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    return compose(
+        recipe,
+        overrides=[f"hydra.searchpath=[{VERL_SEARCH_PATH}]", *overrides],
+        return_hydra_config=True,
+    )
+
+
+def _check_group_options(overrides: Sequence[str]) -> None:
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+        group, option = override.get_key_element(), override.value()
+        if group in GROUPS and isinstance(option, str) and option not in group_options(group):
+            raise ConfigError(f"{text}: no such {group}; {nearest(option, group_options(group))}")
+
+
+def _explain(error: ConfigCompositionException, recipe: str, overrides: Sequence[str]) -> str:
+    """Name the override that does not compose, and the keys that look like it."""
+    parser = OverridesParser.create()
+    plain = _compose(recipe, [text for text in overrides if _selects_group(text)])
+    keys = set(leaf_keys(plain))
+    for text in overrides:
+        override = parser.parse_override(text)
+        key = override.get_key_element().lstrip("+~")
+        if override.is_add() or _selects_group(text) or key in keys:
+            continue
+        if OmegaConf.select(plain, key, throw_on_missing=False) is None and key not in keys:
+            return f"unknown setting {key!r} in {text!r}: {nearest(key, keys)}"
+    return f"recipe {recipe}: {_first_line(error)}"
+
+
+def _selects_group(text: str) -> bool:
+    return text.split("=", 1)[0].lstrip("+~") in GROUPS
+
+
+def leaf_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every value in a configuration."""
+    for key in config:
+        name = f"{prefix}{key}"
+        if name == "hydra":
+            continue
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_interpolation()):
+            yield name
+            yield from leaf_keys(node, f"{name}.")
+        else:
+            yield name
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,205 @@
+"""`hpo-verl train`: from a recipe's name to a trained policy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hpo_verl.errors import ConfigError, HpoVerlError
+from hpo_verl.launch import checks, outputs
+from hpo_verl.launch.lock import locked
+from hpo_verl.launch.metrics import MetricsFile
+from hpo_verl.launch.prepare import check_made, make_missing, missing
+from hpo_verl.launch.process import TrainingProcess, last_error
+from hpo_verl.launch.recipes import compose_recipe, recipes_directory, without_hydra
+
+RUN_FOLDER_KEY = "hydra.run.dir"
+
+
+class TrainingFailed(HpoVerlError, RuntimeError):
+    """verl's process ended with an error."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run tells its user.
+
+    Attributes:
+        folder: the run's folder.
+        summary: content of `summary.json`.
+        curve: the picture.
+        policy: folder of the trained policy; None if the run saved no checkpoint.
+    """
+
+    folder: Path
+    summary: dict[str, object]
+    curve: Path
+    policy: Path | None
+
+
+def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
+    """Folder of a run: `hydra.run.dir=PATH`, or `runs/<recipe>/<time>` here."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key == RUN_FOLDER_KEY:
+            return Path(value.strip("'\"")).expanduser().absolute()
+    return (Path("runs") / recipe / f"{datetime.now():%Y-%m-%d_%H-%M-%S}").absolute()
+
+
+def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, str]:
+    """Environment variables of verl's processes.
+
+    Args:
+        config: the composed recipe.
+        folder: the run's folder.
+        temporary: the run's private temporary folder.
+    """
+    variables = {
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+        "TENSORBOARD_DIR": str(folder / "tensorboard"),
+        "HYDRA_FULL_ERROR": "1",
+        "PYTHONUNBUFFERED": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.trainer.device == "cpu":
+        variables |= {
+            "VERL_PLATFORM": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            # Ray's own switch, named after the systems where it is the default: one
+            # node, and every server on loopback.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # torch's own store would listen on all interfaces.
+            "DIST_INIT_METHOD": f"file://{temporary}/process_group",
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        }
+    return variables
+
+
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Keep verl's remarks on optional packages from the user's screen."""
+    before = os.environ.get("VERL_LOGGING_LEVEL")
+    os.environ["VERL_LOGGING_LEVEL"] = "ERROR"
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before is None:
+            del os.environ["VERL_LOGGING_LEVEL"]
+        else:
+            os.environ["VERL_LOGGING_LEVEL"] = before
+
+
+def compose_and_check(
+    recipe: str, overrides: Sequence[str], announce: Callable[[str], None]
+) -> DictConfig:
+    """Compose a recipe, make what it needs and is missing, and check all of it.
+
+    Args:
+        recipe: name of a recipe.
+        overrides: Hydra overrides.
+        announce: told what is being made.
+
+    Returns:
+        The configuration without Hydra's own part.
+
+    Raises:
+        HpoVerlError: names the key or file, its value and what is permitted.
+    """
+    checks.check_versions()
+    with _quiet_imports():
+        config = without_hydra(compose_recipe(recipe, overrides))
+    try:
+        OmegaConf.resolve(config)
+    except Exception as error:
+        raise ConfigError(f"recipe {recipe}: {error}") from error
+    checks.check_numbers(config)
+    if not missing(config):
+        checks.check_files(config)
+    if config.trainer.device == "cpu":
+        os.environ["VERL_PLATFORM"] = "cpu"
+    with _quiet_imports():
+        # verl takes seconds to import, so what does not need it was checked before.
+        from hpo_verl.verl_plugin import preflight
+
+        preflight.check_with_verl(config)
+    checks.check_machine(config)
+    if missing(config):
+        make_missing(config, announce)
+        checks.check_files(config)
+    check_made(config)
+    return config
+
+
+def train(
+    recipe: str,
+    overrides: Sequence[str],
+    announce: Callable[[str], None],
+    on_metrics: Callable[[DictConfig, MetricsFile], None],
+) -> Finished:
+    """Train as a recipe says, and collect what the run leaves.
+
+    Args:
+        recipe: name of a recipe.
+        overrides: Hydra overrides.
+        announce: told what happens, one line each.
+        on_metrics: called about three times a second with the metrics so far.
+
+    Returns:
+        Where everything is.
+
+    Raises:
+        HpoVerlError: wrong input, found before Ray starts.
+        TrainingFailed: verl ended with an error.
+    """
+    folder = run_folder(recipe, overrides)
+    checks.check_run_folder(folder)
+    config = compose_and_check(recipe, overrides, announce)
+    with locked(folder):
+        with open_dict(config):
+            config.trainer.default_local_dir = str(
+                config.trainer.default_local_dir or folder / "checkpoints"
+            )
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        metrics = MetricsFile(folder / "metrics.jsonl")
+        log_file = folder / "train.log"
+        announce(f"run folder {folder} (full output: {log_file.name})")
+        started = time.monotonic()
+        arguments = [
+            *("--config-dir", str(recipes_directory()), "--config-name", recipe),
+            *(text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)),
+            f"{RUN_FOLDER_KEY}={folder}",
+        ]
+        variables = functools.partial(environment, config, folder)
+        with TrainingProcess(arguments, log_file, variables) as process:
+            code = process.wait(lambda: on_metrics(config, metrics))
+        seconds = time.monotonic() - started
+        if code != 0:
+            raise TrainingFailed(
+                f"training ended with exit code {code}: {last_error(log_file)}\n"
+                f"full output: {log_file}"
+            )
+        metrics.read_new()
+        summary = outputs.write_summary(folder, config, metrics, seconds)
+        title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
+        curve = outputs.draw_curve(folder, metrics, title)
+        return Finished(
+            folder,
+            summary,
+            curve,
+            outputs.collect_policy(folder, Path(config.trainer.default_local_dir)),
+        )

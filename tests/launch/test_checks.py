@@ -1,0 +1,182 @@
+"""Everything that can be wrong before Ray starts is named, with what would be right."""
+
+import json
+import os
+import socket
+import struct
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
+from hpo_verl.launch import checks
+from hpo_verl.launch.lock import locked
+
+ROWS = 4
+
+
+@pytest.fixture
+def config(tmp_path):
+    table = pa.table({name: ["x"] * ROWS for name in checks.REQUIRED_COLUMNS})
+    pq.write_table(table, tmp_path / "train.parquet")
+    pq.write_table(table, tmp_path / "val.parquet")
+    write_model(tmp_path / "model")
+    return OmegaConf.create(
+        {
+            "data": {
+                "train_files": str(tmp_path / "train.parquet"),
+                "val_files": str(tmp_path / "val.parquet"),
+                "train_batch_size": ROWS,
+            },
+            "actor_rollout_ref": {
+                "model": {"path": str(tmp_path / "model")},
+                "actor": {"ppo_mini_batch_size": 2, "optim": {"lr": 1e-6}},
+                "rollout": {"n": 8, "temperature": 1.0},
+            },
+            "trainer": {"device": "cpu", "total_training_steps": 3},
+            "ray_kwargs": {"ray_init": {"num_cpus": 4}},
+            "seed": 0,
+            "prepare": {
+                "data": {"module": "data_prep.countdown", "output": str(tmp_path)},
+                "policy": {
+                    "module": "data_prep.tiny_policy",
+                    "output": str(tmp_path / "model"),
+                    "arguments": {"seed": 3},
+                },
+            },
+        }
+    )
+
+
+def write_model(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(8)
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def test_a_right_configuration_passes(config):
+    checks.check_all(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("actor_rollout_ref.actor.optim.lr", -1e-6, r"lr=-1e-06: must be a number in \[0, 1\]"),
+        ("actor_rollout_ref.actor.optim.lr", "fast", "lr='fast': must be a number"),
+        ("actor_rollout_ref.actor.optim.lr", float("nan"), "lr=nan"),
+        ("actor_rollout_ref.rollout.n", 0, "rollout.n=0: must be an integer >= 1"),
+        ("actor_rollout_ref.rollout.n", 2.5, "rollout.n=2.5: must be an integer"),
+        ("actor_rollout_ref.rollout.n", True, "rollout.n=True: must be an integer"),
+        ("trainer.total_training_steps", 0, "total_training_steps=0"),
+        ("seed", -1, "seed=-1"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", 3, "must divide data.train_batch_size=4"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", 8, "must divide data.train_batch_size=4"),
+    ],
+)
+def test_numbers_out_of_range(config, key, value, message):
+    OmegaConf.update(config, key, value)
+    with pytest.raises(ConfigError, match=message):
+        checks.check_numbers(config)
+
+
+def test_a_missing_file_comes_with_the_command_that_makes_it(config, tmp_path):
+    (tmp_path / "val.parquet").unlink()
+    with pytest.raises(DataError, match=r"data.val_files: .*val.parquet does not exist; make it"):
+        checks.check_data(config)
+
+
+def test_a_truncated_file(config, tmp_path):
+    file = tmp_path / "train.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"train\.parquet is not a complete parquet file"):
+        checks.check_data(config)
+
+
+def test_a_missing_column(config, tmp_path):
+    pq.write_table(pa.table({"prompt": ["x"] * 4}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="no column 'data_source'"):
+        checks.check_data(config)
+
+
+def test_fewer_rows_than_a_batch(config):
+    config.data.train_batch_size = 8
+    with pytest.raises(DataError, match="has 4 rows; need at least 8"):
+        checks.check_data(config)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_incomplete_model_folder(config, tmp_path, name):
+    (tmp_path / "model" / name).unlink()
+    with pytest.raises(DataError, match=r"holds no .*make it with: .*tiny_policy .*--seed 3"):
+        checks.check_model(config)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 60])
+def test_truncated_weights(config, tmp_path, cut):
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        checks.check_model(config)
+
+
+def test_a_hub_id_is_left_to_the_hub(config):
+    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
+    checks.check_model(config)
+
+
+def test_a_taken_port(config):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config.ray_kwargs.ray_init.dashboard_port = port
+        with pytest.raises(EnvironmentCheckError, match=f"dashboard_port={port}: the port is"):
+            checks.check_machine(config)
+
+
+def test_too_little_memory(config, monkeypatch):
+    monkeypatch.setattr(checks, "FREE_MEMORY_BYTES", 1 << 60)
+    with pytest.raises(EnvironmentCheckError, match="MiB of memory are free"):
+        checks.check_machine(config)
+
+
+def test_too_little_shared_memory(config):
+    config.ray_kwargs.ray_init.object_store_memory = 1 << 60
+    with pytest.raises(EnvironmentCheckError, match="object_store_memory"):
+        checks.check_machine(config)
+
+
+def test_versions(monkeypatch):
+    monkeypatch.setattr(checks, "version", lambda name: "0.8.0")
+    with pytest.raises(EnvironmentCheckError, match=r"verl 0\.8\.0: need 0\.9\.1"):
+        checks.check_versions()
+    monkeypatch.setattr(checks, "PYTHON_VERSIONS", ((3, 13), (3, 14)))
+    with pytest.raises(EnvironmentCheckError, match=r"Python 3\.\d+: need >= 3\.13"):
+        checks.check_versions()
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    checks.check_run_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentCheckError, match="file is not a folder"):
+        checks.check_run_folder(tmp_path / "file" / "run")
+    # Root may write anywhere, so ask as somebody else would.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(EnvironmentCheckError, match="no permission to write"):
+        checks.check_run_folder(tmp_path / "a" / "b")
+
+
+def test_a_run_folder_in_use(tmp_path):
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(EnvironmentCheckError, match="another run is using it"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+    with locked(tmp_path / "run"):
+        pass

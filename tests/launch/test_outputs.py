@@ -1,0 +1,123 @@
+"""Metrics are read as they grow; summary, picture and policy follow from them."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from hpo_verl.errors import DataError
+from hpo_verl.launch.metrics import MetricsFile
+from hpo_verl.launch.outputs import (
+    TRACKER,
+    algorithm_name,
+    collect_policy,
+    draw_curve,
+    write_summary,
+)
+
+SUCCESS = "val-core/countdown/acc/mean@1"
+LINES = [
+    {"step": 0, "data": {SUCCESS: 0.05}},
+    {"step": 1, "data": {"hpo/alpha": 0.2, "hpo/positive_fraction": 0.1}},
+    {"step": 2, "data": {"hpo/alpha": 0.4, SUCCESS: 0.25, "val-aux/countdown/acc/best@1": 1.0}},
+]
+
+
+def settings(estimator="a_hpo", loss="hpo"):
+    return OmegaConf.create(
+        {
+            "algorithm": {"adv_estimator": estimator},
+            "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": loss}}},
+            "seed": 3,
+        }
+    )
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    file = MetricsFile(path)
+    file.read_new()
+    return file
+
+
+def test_only_complete_lines_are_read(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.read_new() == []
+    line = json.dumps(LINES[0]) + "\n"
+    file.path.write_text(line + line[:10])
+    assert file.read_new() == [(0, LINES[0]["data"])]
+    file.path.write_text(line + line)
+    assert file.read_new() == [(0, LINES[0]["data"])]
+    assert len(file.rows) == 2
+
+
+def test_series_and_success(metrics):
+    assert metrics.series("hpo/alpha") == ([1, 2], [0.2, 0.4])
+    assert metrics.success() == ([0, 2], [0.05, 0.25])
+    assert MetricsFile(metrics.path).success() == ([], [])
+
+
+def test_summary(tmp_path, metrics):
+    summary = write_summary(tmp_path, settings(), metrics, seconds=12.34)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    versions = summary.pop("versions")
+    assert versions["verl"] == "0.9.1"
+    assert summary == {
+        "algorithm": "a_hpo",
+        "steps": 2,
+        "seconds": 12.3,
+        "success_before": 0.05,
+        "success_after": 0.25,
+        "seed": 3,
+    }
+
+
+def test_summary_without_validation_has_no_success(tmp_path):
+    summary = write_summary(tmp_path, settings(), MetricsFile(tmp_path / "none"), seconds=1)
+    assert (summary["steps"], summary["success_before"], summary["success_after"]) == (
+        0,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("estimator", "loss", "name"),
+    [
+        ("a_hpo", "hpo", "a_hpo"),
+        ("hpo", "hpo", "hpo"),
+        ("grpo", "vanilla", "grpo"),
+        ("grpo", "mhpo", "grpo+mhpo"),
+        ("a_hpo", "gspo", "a_hpo+gspo"),
+    ],
+)
+def test_algorithm_names(estimator, loss, name):
+    assert algorithm_name(settings(estimator, loss)) == name
+
+
+def test_curve_is_a_picture(tmp_path, metrics):
+    picture = draw_curve(tmp_path, metrics, "title")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_policy_is_that_of_the_last_checkpoint(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    assert collect_policy(tmp_path, checkpoints) is None
+    model = checkpoints / "global_step_7" / "actor" / "huggingface"
+    model.mkdir(parents=True)
+    (checkpoints / TRACKER).write_text("7")
+    assert collect_policy(tmp_path, checkpoints) is None
+    (model / "model.safetensors").write_bytes(b"new")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "stale").write_text("")
+    policy = collect_policy(tmp_path, checkpoints)
+    assert [file.name for file in policy.iterdir()] == ["model.safetensors"]
+
+
+def test_a_tracker_that_names_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / TRACKER).write_text("9")
+    with pytest.raises(DataError, match="global_step_9, which does not exist"):
+        collect_policy(tmp_path, tmp_path / "checkpoints")

@@ -1,0 +1,65 @@
+"""What a recipe needs is made once, by its own command, and checked before reuse."""
+
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_prep import countdown, tiny_policy
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.launch.prepare import check_made, make_missing, missing, preparations
+
+
+def recipe(folder, **arguments):
+    entry = {"module": "data_prep.countdown", "output": str(folder), "arguments": arguments}
+    return OmegaConf.create({"prepare": {"data": entry}})
+
+
+def test_the_command_is_the_one_a_user_types(tmp_path):
+    (only,) = preparations(recipe(tmp_path / "data", train_size=8, val_size=2))
+    out = str(tmp_path / "data")
+    arguments = ["-m", "data_prep.countdown", "--out", out, "--train-size", "8", "--val-size", "2"]
+    assert only.command == [sys.executable, *arguments]
+    assert only.shown == " ".join(["python", *arguments])
+
+
+def test_missing_data_is_made_once(tmp_path):
+    config = recipe(tmp_path / "data", train_size=8, val_size=2, max_number=9, max_target=50)
+    told = []
+    make_missing(config, told.append)
+    assert (tmp_path / "data" / "train.parquet").is_file()
+    assert len(told) == 1
+    make_missing(config, told.append)
+    assert len(told) == 1
+    assert missing(config) == []
+
+
+def test_a_failing_command_is_named(tmp_path):
+    config = recipe(tmp_path / "data", train_size=0)
+    with pytest.raises(DataError, match=r"prepare\.data: exit code 2 from python -m"):
+        make_missing(config, lambda text: None)
+    assert not (tmp_path / "data").exists()
+
+
+def test_only_modules_of_data_prep(tmp_path):
+    config = recipe(tmp_path)
+    config.prepare.data.module = "os"
+    with pytest.raises(ConfigError, match=r"prepare\.data\.module=os: only modules below"):
+        list(preparations(config))
+
+
+def test_what_was_made_is_checked_by_its_own_module(tmp_path, monkeypatch):
+    assert not hasattr(countdown, "check")
+    checked = []
+    monkeypatch.setattr(tiny_policy, "check", checked.append)
+    (tmp_path / "policy").mkdir()
+    config = recipe(tmp_path / "policy")
+    config.prepare.data.module = "data_prep.tiny_policy"
+    check_made(config)
+    config.prepare.data.output = str(tmp_path / "absent")
+    check_made(config)
+    assert checked == [tmp_path / "policy"]
+
+
+def test_recipes_without_preparations_need_none():
+    assert list(preparations(OmegaConf.create({}))) == []

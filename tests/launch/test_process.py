@@ -1,0 +1,170 @@
+"""A run's processes, temporary files and shared memory end with it."""
+
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hpo_verl.launch import process as launch_process
+from hpo_verl.launch.process import (
+    MARKER,
+    SHARED_MEMORY,
+    TrainingProcess,
+    end_processes,
+    last_error,
+    marked_processes,
+    remove_shared_memory,
+)
+
+# A child that starts a grandchild in a session of its own, as Ray does.
+FAMILY = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("started", flush=True)
+time.sleep({seconds})
+sys.exit({code})
+"""
+
+
+@pytest.fixture
+def fake_verl(tmp_path, monkeypatch):
+    """Stand in for verl's main program: a package of that name in front of the real one."""
+
+    def install(seconds, code):
+        package = tmp_path / "stand_in" / "verl" / "trainer"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").write_text("")
+        (package / "__init__.py").write_text("")
+        (package / "main_ppo.py").write_text(FAMILY.format(seconds=seconds, code=code))
+        monkeypatch.setattr(launch_process, "STOP_SECONDS", 3.0)
+        return lambda temporary: {"PYTHONPATH": str(tmp_path / "stand_in")}
+
+    return install
+
+
+def wait_for(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_exit_code_and_no_process_left(tmp_path, fake_verl, code):
+    log = tmp_path / "train.log"
+    with TrainingProcess([], log, fake_verl(0.5, code)) as process:
+        assert process.wait(lambda: None) == code
+        assert len(marked_processes(process.marker)) == 1
+    assert marked_processes(process.marker) == []
+    assert "started" in log.read_text()
+
+
+def test_an_exception_ends_all_processes_and_the_temporary_folder(tmp_path, fake_verl):
+    log = tmp_path / "train.log"
+
+    def interrupt():
+        if "started" in log.read_text():
+            raise KeyboardInterrupt
+
+    process = TrainingProcess([], log, fake_verl(600, 0))
+    seen = []
+
+    def run():
+        with process:
+            seen.append((process._temporary, process._temporary.stat().st_mode & 0o077))
+            process.wait(interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    ((temporary, others_may),) = seen
+    assert others_may == 0
+    assert marked_processes(process.marker) == []
+    assert not temporary.exists()
+
+
+def test_a_process_that_ignores_the_request_is_killed(monkeypatch):
+    monkeypatch.setattr(launch_process, "STOP_SECONDS", 1.0)
+    marker = uuid.uuid4().hex
+    stubborn = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+            "print(1, flush=True); time.sleep(600)",
+        ],
+        env={MARKER: marker},
+        stdout=subprocess.PIPE,
+    )
+    stubborn.stdout.readline()
+    end_processes(lambda: marked_processes(marker))
+    assert stubborn.wait(5) == -9
+
+
+def test_killing_the_launcher_ends_the_child(tmp_path, fake_verl):
+    environment = fake_verl(600, 0)(None)
+    marker = tmp_path / "marker"
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from pathlib import Path\n"
+            "from hpo_verl.launch.process import TrainingProcess\n"
+            f"log, env = Path({str(tmp_path / 'log')!r}), {environment!r}\n"
+            "with TrainingProcess([], log, lambda _: env) as p:\n"
+            f"    Path({str(marker)!r}).write_text(str(p._child.pid))\n"
+            "    p.wait(lambda: None)\n",
+        ],
+    )
+    wait_for(lambda: marker.exists() and marker.read_text())
+    child = psutil.Process(int(marker.read_text()))
+    wait_for(lambda: "started" in (tmp_path / "log").read_text())
+    marked = child.environ()[MARKER]
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    # The grandchild of this stand-in does not follow; Ray's processes do.
+    end_processes(lambda: marked_processes(marked))
+
+
+def test_shared_memory_that_nobody_maps_is_removed():
+    if not SHARED_MEMORY.is_dir():
+        return
+    abandoned = SHARED_MEMORY / f"psm_{uuid.uuid4().hex}"
+    abandoned.write_bytes(b"x")
+    remove_shared_memory({abandoned.name})
+    assert not abandoned.exists()
+
+
+def test_shared_memory_in_use_stays():
+    from multiprocessing.shared_memory import SharedMemory
+
+    memory = SharedMemory(create=True, size=16)
+    try:
+        name = memory.name.lstrip("/")
+        remove_shared_memory({name})
+        assert (SHARED_MEMORY / name).exists() or not SHARED_MEMORY.is_dir()
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nValueError: bad\nmore\n", "ValueError: bad"),
+        (
+            "(pid=1) x\nKeyError: one\nhpo_verl.errors.DataError: two",
+            "hpo_verl.errors.DataError: two",
+        ),
+        ("only this\n", "only this"),
+        ("", "no output"),
+    ],
+)
+def test_last_error(tmp_path, text, expected):
+    log = Path(tmp_path / "log")
+    log.write_text(text)
+    assert last_error(log) == expected
