@@ -1,15 +1,16 @@
 """The demonstrations that the tiny policy is warm-started on.
 
-Two authors answer puzzles such as `3 7 2 = 15`. One works them out in up to three
-attempts, each with its values, and answers with the last:
+Two authors answer puzzles such as `3 7 2 = 8`. One works them out in up to three
+attempts of different value, adding and subtracting from left to right, and answers
+with the last:
 
-    3+7=10*2=20
-    7-2=5*3=15
-    <answer>(7-2)*3</answer>
+    3+7=10-2=8
+    <answer>3+7-2</answer>
 
-The other answers at once with any expression over the numbers, right by chance
-only. Most demonstrations are his, so the policy that imitates both is seldom
-right, yet can do better; to find that out is left to reinforcement learning.
+The other answers at once with any three numbers in a row and any of the four
+operators, right by chance only. Most demonstrations are his, so the policy that
+imitates both is seldom right, yet can do better; to find that out is left to
+reinforcement learning.
 
 No solver is asked. Attempts are drawn blindly, and the target is then set to the
 value of the last one (hindsight), except where the author gives up after three.
@@ -26,7 +27,7 @@ import torch
 from transformers import Qwen2Tokenizer
 
 from data_prep.countdown_prompts import tiny
-from data_prep.tiny_tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_DIGIT, MAX_VALUE, TURN_END
+from data_prep.tiny_tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_NUMBER, MAX_VALUE, TURN_END
 
 NUMBERS = 3
 MAX_ATTEMPTS = 3
@@ -43,12 +44,11 @@ _SORTED_TOGETHER = 4
 PuzzleKey = tuple[tuple[int, ...], int]
 
 
-class Expression(NamedTuple):
-    """An expression `a o b o c`, left to right: its tokens, its worked line's, its value."""
+class Attempt(NamedTuple):
+    """A sum from left to right: its tokens as an answer, and worked out on a line."""
 
-    tokens: list[int]
+    answer: list[int]
     line: list[int]
-    value: int
 
 
 class Demonstrations:
@@ -60,7 +60,7 @@ class Demonstrations:
         held_out: Puzzles that no demonstration poses.
 
     Attributes:
-        value_tokens: The tokens `=0` to `=99`, a worked step's value.
+        value_tokens: The tokens `=0` to `=45`, a worked step's value.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Demonstrations:
         self._open = self._encode(ANSWER_OPEN)
         self._close = [*self._encode(ANSWER_CLOSE), *self._encode(TURN_END)]
         self.value_tokens = torch.tensor([self._encode(f"={v}")[0] for v in range(MAX_VALUE + 1)])
-        self._pools = {
-            numbers: self._expressions(numbers)
-            for numbers in combinations_with_replacement(range(1, MAX_DIGIT + 1), NUMBERS)
+        self._attempts = {
+            numbers: self._worked(numbers)
+            for numbers in combinations_with_replacement(range(1, MAX_NUMBER + 1), NUMBERS)
         }
-        self._sets = list(self._pools)
+        self._sets = list(self._attempts)
 
     def batches(
         self, steps: int, size: int, direct_share: float
@@ -105,30 +105,32 @@ class Demonstrations:
         """Return the tokens of one prompt and of its response, up to `<|im_end|>`."""
         while True:
             numbers = self._random.choice(self._sets)
-            pool = self._pools[numbers]
+            attempts = self._attempts[numbers]
+            values = self._random.sample(list(attempts), min(MAX_ATTEMPTS, len(attempts)))
+            untried = [value for value in attempts if value not in values]
             direct = self._random.random() < direct_share
-            gives_up = self._random.random() < _GIVES_UP
-            count = MAX_ATTEMPTS
             if direct:
-                count = 1
-            elif not gives_up:
-                (count,) = self._random.choices(range(1, MAX_ATTEMPTS + 1), _ATTEMPT_WEIGHTS)
-            attempts = self._random.sample(pool, min(count, len(pool)))
-            target = self._random.choice(pool).value
-            failed = attempts
-            if not (direct or gives_up):
-                target, failed = attempts[-1].value, attempts[:-1]
-            early = not direct and any(attempt.value == target for attempt in failed)
-            if target > 0 and not early and (numbers, target) not in self._held_out:
+                target = self._random.choice(list(attempts))
+            elif untried and self._random.random() < _GIVES_UP:
+                target = self._random.choice(untried)
+            else:
+                (count,) = self._random.choices(
+                    range(1, len(values) + 1), _ATTEMPT_WEIGHTS[: len(values)]
+                )
+                values = values[:count]
+                target = values[-1]
+            if target > 0 and (numbers, target) not in self._held_out:
                 break
         shown = self._random.sample(numbers, NUMBERS)
-        lines = [] if direct else [token for attempt in attempts for token in attempt.line]
-        return self.prompt(shown, target), [
-            *lines,
-            *self._open,
-            *attempts[-1].tokens,
-            *self._close,
-        ]
+        if direct:
+            lines, answer = [], self._blind(numbers)
+        else:
+            worked = [self._random.choice(attempts[value]) for value in values]
+            lines, answer = (
+                [token for attempt in worked for token in attempt.line],
+                worked[-1].answer,
+            )
+        return self.prompt(shown, target), [*lines, *self._open, *answer, *self._close]
 
     def prompt(self, numbers: list[int], target: int) -> list[int]:
         """Return the prompt's tokens, `MAX_PROMPT_TOKENS` of them, as verl builds them."""
@@ -152,27 +154,20 @@ class Demonstrations:
             labels[i, len(prompt) : end] = torch.tensor(response)
         return tokens[:, :-1], labels[:, 1:]
 
-    def _expressions(self, numbers: tuple[int, ...]) -> list[Expression]:
-        """Return every expression that is computed from left to right within 0 to MAX_VALUE."""
-        found: dict[str, Expression] = {}
+    def _blind(self, numbers: tuple[int, ...]) -> list[int]:
+        a, b, c = self._random.sample(numbers, NUMBERS)
+        first, second = self._random.choices("+-*/", k=2)
+        return self._encode(f"{a}{first}{b}{second}{c}")
+
+    def _worked(self, numbers: tuple[int, ...]) -> dict[int, list[Attempt]]:
+        """Return every sum and difference of the numbers without a negative step, by value."""
+        found: dict[int, list[Attempt]] = {}
         # sorted: the order of a set of tuples is not promised.
         for a, b, c in sorted(set(permutations(numbers))):
-            for first in "+-*/":
-                partial = _apply(first, a, b)
-                for second in "+-*/":
-                    value = None if partial is None else _apply(second, partial, c)
-                    if value is None:
-                        continue
-                    grouped = first in "+-" and second in "*/"
-                    text = f"({a}{first}{b}){second}{c}" if grouped else f"{a}{first}{b}{second}{c}"
-                    line = f"{a}{first}{b}={partial}{second}{c}={value}\n"
-                    found[text] = Expression(self._encode(text), self._encode(line), value)
-        return list(found.values())
-
-
-def _apply(operator: str, left: int, right: int) -> int | None:
-    """Return the value if it is a whole number from 0 to MAX_VALUE."""
-    if operator == "/":
-        return left // right if left % right == 0 else None
-    value = {"+": left + right, "-": left - right, "*": left * right}[operator]
-    return value if 0 <= value <= MAX_VALUE else None
+            for first, partial in (("+", a + b), ("-", a - b)):
+                for second, value in (("+", partial + c), ("-", partial - c)):
+                    if min(partial, value) >= 0:
+                        answer = self._encode(f"{a}{first}{b}{second}{c}")
+                        line = self._encode(f"{a}{first}{b}={partial}{second}{c}={value}\n")
+                        found.setdefault(value, []).append(Attempt(answer, line))
+        return found

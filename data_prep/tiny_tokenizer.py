@@ -5,7 +5,7 @@ Qwen2, whatever was saved beside it, so the tokenizer is one from the start:
 every byte is in the vocabulary (any text can be encoded and decoded), and the
 words of the chat template are one token each. What Countdown writes often is an
 ordinary added token, which decoding never strips: the answer tags, numbers of
-two digits, and the parts of a step such as `(7`, `-2`, `)*3` and `=15`.
+two digits, and the parts of a step such as `-2` and `=15`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
-MAX_DIGIT = 9
-MAX_VALUE = 99
+MAX_NUMBER = 15
+MAX_VALUE = 3 * MAX_NUMBER
 # Words of the chat template, and the " =" of a prompt in byte letters.
 _WORDS = ("system", "user", "assistant", "Ġ=")
-_STEP_PART = re.compile(r"([(=]|\)?[-+*/])?([0-9]{1,2})")
+_STEP_PART = re.compile(r"([-+*/=])?([0-9]{1,2})")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -62,18 +62,15 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def step_part(token: str) -> tuple[str, int] | None:
-    """Split a token such as `)*3` into its marks and its number; None for any other token."""
+    """Split a token such as `*3` into its mark and its number; None for any other token."""
     match = _STEP_PART.fullmatch(token)
     return (match[1] or "", int(match[2])) if match else None
 
 
 def _arithmetic_tokens() -> list[str]:
-    digits = range(1, MAX_DIGIT + 1)
     return [
         *(str(number) for number in range(10, MAX_VALUE + 1)),
-        *(f"({digit}" for digit in digits),
-        *(f"{operator}{digit}" for operator in "+-*/" for digit in digits),
-        *(f"){operator}{digit}" for operator in "*/" for digit in digits),
+        *(f"{operator}{number}" for operator in "+-*/" for number in range(1, MAX_NUMBER + 1)),
         *(f"={value}" for value in range(MAX_VALUE + 1)),
     ]
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -74,7 +75,7 @@ def test_it_loads_as_a_float32_qwen2_that_ends_turns(policy, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(policy)
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert 500_000 <= sum(weight.numel() for weight in model.parameters()) <= 800_000
+    assert 250_000 <= sum(weight.numel() for weight in model.parameters()) <= 300_000
     assert model.config.vocab_size == len(tokenizer) == model.lm_head.out_features
     assert model.config.hidden_size == 32 * model.config.num_attention_heads
     assert tokenizer.decode([tokenizer.eos_token_id]) == "<|im_end|>"
@@ -170,7 +171,7 @@ def test_check_refuses_another_seed_other_puzzles_or_no_policy(policy, copy):
 
 def test_the_command_holds_out_the_puzzles_of_a_data_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiny_policy, "Schedule", lambda: SHORT)
-    ranges = ["--max-number", 9, "--min-target", 1, "--max-target", 99]
+    ranges = ["--max-number", 15, "--min-target", 1, "--max-target", 45, "--operators", "+-"]
     sizes = ["--numbers", 3, "--train-size", 8, "--val-size", 5, "--prompt", "tiny"]
     data = [str(part) for part in [*sizes, *ranges, "--out", tmp_path / "data"]]
     assert run(countdown.main, data) == 0
@@ -245,14 +246,14 @@ def test_a_saved_tokenizer_is_the_one_that_was_built(tokenizer):
 
 
 def test_answers_are_few_tokens_and_reach_the_reward(tokenizer):
-    text = "7-2=5*3=15\n<answer>(7-2)*3</answer>"
+    text = "12-2=10+3=13\n<answer>12-2+3</answer>"
     tokens = tokenizer.encode(text + "<|im_end|>")
-    line = ["7", "-2", "=5", "*3", "=15", "Ċ"]
-    answer = ["<answer>", "(7", "-2", ")*3", "</answer>", "<|im_end|>"]
+    line = ["12", "-2", "=10", "+3", "=13", "Ċ"]
+    answer = ["<answer>", "12", "-2", "+3", "</answer>", "<|im_end|>"]
     assert tokenizer.convert_ids_to_tokens(tokens) == line + answer
     decoded = tokenizer.decode(tokens, skip_special_tokens=True)
     assert decoded == text
-    truth = {"target": 15, "numbers": [3, 7, 2]}
+    truth = {"target": 13, "numbers": [3, 12, 2]}
     assert compute_score("countdown", decoded, truth)["score"] == 1
 
 
@@ -260,8 +261,10 @@ def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
     messages = tiny([3, 7, 2], 15)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>user\n3 7 2 = 15<|im_end|>\n<|im_start|>assistant\n"
-    for target in (1, 9, 10, 99):
-        encoded = tokenizer.apply_chat_template(tiny([9, 1, 5], target), add_generation_prompt=True)
+    for target in (1, 9, 10, 45):
+        encoded = tokenizer.apply_chat_template(
+            tiny([9, 1, 15], target), add_generation_prompt=True
+        )
         assert len(encoded["input_ids"]) == MAX_PROMPT_TOKENS
     assert len(tokenizer.encode("\n")) == 1
 
@@ -270,7 +273,7 @@ def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
 
 
 def test_demonstrations_are_true_and_have_the_stated_shape(tokenizer):
-    held_out = {((2, 3, 7), target) for target in range(1, 100)}
+    held_out = {((2, 3, 7), target) for target in range(1, 46)}
     demonstrations = Demonstrations(tokenizer, 1, held_out)
     attempts, right, worked_right = [], [], []
     for _ in range(2000):
@@ -286,14 +289,19 @@ def test_demonstrations_are_true_and_have_the_stated_shape(tokenizer):
         values = []
         for line in lines:
             first, second, value = line.split("=")
-            step = {"target": int(second[:-2]), "numbers": [int(first[0]), int(first[2])]}
+            partial = re.match("[0-9]+", second)[0]
+            step = {
+                "target": int(partial),
+                "numbers": [int(n) for n in re.findall("[0-9]+", first)],
+            }
             assert compute_score("c", f"<answer>{first}</answer>", step)["score"] == 1
             whole = {"target": int(value), "numbers": numbers}
-            shown = f"<answer>({first}){second[-2:]}</answer>"
+            shown = f"<answer>{first}{second.removeprefix(partial)}</answer>"
             assert compute_score("c", shown, whole)["score"] == 1
             values.append(int(value))
-        # Nobody goes on after a hit.
+        # Nobody goes on after a hit, or tries a value twice.
         assert int(target) not in values[:-1]
+        assert len(set(values)) == len(values)
         result = compute_score("c", answer, {"target": int(target), "numbers": numbers})
         assert result["format"] == 1
         if lines:
