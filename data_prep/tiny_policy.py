@@ -1,6 +1,6 @@
 """Make the tiny policy: `python -m data_prep.tiny_policy --out DIR [--seed S] [--held-out FILE]`.
 
-The policy is a Qwen2 causal language model of about 0.28 million float32
+The policy is a Qwen2 causal language model of about 0.15 million float32
 parameters with its own tokenizer, warm-started on demonstrations of Countdown
 with three numbers from 1 to 15 (see `tiny_demos`). Its answers are right 5 to 15
 times in a hundred; reinforcement learning does the rest.

@@ -40,7 +40,7 @@ class Schedule:
         habit_direct_share: The same in the second, which sets the policy's success.
     """
 
-    skill_steps: int = 1000
+    skill_steps: int = 1200
     habit_steps: int = 150
     batch_size: int = 16
     skill_direct_share: float = 0.17
@@ -53,15 +53,15 @@ class Schedule:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Return an untrained Qwen2 of about 0.28 million float32 parameters."""
+    """Return an untrained Qwen2 of about 0.15 million float32 parameters."""
     vocabulary = tokenizer.get_vocab()
     ends, pads = vocabulary[TURN_END], vocabulary[END_OF_TEXT]
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=192,
         num_hidden_layers=2,
-        num_attention_heads=3,
+        num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=512,
         tie_word_embeddings=False,
