@@ -1,9 +1,10 @@
-"""Make the tiny policy: `python -m data_prep.tiny_policy --out DIR [--seed S] [--held-out FILE]`.
+"""Make the tiny policy: `python -m data_prep.tiny_policy --out DIR [--task T] [--seed S]`.
 
 The policy is a Qwen2 causal language model of about 0.15 million float32
 parameters with its own tokenizer, warm-started on demonstrations of Countdown
-with three numbers from 1 to 15 (see `tiny_demos`). Its answers are right 5 to 15
-times in a hundred; reinforcement learning does the rest.
+with three numbers from 1 to 15 (see `tiny_demos_countdown`) or of the compressed
+TeleLogs task (see `tiny_demos_telelogs`). Its answers are right 5 to 15 times in
+a hundred; reinforcement learning does the rest.
 
 The same seed, held-out puzzles and versions of torch and transformers give the
 same bytes on one machine: the warm start runs on one thread, whatever is set.
@@ -31,7 +32,9 @@ import transformers
 from data_prep.command import CommandParser, integer_in, progress_bar, run
 from data_prep.splits import check_output
 from data_prep.tables import column_names
-from data_prep.tiny_demos import Demonstrations, PuzzleKey
+from data_prep.tiny_demos import Demonstrations
+from data_prep.tiny_demos_countdown import CountdownDemonstrations, PuzzleKey
+from data_prep.tiny_demos_telelogs import TeleLogsDemonstrations
 from data_prep.tiny_tokenizer import build_tokenizer
 from data_prep.tiny_training import Schedule, build_model, warm_start
 from hpo_verl.errors import DataError
@@ -40,18 +43,25 @@ MANIFEST = "manifest.json"
 # To be raised by every change after which a seed gives another policy.
 RECIPE_VERSION = 2
 MAX_SEED = 2**31 - 1
+SCHEDULES = {
+    "countdown": Schedule(),
+    "telelogs": Schedule(skill_steps=300, skill_direct_share=0.3, habit_direct_share=0.95),
+}
 _REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    parser = CommandParser(description="Make the tiny policy for Countdown on a CPU.")
+    parser = CommandParser(description="Make the tiny policy on a CPU.")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--task", choices=tuple(SCHEDULES), default="countdown")
     parser.add_argument("--seed", type=integer_in(0, MAX_SEED), default=0)
     parser.add_argument(
         "--held-out", type=Path, help="parquet file of Countdown puzzles never to be shown"
     )
     arguments = parser.parse_args(argv)
+    if arguments.held_out and arguments.task != "countdown":
+        parser.error("--held-out needs --task countdown")
     check_output(arguments.out)
     started = perf_counter()
     with progress_bar() as progress:
@@ -61,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.seed,
             read_puzzles(arguments.held_out) if arguments.held_out else (),
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            task=arguments.task,
         )
     print(
-        f"{arguments.out}: {manifest['parameters']:,} parameters, seed {arguments.seed}, "
-        f"{manifest['held_out']['puzzles']} puzzles held out, {perf_counter() - started:.0f} s"
+        f"{arguments.out}: {arguments.task}, {manifest['parameters']:,} parameters, "
+        f"seed {arguments.seed}, {manifest['held_out']['puzzles']} puzzles held out, "
+        f"{perf_counter() - started:.0f} s"
     )
 
 
@@ -74,6 +86,7 @@ def make_policy(
     held_out: Collection[PuzzleKey] = (),
     schedule: Schedule | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    task: str = "countdown",
 ) -> dict[str, Any]:
     """Make the tiny policy in the folder `out`; an older one there is replaced.
 
@@ -81,8 +94,9 @@ def make_policy(
         out: Folder, made if missing.
         seed: Of the initial weights and the demonstrations.
         held_out: Puzzles, (sorted numbers, target), that no demonstration poses.
-        schedule: Length and mixture of the warm start; the standard one if None.
+        schedule: Length and mixture of the warm start; that of the task if None.
         progress: Told the batches done and their total.
+        task: A key of `SCHEDULES`.
 
     Returns:
         The manifest, which is also in the folder.
@@ -91,17 +105,18 @@ def make_policy(
         DataError: The folder cannot be written, or holds something else.
     """
     out = Path(out).absolute()
-    schedule = schedule or Schedule()
+    schedule = schedule or SCHEDULES[task]
     _check_replaceable(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     new_folders = [folder for folder in out.parents if not folder.exists()]
     done = False
     try:
         temporary.mkdir(parents=True)
-        facts = _train_and_save(temporary, seed, held_out, schedule, progress)
+        facts = _train_and_save(temporary, task, seed, held_out, schedule, progress)
         files = sorted(path.name for path in temporary.iterdir())
         manifest = {
             "recipe_version": RECIPE_VERSION,
+            "task": task,
             "seed": seed,
             "held_out": {"puzzles": len(set(held_out)), "sha256": puzzles_digest(held_out)},
             "schedule": asdict(schedule),
@@ -204,6 +219,7 @@ def puzzles_digest(puzzles: Collection[PuzzleKey]) -> str:
 
 def _train_and_save(
     folder: Path,
+    task: str,
     seed: int,
     held_out: Collection[PuzzleKey],
     schedule: Schedule,
@@ -218,7 +234,11 @@ def _train_and_save(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build_model(tokenizer)
-            demonstrations = Demonstrations(tokenizer, seed, held_out)
+            demonstrations: Demonstrations = (
+                TeleLogsDemonstrations(tokenizer, seed)
+                if task == "telelogs"
+                else CountdownDemonstrations(tokenizer, seed, held_out)
+            )
             warm_start(model, demonstrations, schedule, lambda done: progress(done, schedule.steps))
     finally:
         torch.set_num_threads(threads)

@@ -1,11 +1,11 @@
-"""Tokenizer of the tiny policy: byte-level BPE in Qwen2's form.
+r"""Tokenizer of the tiny policy: byte-level BPE in Qwen2's form.
 
 transformers builds a `Qwen2Tokenizer` for every checkpoint whose config says
 Qwen2, whatever was saved beside it, so the tokenizer is one from the start:
 every byte is in the vocabulary (any text can be encoded and decoded), and the
-words of the chat template are one token each. What Countdown writes often is an
-ordinary added token, which decoding never strips: the answer tags, numbers of
-two digits, and the parts of a step such as `-2` and `=15`.
+words of the chat template are one token each. What answers hold often is an
+ordinary added token, which decoding never strips: the answer tags, `\boxed{`,
+numbers of two digits, and the parts of a step such as `-2` and `=15`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
+BOX_OPEN = "\\boxed{"
 MAX_NUMBER = 15
 MAX_VALUE = 3 * MAX_NUMBER
 # Words of the chat template, and the " =" of a prompt in byte letters.
@@ -55,7 +56,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-    ordinary = [ANSWER_OPEN, ANSWER_CLOSE, *_arithmetic_tokens()]
+    ordinary = [ANSWER_OPEN, ANSWER_CLOSE, BOX_OPEN, *_arithmetic_tokens()]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in ordinary])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

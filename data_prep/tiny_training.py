@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from data_prep.tiny_demos import IGNORED, MAX_PROMPT_TOKENS, Demonstrations
+from data_prep.tiny_demos import IGNORED, Demonstrations
 from data_prep.tiny_tokenizer import END_OF_TEXT, MAX_VALUE, TURN_END, step_part
 
 _PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50, 100)
@@ -21,8 +21,7 @@ _WEIGHT_DECAY = 0.01
 _RAMP_STEPS = 30
 _DECAY_FROM = 0.2
 _FINAL_LR = 0.03
-# A computed value says more than its one token, the rest is partly chance.
-_VALUE_WEIGHT = 2.0
+_WEIGHT_OF_WEIGHTY = 2.0
 # The loss is divided by this many tokens a response, about the mean, so that a
 # batch of short responses weighs no more than one of long ones.
 _RESPONSE_TOKENS = 15.0
@@ -118,7 +117,7 @@ def warm_start(
     ):
         for inputs, labels in demonstrations.batches(steps, schedule.batch_size, direct_share):
             model.zero_grad()
-            _loss(model, inputs, labels, demonstrations.value_tokens).backward()
+            _loss(model, inputs, labels, demonstrations).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -130,16 +129,20 @@ def warm_start(
 
 
 def _loss(
-    model: Qwen2ForCausalLM, inputs: torch.Tensor, labels: torch.Tensor, values: torch.Tensor
+    model: Qwen2ForCausalLM,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    demonstrations: Demonstrations,
 ) -> torch.Tensor:
     """Return the weighted cross-entropy of a batch, in nats a response token."""
-    kept = inputs.shape[1] - MAX_PROMPT_TOKENS + 1
+    kept = inputs.shape[1] - demonstrations.prompt_tokens + 1
     logits = model(input_ids=inputs, logits_to_keep=kept, use_cache=False).logits
     labels = labels[:, -kept:]
     entropy = functional.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
-    weighted = torch.where(torch.isin(labels, values), _VALUE_WEIGHT * entropy, entropy)
+    weighty = torch.isin(labels, demonstrations.weighty_tokens)
+    weighted = torch.where(weighty, _WEIGHT_OF_WEIGHTY * entropy, entropy)
     return weighted.sum() / (len(labels) * _RESPONSE_TOKENS)
 
 

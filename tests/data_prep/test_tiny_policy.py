@@ -10,12 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep import countdown, tiny_policy
 from data_prep.command import run
 from data_prep.countdown_prompts import tiny
-from data_prep.tiny_demos import (
-    IGNORED,
-    MAX_PROMPT_TOKENS,
-    MAX_RESPONSE_TOKENS,
-    Demonstrations,
-)
+from data_prep.tiny_demos import IGNORED
+from data_prep.tiny_demos_countdown import MAX_RESPONSE_TOKENS, CountdownDemonstrations
 from data_prep.tiny_tokenizer import build_tokenizer
 from data_prep.tiny_training import Schedule
 from hpo_verl.errors import DataError
@@ -75,7 +71,7 @@ def test_it_loads_as_a_float32_qwen2_that_ends_turns(policy, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(policy)
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert 250_000 <= sum(weight.numel() for weight in model.parameters()) <= 300_000
+    assert 140_000 <= sum(weight.numel() for weight in model.parameters()) <= 160_000
     assert model.config.vocab_size == len(tokenizer) == model.lm_head.out_features
     assert model.config.hidden_size == 32 * model.config.num_attention_heads
     assert tokenizer.decode([tokenizer.eos_token_id]) == "<|im_end|>"
@@ -170,7 +166,7 @@ def test_check_refuses_another_seed_other_puzzles_or_no_policy(policy, copy):
 
 
 def test_the_command_holds_out_the_puzzles_of_a_data_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tiny_policy, "Schedule", lambda: SHORT)
+    monkeypatch.setitem(tiny_policy.SCHEDULES, "countdown", SHORT)
     ranges = ["--max-number", 15, "--min-target", 1, "--max-target", 45, "--operators", "+-"]
     sizes = ["--numbers", 3, "--train-size", 8, "--val-size", 5, "--prompt", "tiny"]
     data = [str(part) for part in [*sizes, *ranges, "--out", tmp_path / "data"]]
@@ -265,7 +261,7 @@ def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
         encoded = tokenizer.apply_chat_template(
             tiny([9, 1, 15], target), add_generation_prompt=True
         )
-        assert len(encoded["input_ids"]) == MAX_PROMPT_TOKENS
+        assert len(encoded["input_ids"]) == CountdownDemonstrations.prompt_tokens
     assert len(tokenizer.encode("\n")) == 1
 
 
@@ -274,11 +270,11 @@ def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
 
 def test_demonstrations_are_true_and_have_the_stated_shape(tokenizer):
     held_out = {((2, 3, 7), target) for target in range(1, 46)}
-    demonstrations = Demonstrations(tokenizer, 1, held_out)
+    demonstrations = CountdownDemonstrations(tokenizer, 1, held_out)
     attempts, right, worked_right = [], [], []
     for _ in range(2000):
         prompt, response = demonstrations.draw(direct_share=0.25)
-        assert len(prompt) == MAX_PROMPT_TOKENS
+        assert len(prompt) == CountdownDemonstrations.prompt_tokens
         assert len(response) <= MAX_RESPONSE_TOKENS
         assert response[-1] == tokenizer.eos_token_id
         puzzle = tokenizer.decode(prompt[3:-5])
@@ -317,12 +313,12 @@ def test_demonstrations_are_true_and_have_the_stated_shape(tokenizer):
 
 
 def test_batches_mark_the_response_only(tokenizer):
-    demonstrations = Demonstrations(tokenizer, 1)
+    demonstrations = CountdownDemonstrations(tokenizer, 1)
     for inputs, labels in demonstrations.batches(6, 4, 0.5):
         assert inputs.shape == labels.shape == (4, inputs.shape[1])
         for row, target in zip(inputs, labels, strict=True):
             kept = target != IGNORED
-            assert not kept[: MAX_PROMPT_TOKENS - 1].any()
+            assert not kept[: demonstrations.prompt_tokens - 1].any()
             assert target[kept][-1] == tokenizer.eos_token_id
             assert (target[kept] == tokenizer.eos_token_id).sum() == 1
             assert torch.equal(row[1:][kept[:-1]], target[:-1][kept[:-1]])

@@ -153,7 +153,7 @@ def test_alpha_and_signs_are_logged_on_every_step(trained):
 
 def test_weights_moved_and_the_server_has_them(trained, cache):
     folder, _, _ = trained
-    before = load_file(cache / "tiny-policy-0" / "model.safetensors")
+    before = load_file(cache / "tiny-policy-countdown-0" / "model.safetensors")
     after = load_file(folder / "policy" / "model.safetensors")
     assert before.keys() == after.keys()
     assert any((before[name] - after[name]).abs().max() > 1e-5 for name in before)
@@ -193,14 +193,16 @@ def test_stock_verl_repeats_the_run_bit_for_bit(trained, cache, tmp_path):
     assert (folder / saved).read_bytes() == (again / saved).read_bytes()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_ended_run_leaves_no_process(trained, cache, tmp_path, how):
+@pytest.mark.parametrize(
+    ("recipe", "how"), [("telelogs-tiny", signal.SIGINT), ("countdown-tiny", signal.SIGKILL)]
+)
+def test_an_ended_run_leaves_no_process(trained, cache, tmp_path, recipe, how):
     folder = tmp_path / "run"
     shared_memory = set(os.listdir(SHARED_MEMORY))
     before = run_processes()
     process = start(
         [
-            *(BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, f"hydra.run.dir={folder}"),
+            *(BIN / "hpo-verl", "train", recipe, *SMALL, f"hydra.run.dir={folder}"),
             *("algo=grpo", "trainer.total_training_steps=500", "trainer.val_before_train=false"),
         ],
         cache,
