@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -73,6 +74,38 @@ def train(
         console.print(f"a longer run: hpo-verl train {longer}")
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; see `hpo-verl list`.")],
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard."),
+    ] = "http://127.0.0.1:8265",
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end; Ctrl-C stops it.")
+    ] = True,
+) -> None:
+    """Train a policy as a job on a Ray cluster.
+
+    Examples:
+      hpo-verl submit countdown3-1.5b hydra.run.dir=/shared/runs/first
+
+      hpo-verl submit countdown3-7b --address http://127.0.0.1:8265 --no-wait hardware=2x8gpu
+    """
+    from hpo_verl.launch.submit import submit as run
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    run(
+        recipe,
+        overrides or [],
+        address,
+        wait,
+        console.print,
+        lambda text: print(text, end="", flush=True),
+    )
+
+
 @app.command("list")
 def list_() -> None:
     """List the recipes and what their groups offer."""
@@ -87,6 +120,8 @@ def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
     from hpo_verl.launch.train import TrainingFailed
 
+    # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except TrainingFailed as error:
