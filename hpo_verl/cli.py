@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -104,6 +105,49 @@ def submit(
         console.print,
         lambda text: print(text, end="", flush=True),
     )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    picture: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = Path(
+        "report.png"
+    ),
+) -> None:
+    """Compare finished runs: a table, means over seeds, and a picture of success over steps.
+
+    Examples:
+      hpo-verl report runs/countdown-tiny/*
+
+      hpo-verl report runs/a runs/b --picture comparison.svg
+    """
+    from hpo_verl.report.picture import check_picture, draw
+    from hpo_verl.report.runs import group_runs, read_runs
+    from hpo_verl.report.table import runs_table
+
+    check_picture(picture)
+    groups = group_runs(read_runs(runs))
+    Console(highlight=False, soft_wrap=True).print(runs_table(groups))
+    print(f"picture: {picture}" if draw(groups, picture) else "no picture: no run was validated")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run or of one of its checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+) -> None:
+    """Write a checkpoint's policy as a Hugging Face folder, in bfloat16.
+
+    Examples:
+      hpo-verl export runs/countdown3-1.5b/2026-01-31_12-00-00 --out policy
+
+      hpo-verl export ~/hpo_verl_checkpoints/NAME/global_step_100 --out policy
+    """
+    from hpo_verl.launch.export import export as run
+
+    print(f"{run(source, out)} -> {out}")
 
 
 @app.command("list")

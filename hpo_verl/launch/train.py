@@ -89,7 +89,7 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
+def quiet_imports() -> Iterator[None]:
     """Keep verl's remarks on optional packages from the user's screen."""
     before = os.environ.get("VERL_LOGGING_LEVEL")
     os.environ["VERL_LOGGING_LEVEL"] = "ERROR"
@@ -111,7 +111,7 @@ def compose_alone(recipe: str, overrides: Sequence[str]) -> DictConfig:
         HpoVerlError: names the key, its value and what is permitted.
     """
     checks.check_versions()
-    with _quiet_imports():
+    with quiet_imports():
         config = without_hydra(compose_recipe(recipe, overrides))
     try:
         OmegaConf.resolve(config)
@@ -130,7 +130,7 @@ def check_with_verl(config: DictConfig) -> None:
     """
     if config.trainer.device == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"
-    with _quiet_imports():
+    with quiet_imports():
         from hpo_verl.verl_plugin import preflight
 
         preflight.check_with_verl(config)
