@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import tempfile
 import time
 import urllib.error
@@ -87,9 +86,7 @@ def connect(address: str) -> Any:
         EnvironmentCheckError: nothing, or no recent enough Ray, answers there, or it
             asks for a token.
     """
-    url = urlsplit(address)
     try:
-        socket.create_connection((url.hostname, url.port), timeout=CONNECT_SECONDS).close()
         with urllib.request.urlopen(f"{address}/api/version", timeout=CONNECT_SECONDS) as reply:  # noqa: S310
             found = str(json.load(reply)["ray_version"])
         if Version(found) < Version(LOWEST_RAY):
@@ -134,7 +131,7 @@ def node_resources(address: str) -> list[dict[str, float]]:
     from ray.util.state import list_nodes
 
     try:
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=10_000)
+        nodes: Any = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=10_000)
     except Exception as error:
         raise EnvironmentCheckError(f"--address {address}: {_first_line(error)}") from error
     return [dict(node.resources_total) for node in nodes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.figure import Figure
 
@@ -18,6 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX"
+LABEL_WIDTH = 80
 
 
 def check_picture(path: Path) -> None:
@@ -46,7 +48,7 @@ def draw(groups: Sequence[Group], path: Path) -> bool:
         ConfigError: see `check_picture`.
     """
     check_picture(path)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for position, group in enumerate(groups):
         style = {
@@ -66,7 +68,7 @@ def draw(groups: Sequence[Group], path: Path) -> bool:
             axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.4)
         label = group.label + (f" ({len(series)} seeds)" if len(series) > 1 else "")
         means = [sum(column) / len(column) for column in columns]
-        axes.plot(common, means, label=label, **style)
+        axes.plot(common, means, label=fill(label, LABEL_WIDTH), **style)
         if len(series) >= LEAST_SEEDS:
             bounds = [bootstrap_interval(column) or (0.0, 0.0) for column in columns]
             low, high = zip(*bounds, strict=True)
@@ -77,7 +79,7 @@ def draw(groups: Sequence[Group], path: Path) -> bool:
     axes.set_ylabel("success rate on held-out prompts")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", frameon=False, fontsize="small")
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=150, format=path.suffix[1:])
     os.replace(partial, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.table import Table
 
 from hpo_verl.report.intervals import bootstrap_interval
@@ -14,17 +15,26 @@ NOT_MEASURED = "-"
 
 def runs_table(groups: Sequence[Group]) -> Table:
     """One row a run; one more for each group of several seeds, with mean and interval."""
-    table = Table(title="success on held-out prompts; mean [95 % bootstrap interval over seeds]")
-    for name in ("recipe", "algorithm", "settings"):
+    table = Table(
+        title="success on held-out prompts; mean [95 % bootstrap interval over seeds]",
+        box=box.SIMPLE,
+        caption="\n".join(
+            f"group {number}: {group.settings}"
+            for number, group in enumerate(groups, 1)
+            if group.settings
+        ),
+        caption_justify="left",
+    )
+    for name in ("recipe", "algorithm"):
         table.add_column(name, overflow="fold")
-    for name in ("seed", "steps", "before", "after", "s/step"):
-        table.add_column(name, justify="right")
-    for group in groups:
+    for name in ("group", "seed", "steps", "before", "after", "s/step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, group in enumerate(groups, 1):
         for run in group.runs:
             table.add_row(
                 run.recipe,
                 run.algorithm,
-                group.settings,
+                str(number),
                 NOT_MEASURED if run.seed is None else str(run.seed),
                 str(run.steps),
                 _percent(run.before),
@@ -35,7 +45,8 @@ def runs_table(groups: Sequence[Group]) -> Table:
             table.add_row(
                 "",
                 f"mean of {len(group.runs)} seeds",
-                *("", "", ""),
+                str(number),
+                *("", ""),
                 _mean(group, lambda run: run.before, _percent),
                 _mean(group, lambda run: run.after, _percent),
                 _mean(group, lambda run: run.seconds_per_step, _seconds),

@@ -42,7 +42,7 @@ def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) 
     shares: list[list[int]] = [[] for _ in range(ranks)]
     workloads = calculate_workload(torch.tensor(lengths, dtype=torch.int64))
     for start in range(0, len(lengths), mini_batch_size):
-        parts = get_seqlen_balanced_partitions(
+        parts: Any = get_seqlen_balanced_partitions(
             workloads[start : start + mini_batch_size].tolist(), ranks, equal_size=True
         )
         for share, part in zip(shares, parts, strict=True):
