@@ -12,12 +12,12 @@ from hpo_verl.verl_plugin.repeatable import RepeatableOrder, deal_mini_batches
 
 
 def test_each_mini_batch_is_dealt_by_itself():
-    # By length alone the two long rows would go to different ranks, into different mini-batches.
-    assert deal_mini_batches([9, 9, 1, 1], mini_batch_size=2, ranks=2) == [[0, 2], [1, 3]]
-    assert deal_mini_batches([9, 1, 5, 5, 2, 2, 2, 2], mini_batch_size=4, ranks=2) == [
-        [0, 1, 4, 5],
-        [2, 3, 6, 7],
-    ]
+    # In the whole batch, {9, 1} {9, 1} would be as even with both long rows in one mini-batch.
+    assert sorted(deal_mini_batches([9, 9, 1, 1], mini_batch_size=2, ranks=2)) == [[0, 2], [1, 3]]
+    lengths = [9, 1, 5, 5, 2, 8, 4, 6]
+    shares = deal_mini_batches(lengths, mini_batch_size=4, ranks=2)
+    for rows in shares:
+        assert [sum(lengths[row] for row in rows[part : part + 2]) for part in (0, 2)] == [10, 10]
 
 
 def test_one_rank_keeps_the_order():
