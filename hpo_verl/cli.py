@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -73,6 +75,81 @@ def train(
         console.print(f"a longer run: hpo-verl train {longer}")
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; see `hpo-verl list`.")],
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard."),
+    ] = "http://127.0.0.1:8265",
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end; Ctrl-C stops it.")
+    ] = True,
+) -> None:
+    """Train a policy as a job on a Ray cluster.
+
+    Examples:
+      hpo-verl submit countdown3-1.5b hydra.run.dir=/shared/runs/first
+
+      hpo-verl submit countdown3-7b --address http://127.0.0.1:8265 --no-wait hardware=2x8gpu
+    """
+    from hpo_verl.launch.submit import submit as run
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    run(
+        recipe,
+        overrides or [],
+        address,
+        wait,
+        console.print,
+        lambda text: print(text, end="", flush=True),
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    picture: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = Path(
+        "report.png"
+    ),
+) -> None:
+    """Compare finished runs: a table, means over seeds, and a picture of success over steps.
+
+    Examples:
+      hpo-verl report runs/countdown-tiny/*
+
+      hpo-verl report runs/a runs/b --picture comparison.svg
+    """
+    from hpo_verl.report.picture import check_picture, draw
+    from hpo_verl.report.runs import group_runs, read_runs
+    from hpo_verl.report.table import runs_table
+
+    check_picture(picture)
+    groups = group_runs(read_runs(runs))
+    Console(highlight=False, soft_wrap=True).print(runs_table(groups))
+    print(f"picture: {picture}" if draw(groups, picture) else "no picture: no run was validated")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run or of one of its checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+) -> None:
+    """Write a checkpoint's policy as a Hugging Face folder, in bfloat16.
+
+    Examples:
+      hpo-verl export runs/countdown3-1.5b/2026-01-31_12-00-00 --out policy
+
+      hpo-verl export ~/hpo_verl_checkpoints/NAME/global_step_100 --out policy
+    """
+    from hpo_verl.launch.export import export as run
+
+    print(f"{run(source, out)} -> {out}")
+
+
 @app.command("list")
 def list_() -> None:
     """List the recipes and what their groups offer."""
@@ -87,6 +164,8 @@ def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
     from hpo_verl.launch.train import TrainingFailed
 
+    # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except TrainingFailed as error:

@@ -172,7 +172,11 @@ def last_error(log_file: Path, tail_bytes: int = 200_000) -> str:
     """The last error message in a log: what a worker said before the run ended."""
     with log_file.open("rb") as log:
         log.seek(max(0, log_file.stat().st_size - tail_bytes))
-        lines = log.read().decode(errors="replace").splitlines()
+        return last_error_line(log.read().decode(errors="replace").splitlines())
+
+
+def last_error_line(lines: Sequence[str]) -> str:
+    """The last line that is an error's message, or else the last line."""
     errors = [line.strip() for line in lines if _looks_like_error(line)]
     return errors[-1] if errors else (lines[-1].strip() if lines else "no output")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import ConfigError, HpoVerlError
-from hpo_verl.launch import checks, outputs
+from hpo_verl.launch import checks, cluster, outputs
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
@@ -75,9 +75,9 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
         "TOKENIZERS_PARALLELISM": "false",
     }
     if config.trainer.device == "cpu":
+        variables |= {"VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
+    if config.trainer.device == "cpu" and not cluster.joins_cluster(config):
         variables |= {
-            "VERL_PLATFORM": "cpu",
-            "HF_HUB_OFFLINE": "1",
             # Ray's own switch, named after the systems where it is the default: one
             # node, and every server on loopback.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -89,7 +89,7 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
+def quiet_imports() -> Iterator[None]:
     """Keep verl's remarks on optional packages from the user's screen."""
     before = os.environ.get("VERL_LOGGING_LEVEL")
     os.environ["VERL_LOGGING_LEVEL"] = "ERROR"
@@ -102,6 +102,38 @@ def _quiet_imports() -> Iterator[None]:
             del os.environ["VERL_LOGGING_LEVEL"]
         else:
             os.environ["VERL_LOGGING_LEVEL"] = before
+
+
+def compose_alone(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a recipe and check what needs neither its files nor verl.
+
+    Raises:
+        HpoVerlError: names the key, its value and what is permitted.
+    """
+    checks.check_versions()
+    with quiet_imports():
+        config = without_hydra(compose_recipe(recipe, overrides))
+    try:
+        OmegaConf.resolve(config)
+    except Exception as error:
+        raise ConfigError(f"recipe {recipe}: {error}") from error
+    cluster.join(config)
+    checks.check_numbers(config)
+    return config
+
+
+def check_with_verl(config: DictConfig) -> None:
+    """Let verl check a configuration; its import takes seconds, so this comes late.
+
+    Raises:
+        ConfigError: names the section and verl's complaint.
+    """
+    if config.trainer.device == "cpu":
+        os.environ["VERL_PLATFORM"] = "cpu"
+    with quiet_imports():
+        from hpo_verl.verl_plugin import preflight
+
+        preflight.check_with_verl(config)
 
 
 def compose_and_check(
@@ -120,23 +152,10 @@ def compose_and_check(
     Raises:
         HpoVerlError: names the key or file, its value and what is permitted.
     """
-    checks.check_versions()
-    with _quiet_imports():
-        config = without_hydra(compose_recipe(recipe, overrides))
-    try:
-        OmegaConf.resolve(config)
-    except Exception as error:
-        raise ConfigError(f"recipe {recipe}: {error}") from error
-    checks.check_numbers(config)
+    config = compose_alone(recipe, overrides)
     if not missing(config):
         checks.check_files(config)
-    if config.trainer.device == "cpu":
-        os.environ["VERL_PLATFORM"] = "cpu"
-    with _quiet_imports():
-        # verl takes seconds to import, so what does not need it was checked before.
-        from hpo_verl.verl_plugin import preflight
-
-        preflight.check_with_verl(config)
+    check_with_verl(config)
     checks.check_machine(config)
     if missing(config):
         make_missing(config, announce)

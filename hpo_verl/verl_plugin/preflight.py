@@ -1,7 +1,8 @@
 """Checks a configuration in the driver, before verl starts Ray.
 
 As a Hydra callback (`hydra.callbacks` in the recipes) the same checks run under
-stock `python -m verl.trainer.main_ppo`; it also gives the run its folder.
+stock `python -m verl.trainer.main_ppo`; it also gives the run its folder, and
+fits what a recipe says of Ray to the cluster that the run joins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import ConfigError, HpoVerlError
-from hpo_verl.launch import checks
+from hpo_verl.launch import checks, cluster
 from hpo_verl.launch.prepare import check_made
 from hpo_verl.launch.recipes import without_hydra
 
@@ -91,6 +92,9 @@ class Preflight(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check, then point verl's loggers and checkpoints into the run folder."""
         try:
+            cluster.join(config)
+            if cluster.joins_cluster(config):
+                cluster.check_absolute(config, str(config.hydra.run.dir))
             check(without_hydra(config))
             folder = Path(config.hydra.run.dir).absolute()
             checks.check_run_folder(folder)
@@ -103,3 +107,4 @@ class Preflight(Callback):
         with open_dict(config):
             if not config.trainer.default_local_dir:
                 config.trainer.default_local_dir = str(folder / "checkpoints")
+        cluster.forward_environment(config)

@@ -8,107 +8,22 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from real_runs import (
+    BIN,
+    SMALL,
+    STEPS,
+    read_metrics,
+    repeatable,
+    run_processes,
+    start,
+    wait_for_step,
+)
 from safetensors.torch import load_file
 
-from hpo_verl.launch.process import MARKER, SHARED_MEMORY
-
-BIN = Path(sys.executable).parent
-STEPS = 3
-SMALL = [
-    "data.train_batch_size=16",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=128",
-    f"trainer.total_training_steps={STEPS}",
-    f"trainer.save_freq={STEPS}",
-    f"trainer.test_freq={STEPS}",
-]
-# Wall-clock time and memory differ between any two runs.
-NOT_REPEATABLE = ("timing", "perf/", "actor/perf/", "mfu")
+from hpo_verl.launch.process import SHARED_MEMORY
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def start(command, cache, **options):
-    environment = {**os.environ, "HPO_VERL_CACHE": str(cache), "RAY_worker_niceness": "0"}
-    return subprocess.Popen(command, env=environment, text=True, **options)
-
-
-def read_metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["data"] for row in map(json.loads, lines)}
-
-
-def repeatable(metrics):
-    return {
-        step: {key: value for key, value in data.items() if not key.startswith(NOT_REPEATABLE)}
-        for step, data in metrics.items()
-    }
-
-
-def run_processes():
-    """Processes of any run of ours, found by the marker that they inherit."""
-    found = {}
-    for process in psutil.process_iter():
-        try:
-            marker = process.environ().get(MARKER)
-        except (psutil.Error, OSError):
-            continue
-        if marker and process.status() != psutil.STATUS_ZOMBIE:
-            found[process.pid] = process
-    return found
-
-
-def listening_addresses(processes):
-    addresses = set()
-    for process in processes.values():
-        try:
-            connections = process.net_connections("inet")
-        except psutil.Error:
-            continue
-        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
-    return addresses
-
-
-def wait_for_step(folder, step, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while True:
-        assert process.poll() is None, "the run ended early"
-        assert time.monotonic() < deadline
-        file = folder / "metrics.jsonl"
-        if file.exists() and any(f'"step":{step},' in line for line in file.open()):
-            return
-        time.sleep(0.3)
-
-
-@pytest.fixture(scope="module")
-def trained(cache, tmp_path_factory):
-    """One finished run of the command, and the addresses that its processes listened on."""
-    folder = tmp_path_factory.mktemp("run") / "a_hpo"
-    shared_memory = set(os.listdir(SHARED_MEMORY))
-    before = run_processes()
-    process = start(
-        [BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, f"hydra.run.dir={folder}"],
-        cache,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    addresses = set()
-    while process.poll() is None:
-        addresses |= listening_addresses(run_processes())
-        time.sleep(1)
-    output = process.stdout.read()
-    assert process.returncode == 0, output
-    assert set(run_processes()) - set(before) == set()
-    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
-    return folder, output, addresses
 
 
 def test_last_lines_tell_what_was_reached_and_where_it_is(trained):

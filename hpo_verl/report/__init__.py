@@ -1,0 +1,1 @@
+"""Compares finished runs: a table, intervals over seeds, and a picture. Reads files only."""

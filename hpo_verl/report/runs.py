@@ -1,0 +1,199 @@
+"""Reads finished runs and groups those that differ by their seed alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_verl.errors import DataError
+from hpo_verl.launch.metrics import MetricsFile
+
+FILES = ("summary.json", "metrics.jsonl", "config.yaml")
+NUMBERS = ("steps", "seed", "success_before", "success_after")
+# What may differ between two runs of one experiment.
+SEED_KEYS = frozenset({"seed", "data_loader_seed"})
+PLACES = ("ray_kwargs", "trainer.default_local_dir", "trainer.logger")
+SETTINGS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        folder: where it is.
+        recipe: task and model, or verl's experiment name.
+        algorithm: estimator and, where it adds something, loss.
+        seed: of data and sampling.
+        steps: training steps.
+        before: success on held-out prompts before training, fraction; None if not measured.
+        after: the same after the last step.
+        seconds_per_step: median of verl's `timing_s/step`.
+        validations: steps and success rates (fraction) over the run.
+        settings: dotted key -> value of the configuration without seeds and places.
+    """
+
+    folder: Path
+    recipe: str
+    algorithm: str
+    seed: int | None
+    steps: int
+    before: float | None
+    after: float | None
+    seconds_per_step: float | None
+    validations: tuple[Sequence[int], Sequence[float]]
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed alone.
+
+    Attributes:
+        runs: at least one, by seed.
+        settings: what tells the group from others of the same recipe and algorithm.
+    """
+
+    runs: tuple[Run, ...]
+    settings: str
+
+    @property
+    def label(self) -> str:
+        """Recipe, algorithm and settings."""
+        first = self.runs[0]
+        return " ".join(filter(None, (first.recipe, first.algorithm, self.settings)))
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run.
+
+    Raises:
+        DataError: the folder holds no finished run; names what it lacks.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    lacking = [name for name in FILES if not (folder / name).is_file()]
+    if lacking:
+        inside = sorted(path.parent for path in folder.glob("*/summary.json"))
+        hint = f"; it contains runs, such as {inside[0]}" if inside else ""
+        raise DataError(f"{folder} is no finished run: it has no {', '.join(lacking)}{hint}")
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        config = OmegaConf.load(folder / "config.yaml")
+        metrics.read_new()
+        if not isinstance(config, DictConfig):
+            raise TypeError("config.yaml is not a mapping")
+        for name in NUMBERS:
+            if not isinstance(summary[name], int | float | None):
+                raise TypeError(f"summary.json: {name}={summary[name]!r}")
+        names = config.get("names") or {}
+        return Run(
+            folder=folder,
+            recipe="-".join(names.values()) or str(config.trainer.experiment_name),
+            algorithm=str(summary["algorithm"]),
+            seed=summary["seed"],
+            steps=int(summary["steps"]),
+            before=summary["success_before"],
+            after=summary["success_after"],
+            seconds_per_step=_median(metrics.series("timing_s/step")[1]),
+            validations=metrics.success(),
+            settings=comparable_settings(config, summary["seed"]),
+        )
+    except Exception as error:
+        raise DataError(f"{folder} is no readable run: {error}") from error
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read runs; all folders that are none are named in one error.
+
+    Raises:
+        DataError: a folder is no run, or is given twice.
+    """
+    runs: dict[Path, Run] = {}
+    problems = []
+    for folder in folders:
+        if folder.resolve() in runs:
+            problems.append(f"{folder} is given twice")
+            continue
+        try:
+            runs[folder.resolve()] = read_run(folder)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+    return list(runs.values())
+
+
+def comparable_settings(config: DictConfig, seed: int | None) -> dict[str, str]:
+    """Flatten a configuration, without seeds and places.
+
+    Paths and names often contain the seed, so it is blotted out of strings.
+    """
+    flat: dict[str, str] = {}
+    number = re.compile(rf"(?<!\d){seed}(?!\d)")
+    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+        if key.rsplit(".", 1)[-1] in SEED_KEYS or key.startswith(PLACES):
+            continue
+        flat[key] = number.sub("<seed>", value) if isinstance(value, str) else repr(value)
+    return flat
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for position, inner in enumerate(value):
+            yield from _leaves(inner, f"{prefix}.{position}")
+    else:
+        yield prefix, value
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Group runs that differ by their seed alone.
+
+    Raises:
+        DataError: two runs do not even differ by their seed, and would count twice.
+    """
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: (run.recipe, run.algorithm, run.seed or 0)):
+        home = next((group for group in groups if group[0].settings == run.settings), None)
+        if home is None:
+            groups.append([run])
+            continue
+        twin = next((other for other in home if other.seed == run.seed), None)
+        if twin is not None:
+            raise DataError(
+                f"{twin.folder} and {run.folder} have the same settings and seed; give one of them"
+            )
+        home.append(run)
+    firsts = [group[0] for group in groups]
+    return [Group(tuple(group), _told_apart(group[0], firsts)) for group in groups]
+
+
+def _told_apart(run: Run, others: Sequence[Run]) -> str:
+    """The first few settings in which runs of the same recipe and algorithm differ."""
+    rivals = [o for o in others if (o.recipe, o.algorithm) == (run.recipe, run.algorithm)]
+    told: dict[str, None] = {}
+    for key in sorted({key for rival in rivals for key in rival.settings}):
+        name = key.rsplit(".", 1)[-1]
+        # The name of an experiment follows from its settings.
+        if name != "experiment_name" and len({rival.settings.get(key) for rival in rivals}) > 1:
+            # One setting often stands in several places; it is told once.
+            told.setdefault(f"{name}={run.settings.get(key)}")
+    shown = list(told)[:SETTINGS_SHOWN]
+    return " ".join(
+        shown + ([f"and {len(told) - len(shown)} more"] if len(told) > SETTINGS_SHOWN else [])
+    )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None

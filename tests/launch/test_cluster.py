@@ -1,0 +1,111 @@
+"""What a run tells Ray is fit to a cluster that is there; what it cannot have is refused."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.launch import cluster
+from hpo_verl.launch.recipes import compose_recipe, recipe_names, without_hydra
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", raising=False)
+    return without_hydra(compose_recipe("countdown-tiny", []))
+
+
+def test_a_run_of_its_own_keeps_its_settings(config):
+    before = config.copy()
+    cluster.join(config)
+    assert config == before
+    assert not cluster.joins_cluster(config)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "auto"])
+@pytest.mark.parametrize("how", ["variable", "setting"])
+def test_joining_drops_what_starts_a_cluster(config, monkeypatch, address, how):
+    if how == "variable":
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    else:
+        OmegaConf.update(config, "ray_kwargs.ray_init.address", address, force_add=True)
+    OmegaConf.update(config, "ray_kwargs.ray_init._temp_dir", "/x", force_add=True)
+    cluster.join(config)
+    left = set(config.ray_kwargs.ray_init)
+    assert left - {"address"} == {"runtime_env"}
+
+
+def test_local_is_no_cluster(config, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert not cluster.joins_cluster(config)
+
+
+def test_workers_get_what_they_cannot_inherit(config, monkeypatch):
+    for name in cluster.FORWARDED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TENSORBOARD_DIR", "/run/tensorboard")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    cluster.forward_environment(config)
+    assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == {
+        "TQ_NUM_THREADS": "1",
+        "TENSORBOARD_DIR": "/run/tensorboard",
+    }
+
+
+def test_recipes_name_absolute_paths_only(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for recipe in recipe_names():
+        cluster.check_absolute(without_hydra(compose_recipe(recipe, [])), "/run")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.train_files=train.parquet", "data.train_files"),
+        ("data.val_files=[/a.parquet,b.parquet]", "data.val_files"),
+        ("trainer.default_local_dir=checkpoints", "trainer.default_local_dir"),
+        ("actor_rollout_ref.model.path=policy", "actor_rollout_ref.model.path"),
+        ("actor_rollout_ref.model.path=my/policy", "actor_rollout_ref.model.path"),
+        ("reward.custom_reward_function.path=reward.py", "reward.custom_reward_function.path"),
+        ("prepare.data.output=data", "data.train_files"),
+    ],
+)
+def test_a_path_that_a_job_would_look_for_elsewhere(monkeypatch, tmp_path, override, key):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "policy").mkdir(parents=True)
+    config = without_hydra(compose_recipe("countdown-tiny", [override]))
+    with pytest.raises(ConfigError, match=f"^{key}=.*must be absolute"):
+        cluster.check_absolute(config, "/run")
+
+
+def test_a_relative_run_folder_and_a_hub_id(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
+    cluster.check_absolute(config, "~/runs/a")
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=runs/a"):
+        cluster.check_absolute(config, "runs/a")
+
+
+HEAD, WORKER = {"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}
+
+
+def test_enough_resources(config):
+    # Three CPUs of the rank, one storage unit, TransferQueue's controller and a free one.
+    cluster.check_resources(config, [{"CPU": 3.0}, WORKER])
+
+
+@pytest.mark.parametrize(
+    ("changes", "nodes", "message"),
+    [
+        ({}, [], "the cluster has: no node"),
+        ({}, [HEAD], "1 node.s. with 1 GPU and 3 CPU each; the cluster has: 0 GPU 4 CPU"),
+        ({"n_gpus_per_node": 2}, [WORKER, WORKER], "1 node.s. with 2 GPU and 6 CPU each"),
+        ({"nnodes": 2}, [HEAD, WORKER], "2 node.s. with 1 GPU"),
+        ({}, [{"CPU": 2.0}, WORKER], "reserves 6 of Ray's CPUs"),
+        ({}, [{"CPU": 64.0}, {"CPU": 2.0, "GPU": 1.0}], "with 1 GPU and 3 CPU each"),
+    ],
+)
+def test_too_few_resources(config, changes, nodes, message):
+    config.trainer.update(changes)
+    with pytest.raises(EnvironmentCheckError, match=message):
+        cluster.check_resources(config, nodes)

@@ -1,0 +1,185 @@
+"""Runs are read, grouped by their seed alone, averaged and drawn; what is no run is named."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+from typer.testing import CliRunner
+
+from hpo_verl.cli import app
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.intervals import bootstrap_interval
+from hpo_verl.report.picture import draw
+from hpo_verl.report.runs import group_runs, read_run, read_runs
+from hpo_verl.report.table import runs_table
+
+SUCCESS = "val-core/countdown/acc/mean@1"
+
+
+def write_run(folder, seed=0, alpha_min=0.1, after=0.3, **summary):
+    folder.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "data": {"seed": seed, "train_files": f"/cache/data-{seed}/train.parquet"},
+        "algorithm": {"hpo": {"alpha_min": alpha_min}},
+        "trainer": {"experiment_name": "tiny", "default_local_dir": str(folder)},
+        "ray_kwargs": {"ray_init": {"num_cpus": seed}},
+    }
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    lines = [
+        {"step": 0, "data": {SUCCESS: 0.1}},
+        {"step": 1, "data": {"timing_s/step": 9.0}},
+        {"step": 2, "data": {"timing_s/step": 2.0}},
+        {"step": 3, "data": {"timing_s/step": 4.0, SUCCESS: after}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = {
+        "algorithm": "a_hpo",
+        "steps": 3,
+        "seed": seed,
+        "success_before": 0.1,
+        "success_after": after,
+        **summary,
+    }
+    (folder / "summary.json").write_text(json.dumps(content))
+    return folder
+
+
+def shown(groups):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(runs_table(groups))
+    return console.export_text()
+
+
+def test_a_run_is_read(tmp_path):
+    run = read_run(write_run(tmp_path / "a", seed=7))
+    assert (run.recipe, run.algorithm, run.seed, run.steps) == ("tiny", "a_hpo", 7, 3)
+    assert (run.before, run.after) == (0.1, 0.3)
+    # The median: the first step of a run is slower than the others.
+    assert run.seconds_per_step == 4.0
+    assert run.validations == ([0, 3], [0.1, 0.3])
+
+
+def test_only_the_seed_may_differ_within_a_group(tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed=seed) for seed in (11, 12)]
+    folders.append(write_run(tmp_path / "other", seed=11, alpha_min=0.5))
+    groups = group_runs(read_runs(folders))
+    assert [[run.seed for run in group.runs] for group in groups] == [[11, 12], [11]]
+    assert [group.settings for group in groups] == ["alpha_min=0.1", "alpha_min=0.5"]
+    assert groups[1].label == "tiny a_hpo alpha_min=0.5"
+
+
+def test_a_seed_that_is_part_of_another_number_is_no_seed(tmp_path):
+    first = write_run(tmp_path / "a", seed=1)
+    second = write_run(tmp_path / "b", seed=2)
+    text = (second / "config.yaml").read_text().replace("data-2", "data-12")
+    (second / "config.yaml").write_text(text)
+    assert len(group_runs(read_runs([first, second]))) == 2
+
+
+def test_table_has_runs_means_and_intervals(tmp_path):
+    folders = [
+        write_run(tmp_path / str(seed), seed=seed, after=after)
+        for seed, after in enumerate((0.2, 0.3, 0.4))
+    ]
+    lines = shown(group_runs(read_runs(folders))).splitlines()
+    run = next(line for line in lines if "20.0%" in line)
+    assert run.split() == ["tiny", "a_hpo", "1", "0", "3", "10.0%", "20.0%", "4.0"]
+    mean = next(line for line in lines if "mean of 3 seeds" in line)
+    assert "10.0% [10.0%, 10.0%]" in mean
+    assert "30.0% [20.0%, 40.0%]" in mean
+
+
+def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed=seed, after=seed / 10) for seed in (1, 2)]
+    mean = next(
+        line for line in shown(group_runs(read_runs(folders))).splitlines() if "mean of" in line
+    )
+    assert "15.0%" in mean
+    assert "[" not in mean
+
+
+def test_a_run_without_validation_leaves_no_mean(tmp_path):
+    folders = [write_run(tmp_path / "1", seed=1), write_run(tmp_path / "2", seed=2, after=None)]
+    (folders[1] / "metrics.jsonl").write_text("")
+    text = shown(group_runs(read_runs(folders)))
+    assert next(line for line in text.splitlines() if "mean of" in line).split()[-2:] == ["-", "-"]
+
+
+def test_interval_is_that_of_all_resamples():
+    values = (0.1, 0.2, 0.6)
+    means = [sum(draw) / 3 for draw in itertools.product(values, repeat=3)]
+    exact = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
+    assert bootstrap_interval(values) == pytest.approx(exact, abs=1e-12)
+    assert bootstrap_interval(values[:2]) is None
+    assert bootstrap_interval([0.5] * 5) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_picture(tmp_path, suffix):
+    folders = [write_run(tmp_path / str(s), seed=s, after=s / 10) for s in (1, 2, 3)]
+    folders.append(write_run(tmp_path / "other", seed=1, alpha_min=0.5))
+    picture = tmp_path / f"picture.{suffix}"
+    assert draw(group_runs(read_runs(folders)), picture)
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert picture.read_bytes().startswith(start)
+    assert not list(tmp_path.glob(".picture*"))
+
+
+def test_nothing_validated_is_no_picture(tmp_path):
+    folder = write_run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text("")
+    assert not draw(group_runs(read_runs([folder])), tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_all_folders_that_are_no_runs_are_named(tmp_path):
+    run = write_run(tmp_path / "runs" / "good")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError) as caught:
+        read_runs([run, tmp_path / "none", tmp_path / "unfinished", tmp_path / "runs", run])
+    message = str(caught.value)
+    assert f"{tmp_path}/none is not a folder" in message
+    assert f"{tmp_path}/unfinished is no finished run: it has no summary.json" in message
+    assert f"it contains runs, such as {run}" in message
+    assert f"{run} is given twice" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("summary.json", '{"algorithm": "a", "steps": "many", "seed": 0}'),
+        ("metrics.jsonl", "not json\n"),
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("config.yaml", "- a list\n"),
+        ("config.yaml", "a: [\n"),
+    ],
+)
+def test_damaged_files_name_the_run(tmp_path, file, content):
+    folder = write_run(tmp_path / "a")
+    (folder / file).write_text(content)
+    with pytest.raises(DataError, match=f"{folder} is no readable run"):
+        read_run(folder)
+
+
+def test_the_same_settings_and_seed_do_not_count_twice(tmp_path):
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b")])
+    with pytest.raises(DataError, match="same settings and seed"):
+        group_runs(runs)
+
+
+def test_command(tmp_path):
+    folder = write_run(tmp_path / "a")
+    result = CliRunner().invoke(app, ["report", str(folder), "--picture", str(tmp_path / "p.png")])
+    assert result.exit_code == 0, result.output
+    assert "a_hpo" in result.output
+    assert (tmp_path / "p.png").is_file()
+    result = CliRunner().invoke(app, ["report", str(folder), "--picture", str(tmp_path / "p.gif")])
+    assert isinstance(result.exception, ConfigError)
+    assert ".png, .svg, .pdf" in str(result.exception)
