@@ -200,16 +200,25 @@ def check_run_folder(path: Path) -> None:
         )
 
 
+def fixed_ports(config: DictConfig) -> dict[str, int]:
+    """Key -> port of every port of Ray that the configuration fixes."""
+    ray_init: Any = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
+    return {
+        f"ray_kwargs.ray_init.{key}": value
+        for key, value in ray_init.items()
+        if str(key).endswith("port") and isinstance(value, int) and value > 0
+    }
+
+
 def check_machine(config: DictConfig) -> None:
     """Check devices, memory and ports that the run will take on this machine.
 
     Raises:
         EnvironmentCheckError: names what is missing or taken.
     """
+    for key, port in fixed_ports(config).items():
+        check_port(key, port)
     ray_init: Any = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
-    for key, value in ray_init.items():
-        if str(key).endswith("port") and isinstance(value, int) and value > 0:
-            _check_port(f"ray_kwargs.ray_init.{key}", value)
     if config.trainer.device != "cpu":
         return
     available = psutil.virtual_memory().available
@@ -227,7 +236,13 @@ def check_machine(config: DictConfig) -> None:
         )
 
 
-def _check_port(key: str, port: int) -> None:
+def check_port(key: str, port: int) -> None:
+    """Check that a port on loopback is free.
+
+    Raises:
+        ConfigError: not a port's number.
+        EnvironmentCheckError: somebody listens there.
+    """
     if not port < 65536:
         raise ConfigError(f"{key}={port}: must be an integer in [1, 65535]")
     with socket.socket() as probe:

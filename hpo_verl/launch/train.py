@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +19,7 @@ from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import TrainingProcess, last_error
+from hpo_verl.launch.quiet import quiet_imports
 from hpo_verl.launch.recipes import compose_recipe, recipes_directory, without_hydra
 
 RUN_FOLDER_KEY = "hydra.run.dir"
@@ -88,22 +86,6 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
     return variables
 
 
-@contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """Keep verl's remarks on optional packages from the user's screen."""
-    before = os.environ.get("VERL_LOGGING_LEVEL")
-    os.environ["VERL_LOGGING_LEVEL"] = "ERROR"
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if before is None:
-            del os.environ["VERL_LOGGING_LEVEL"]
-        else:
-            os.environ["VERL_LOGGING_LEVEL"] = before
-
-
 def compose_and_check(
     recipe: str, overrides: Sequence[str], announce: Callable[[str], None]
 ) -> DictConfig:
@@ -121,7 +103,7 @@ def compose_and_check(
         HpoVerlError: names the key or file, its value and what is permitted.
     """
     checks.check_versions()
-    with _quiet_imports():
+    with quiet_imports():
         config = without_hydra(compose_recipe(recipe, overrides))
     try:
         OmegaConf.resolve(config)
@@ -132,7 +114,7 @@ def compose_and_check(
         checks.check_files(config)
     if config.trainer.device == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"
-    with _quiet_imports():
+    with quiet_imports():
         # verl takes seconds to import, so what does not need it was checked before.
         from hpo_verl.verl_plugin import preflight
 
