@@ -145,10 +145,19 @@ def check_model(config: DictConfig) -> None:
     Raises:
         DataError: names the folder and what it lacks.
     """
-    key, name = "actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path)
+    name = str(config.actor_rollout_ref.model.path)
     path = Path(name).expanduser()
-    if not path.exists() and not path.is_absolute() and name.count("/") == 1:
-        return
+    if path.exists() or path.is_absolute() or name.count("/") != 1:
+        check_model_folder(config, path)
+
+
+def check_model_folder(config: DictConfig, path: Path) -> None:
+    """Check that a folder holds a configuration, a tokenizer and whole weights.
+
+    Raises:
+        DataError: names the folder and what it lacks.
+    """
+    key = "actor_rollout_ref.model.path"
     makers = [p.shown for p in preparations(config) if path == p.output]
     hint = f"; make it with: {makers[0]}" if makers else ""
     if not path.is_dir():
