@@ -164,8 +164,9 @@ def steps_done(subject: Subject) -> int | None:
 
 def check_lengths(subject: Subject) -> Finding:
     """Whether one response fits into what a card or a micro-batch may hold."""
-    prompt, response = subject.get("data.max_prompt_length"), subject.get(
-        "data.max_response_length"
+    prompt, response = (
+        subject.get("data.max_prompt_length"),
+        subject.get("data.max_response_length"),
     )
     longest = prompt + response
     shown = f"{prompt} + {response} = {longest} tokens"

@@ -62,7 +62,10 @@ def check_data(subject: Subject, tokenizer_folder: str | None) -> list[Finding]:
         rows = sum(sample.rows for sample in samples.values())
         return f"{rows} rows: chat messages, a data source and a ground truth in each"
 
-    findings = [present, attempt("schema", schema, f"remove the file; {subject.command('prepare')}")]
+    findings = [
+        present,
+        attempt("schema", schema, f"remove the file; {subject.command('prepare')}"),
+    ]
     if findings[-1].status == "error":
         reason = "the rows are not in verl's schema"
         return [*findings, *(skipped(name, reason) for name in ("reward", "prompts"))]

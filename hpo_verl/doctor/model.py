@@ -13,6 +13,7 @@ from hpo_verl.doctor.model_size import KNOWN_MODELS, ModelSize, read_model_size
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import DataError
 from hpo_verl.launch import checks
+from hpo_verl.launch.prepare import preparations
 
 KEY = "actor_rollout_ref.model.path"
 TRUST_KEYS = ("actor_rollout_ref.model.trust_remote_code", "data.trust_remote_code")
@@ -73,19 +74,36 @@ def _readable(subject: Subject, model: Model) -> Finding:
     folder = model.folder or Path(model.name).expanduser()
     try:
         checks.check_model_folder(subject.config, folder)
+        _check_shards(folder)
     except DataError as problem:
-        makes = "prepare" in subject.config and not is_hub_id(model.name)
-        fix = subject.command("prepare") if makes else f"hf download {model.name}"
+        if is_hub_id(model.name):
+            return _on_the_hub(subject, model.name)
+        made = any(p.output == folder for p in preparations(subject.config))
+        fix = subject.command("prepare") if made else f"copy the model there, or {KEY}=FOLDER"
         return error("model", str(problem), fix)
     where = f" of {model.name}" if is_hub_id(model.name) else ""
     return ok("model", f"{folder}{where}: configuration, tokenizer and whole weights")
 
 
+def _check_shards(folder: Path) -> None:
+    """Check that every file that the weights' index names is there.
+
+    Raises:
+        DataError: names the first that is not.
+    """
+    index = _json(folder / "model.safetensors.index.json").get("weight_map") or {}
+    for name in sorted(set(index.values())):
+        if not (folder / name).is_file():
+            raise DataError(f"{KEY}: {folder} holds no {name}, which its index names")
+
+
 def _on_the_hub(subject: Subject, name: str) -> Finding:
-    """A hub id that is not in the local cache."""
+    """A hub id that is not, or not wholly, in the local cache."""
     fix = f"hf download {name}, or {KEY}=FOLDER"
     if subject.on_cpu or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return error("model", f"{KEY}={name}: not in the local cache, and the run is offline", fix)
+        return error(
+            "model", f"{KEY}={name}: not whole in the local cache, and the run is offline", fix
+        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -101,7 +119,7 @@ def _on_the_hub(subject: Subject, name: str) -> Finding:
     except Exception as problem:
         return error(
             "model",
-            f"{KEY}={name}: not in the local cache, and the hub cannot be asked: "
+            f"{KEY}={name}: not whole in the local cache, and the hub cannot be asked: "
             f"{first_line(problem)}",
             fix,
         )
@@ -109,7 +127,9 @@ def _on_the_hub(subject: Subject, name: str) -> Finding:
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         return error("model", f"{KEY}={name}: no config.json or no *.safetensors on the hub", fix)
     return warning(
-        "model", f"{KEY}={name}: readable on the hub, not yet on this machine", f"hf download {name}"
+        "model",
+        f"{KEY}={name}: readable on the hub, not yet on this machine",
+        f"hf download {name}",
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from hpo_verl.errors import DataError
 
+OUTPUT_EMBEDDING = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -79,15 +81,17 @@ def read_model_size(folder: Path) -> ModelSize:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        shapes = _weight_shapes(folder)
         return ModelSize(
-            parameters=_count_parameters(folder),
+            parameters=sum(math.prod(shape) for shape in shapes.values()),
             hidden_size=hidden,
             intermediate_size=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             key_value_heads=config.get("num_key_value_heads") or heads,
             head_size=config.get("head_dim") or hidden // heads,
             vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
+            # A shared matrix is stored once; config.json may leave its default out.
+            tied=OUTPUT_EMBEDDING not in shapes,
         )
     except KeyError as error:
         raise DataError(f"{path}: has no {error.args[0]}") from error
@@ -95,16 +99,16 @@ def read_model_size(folder: Path) -> ModelSize:
         raise DataError(f"{path}: {error}") from error
 
 
-def _count_parameters(folder: Path) -> int:
-    """Sum of the sizes that the headers of all safetensors files state."""
-    total = 0
+def _weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name and shape of every tensor, from the headers of all safetensors files."""
+    shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > file.stat().st_size:
                 raise ValueError(f"{file.name}: its header is longer than the file")
             header = json.loads(stream.read(length))
-        total += sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__")
-    if total == 0:
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    if not shapes:
         raise ValueError("no weights (*.safetensors) beside it")
-    return total
+    return shapes
