@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
 
       hpo-verl prepare telelogs-7b prepare.data.arguments.source=hub
     """
-    from hpo_verl.launch.prepare import prepare_recipe
+    from hpo_verl.launch.prepare_recipe import prepare_recipe
 
     for made in prepare_recipe(recipe, overrides or [], print):
         print(f"{made.name}: {made.output}")

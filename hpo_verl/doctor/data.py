@@ -170,7 +170,10 @@ def check_reward(subject: Subject, samples: Mapping[Path, Sample]) -> Finding:
         right += [max(best)] if best and max(best) > base else []
     if len(keys) > 1:
         return error("reward", f"{path}: the keys it returns differ from row to row", fix)
-    low = f"{len(chosen)} rows scored by {path}: {min(wrong):g} to {max(wrong):g} for a wrong response"
+    low = (
+        f"{len(chosen)} rows scored by {path}: {min(wrong):g} to {max(wrong):g} "
+        "for a wrong response"
+    )
     if not known:
         return ok("reward", f"{low}; no right response is known to compare with")
     if len(right) < known:

@@ -19,12 +19,11 @@ import importlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hpo_verl.errors import ConfigError, DataError
 
@@ -97,45 +96,6 @@ def check_made(config: DictConfig) -> None:
         check = getattr(importlib.import_module(preparation.module), "check", None)
         if check is not None and preparation.output.exists():
             check(preparation.output)
-
-
-def prepare_recipe(
-    recipe: str, overrides: Sequence[str], announce: Callable[[str], None]
-) -> list[Preparation]:
-    """Make what a recipe lists under `prepare` where it is missing, and check what is there.
-
-    Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides.
-        announce: told what is being made.
-
-    Returns:
-        Everything that the recipe lists; all of it is there now.
-
-    Raises:
-        HpoVerlError: a wrong recipe or override; a command failed; something that was there
-            is damaged.
-    """
-    # These modules ask this one what can be made.
-    from hpo_verl.launch import checks
-    from hpo_verl.launch.quiet import quiet_imports
-    from hpo_verl.launch.recipes import compose_recipe, without_hydra
-
-    checks.check_versions()
-    with quiet_imports():
-        config = without_hydra(compose_recipe(recipe, overrides))
-    try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe {recipe}: {error}") from error
-    checks.check_numbers(config)
-    wanted = list(preparations(config))
-    make_missing(config, announce)
-    checks.check_data(config)
-    if any(p.output == Path(str(config.actor_rollout_ref.model.path)).expanduser() for p in wanted):
-        checks.check_model(config)
-    check_made(config)
-    return wanted
 
 
 def make_missing(config: DictConfig, announce: Callable[[str], None]) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_verl.errors import ConfigError, HpoVerlError
+from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks, outputs
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import TrainingProcess, last_error
 from hpo_verl.launch.quiet import quiet_imports
-from hpo_verl.launch.recipes import compose_recipe, recipes_directory, without_hydra
+from hpo_verl.launch.recipes import compose_resolved, recipes_directory
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 
@@ -103,12 +103,7 @@ def compose_and_check(
         HpoVerlError: names the key or file, its value and what is permitted.
     """
     checks.check_versions()
-    with quiet_imports():
-        config = without_hydra(compose_recipe(recipe, overrides))
-    try:
-        OmegaConf.resolve(config)
-    except Exception as error:
-        raise ConfigError(f"recipe {recipe}: {error}") from error
+    config = compose_resolved(recipe, overrides)
     checks.check_numbers(config)
     if not missing(config):
         checks.check_files(config)
