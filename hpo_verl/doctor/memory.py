@@ -184,21 +184,28 @@ def cpu_slots(config: DictConfig) -> tuple[int, str]:
 def arithmetic(memory: CardMemory, size: ModelSize, config: DictConfig) -> str:
     """The estimate as a text with every term."""
     tokens, gpus = tokens_at_once(config), shards(config)
+    hidden, middle, layers = size.hidden_size, size.intermediate_size, size.layers
+    layer = f"3 x {middle} + 8 x {hidden}"
+    if config.actor_rollout_ref.model.enable_gradient_checkpointing:
+        kept = f"({hidden} x {layers} + {layer})"
+    else:
+        kept = f"({layer}) x {layers}"
+    state = f"{size.parameters:,} / {gpus}"
     terms = [
-        f"weights {memory.weights:.1f}",
-        f"gradients {memory.gradients:.1f}",
-        f"Adam {memory.adam:.1f} (4 + 4 + 8 bytes x {size.parameters:,} / {gpus})",
-        f"gathered {memory.gathered:.1f}",
-        f"activations {memory.activations:.1f}",
-        f"logits {memory.logits:.1f} (T = {tokens} tokens)",
+        f"weights {memory.weights:.1f} (4 x {state})",
+        f"gradients {memory.gradients:.1f} (4 x {state})",
+        f"Adam {memory.adam:.1f} (8 x {state})",
+        f"gathered {memory.gathered:.1f} (4 x ({size.embedding_parameters:,} + one layer))",
+        f"activations {memory.activations:.1f} (2 x {tokens} tokens x {kept})",
+        f"logits {memory.logits:.1f} (4 x {tokens} x {size.vocabulary})",
         f"{OVERHEAD_GIB:g}",
     ]
     if memory.reference:
-        terms.insert(3, f"reference {memory.reference:.1f}")
+        terms.insert(3, f"reference {memory.reference:.1f} (4 x {state})")
     share = config.actor_rollout_ref.rollout.gpu_memory_utilization
     return (
         f"update {memory.update:.1f} GiB = {' + '.join(terms)}; "
-        f"sampling {memory.sampling:.1f} GiB = vLLM {share:g} of the card {memory.rollout:.1f} + "
+        f"sampling {memory.sampling:.1f} GiB = vLLM {memory.rollout:.1f} ({share:g} of the card) + "
         f"resident {memory.resident:.1f} + {OVERHEAD_GIB:g}; vLLM's cache "
         f"{memory.cache_tokens / 1e6:.1f} M tokens"
     )

@@ -13,7 +13,7 @@ from hpo_verl.doctor.model_size import KNOWN_MODELS, ModelSize, read_model_size
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import DataError
 from hpo_verl.launch import checks
-from hpo_verl.launch.prepare import preparations
+from hpo_verl.launch.prepare import check_made, preparations
 
 KEY = "actor_rollout_ref.model.path"
 TRUST_KEYS = ("actor_rollout_ref.model.trust_remote_code", "data.trust_remote_code")
@@ -75,6 +75,7 @@ def _readable(subject: Subject, model: Model) -> Finding:
     try:
         checks.check_model_folder(subject.config, folder)
         _check_shards(folder)
+        check_made(subject.config)
     except DataError as problem:
         if is_hub_id(model.name):
             return _on_the_hub(subject, model.name)

@@ -22,8 +22,13 @@ def as_text(findings: Sequence[Finding]) -> str:
         if finding.fix:
             lines.append(f"{'':<8} {'':<{width}}  fix: {finding.fix}")
     counts = Counter(finding.status for finding in findings)
-    lines.append(", ".join(f"{counts[status]} {status}" for status in ORDER if counts[status]))
+    lines.append(", ".join(_count(counts[status], status) for status in ORDER if counts[status]))
     return "\n".join(lines)
+
+
+def _count(number: int, status: str) -> str:
+    plural = "s" if number > 1 and status in ("error", "warning") else ""
+    return f"{number} {status}{plural}"
 
 
 def as_json(
