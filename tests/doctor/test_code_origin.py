@@ -11,7 +11,9 @@ def test_what_verl_hydra_and_this_package_name_is_permitted():
             "a": {"_target_": "verl.workers.config.FSDPActorConfig"},
             "b": [{"_target_": "hpo_verl.verl_plugin.preflight.Preflight"}],
             "hydra": {
-                "launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+                "launcher": {
+                    "_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+                }
             },
         }
     )

@@ -16,7 +16,9 @@ def only(findings, name):
 def test_the_small_run_is_legal_and_learns(subject):
     findings = check_configuration(subject())
     assert [f.status for f in findings] == ["ok"] * 5
-    assert only(findings, "learning").detail == "40 steps of 64 prompts x 8 responses, 4 updates each"
+    assert (
+        only(findings, "learning").detail == "40 steps of 64 prompts x 8 responses, 4 updates each"
+    )
 
 
 @pytest.mark.parametrize(

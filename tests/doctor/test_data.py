@@ -44,7 +44,9 @@ def test_the_small_data_are_right(examine):
     ]
     assert "train.parquet (240 rows)" in findings[0].detail
     assert findings[1].detail.startswith("256 rows")
-    assert findings[2].detail.startswith("100 rows scored by pkg://hpo_verl.rewards.countdown: 0 to")
+    assert findings[2].detail.startswith(
+        "100 rows scored by pkg://hpo_verl.rewards.countdown: 0 to"
+    )
     assert findings[2].detail.endswith("up to 1 for the known answer in all 100")
     assert "16 are permitted" in findings[3].detail
 

@@ -109,9 +109,7 @@ def test_code_of_others_is_found_before_it_runs(doctor, tmp_path):
 def test_another_machines_files_are_not_claimed(doctor, monkeypatch):
     monkeypatch.setattr(examine, "check_address", lambda address: None)
     asked = []
-    monkeypatch.setattr(
-        cluster, "check_cluster", lambda run, size: asked.append(run.address) or []
-    )
+    monkeypatch.setattr(cluster, "check_cluster", lambda run, size: asked.append(run.address) or [])
     code, _, findings = doctor("--address", "192.0.2.1:6379")
     assert (code, asked) == (0, ["192.0.2.1:6379"])
     for name in ("model", "data", "folders", "disk"):

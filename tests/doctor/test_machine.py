@@ -45,7 +45,9 @@ def test_a_machine_with_eight_cards(examine):
     assert "logits 13.9 (4 x 24576 x 152064)" in text
     assert "activations 8.5 (2 x 24576 tokens x (3584 x 28 + 3 x 18944 + 8 x 3584))" in text
     assert "the smallest card has 79.6" in text
-    assert only(findings, "cpus").detail == "3 x 8 + TransferQueue 8 + 1 + driver 1 = 34; there are 64"
+    assert (
+        only(findings, "cpus").detail == "3 x 8 + TransferQueue 8 + 1 + driver 1 = 34; there are 64"
+    )
 
 
 @pytest.mark.parametrize(

@@ -138,5 +138,3 @@ def test_a_cluster_that_the_environment_names(subject, monkeypatch):
     finding = check_ports(subject())
     assert (finding.status, "RAY_ADDRESS=10.0.0.1:6379" in finding.detail) == ("warning", True)
     assert check_ports(subject(address="auto")).status == "skipped"
-
-
