@@ -1,4 +1,4 @@
-"""Memory and CPUs by hand-derived numbers; recipes/README.md's tables are tested with the recipes."""
+"""Memory and CPUs by hand-derived numbers; the tables of recipes/README.md have their own test."""
 
 from math import isclose
 
