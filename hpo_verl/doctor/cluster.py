@@ -20,7 +20,7 @@ from hpo_verl.launch.outputs import package_versions
 from hpo_verl.launch.process import TrainingProcess, last_error
 
 NAME = "plugin in Ray"
-PROBE_SECONDS = 240.0
+PROBE_SECONDS = 180.0
 
 
 class ProbeProcess(TrainingProcess):

@@ -152,7 +152,7 @@ def test_a_ray_that_does_not_start_in_time(subject, monkeypatch):
     assert ask(subject())["failure"].startswith("no answer within 0 s")
 
 
-# Ray binds the machine's own address as soon as it may have several nodes; here it is loopback.
+# Ray's switch for loopback also forbids `ray start`; only this process is told otherwise.
 HEAD = """
 from ray._private import ray_constants, services
 services.get_node_ip_address = lambda address=None: "127.0.0.1"
@@ -180,9 +180,10 @@ def wait_for_port(process, port, log):
 
 
 @pytest.fixture
-def head(tmp_path):
+def head(tmp_path, monkeypatch):
     """A real head of a cluster on loopback: its port and its dashboard's."""
     port, dashboard, marker = free_port(), free_port(), uuid.uuid4().hex
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Short, since Ray puts sockets below it.
     folder = tempfile.mkdtemp(prefix="hpo-")
     environment = {

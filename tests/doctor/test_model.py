@@ -48,11 +48,14 @@ def test_the_small_policy_is_right(examine, policy):
 
 def test_its_size_is_read_from_the_headers(policy):
     size = read_model_size(policy)
-    assert (size.parameters, size.hidden_size, size.layers, size.tied) == (530_304, 128, 2, False)
-    assert (size.key_value_heads, size.head_size) == (2, 32)
-    # Keys and values of two layers in two heads of 32 numbers of two bytes.
-    assert size.cache_bytes_per_token == 2 * 2 * 2 * 2 * 32
-    assert size.embedding_parameters == 2 * size.vocabulary * 128
+    config = json.loads((policy / "config.json").read_text())
+    assert size.parameters == json.loads((policy / "manifest.json").read_text())["parameters"]
+    assert (size.hidden_size, size.layers) == (config["hidden_size"], config["num_hidden_layers"])
+    assert not size.tied
+    # Keys and values of every layer in two bytes a number.
+    numbers = config["num_hidden_layers"] * config["num_key_value_heads"] * size.head_size
+    assert size.cache_bytes_per_token == 2 * 2 * numbers
+    assert size.embedding_parameters == 2 * config["vocab_size"] * config["hidden_size"]
 
 
 @pytest.mark.parametrize("damage", ["{}", "[]", "no json"])
