@@ -16,8 +16,8 @@ from hpo_verl.launch.quiet import quiet_imports
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
-# Every other estimator of verl and of ours compares the responses to one prompt.
-WITHOUT_GROUPS = ("gae", "reinforce_plus_plus", "remax")
+# Every other estimator of verl and of ours compares the responses to one prompt. (spo: 2509.13232)
+WITHOUT_GROUPS = ("gae", "reinforce_plus_plus", "remax", "spo")
 
 
 def check_configuration(subject: Subject) -> list[Finding]:

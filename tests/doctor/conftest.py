@@ -10,7 +10,7 @@ from data_prep import countdown, tiny_policy
 from data_prep.tiny_training import Schedule
 from hpo_verl.doctor.subject import Subject
 
-PUZZLES = ("--prompt", "tiny", "--max-number", "9", "--max-target", "50")
+PUZZLES = ("--prompt", "tiny", "--max-number", "9", "--max-target", "40")
 
 
 @pytest.fixture(scope="session")
