@@ -13,10 +13,9 @@ from hpo_verl.doctor.finding import Finding, error, ok, warning
 from hpo_verl.doctor.machine import Card, Node, check_machine
 from hpo_verl.doctor.model_size import ModelSize
 from hpo_verl.doctor.plugin import judge
-from hpo_verl.doctor.probe import LOCAL, find_answer
+from hpo_verl.doctor.probe import LOCAL, find_answer, process_versions
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.launch import checks
-from hpo_verl.launch.outputs import package_versions
 from hpo_verl.launch.process import TrainingProcess, last_error
 
 NAME = "plugin in Ray"
@@ -94,7 +93,7 @@ def check_cluster(subject: Subject, size: ModelSize | None) -> list[Finding]:
     nodes: Mapping[str, Any] = answer["nodes"]
     findings = list(_plugin(nodes))
     if subject.address and not any(finding.status == "error" for finding in findings):
-        findings += [check_files(nodes), check_same_versions(nodes)]
+        findings += [check_files(nodes), check_versions(subject, nodes)]
         findings += check_machine(subject, size, [_node(state) for state in nodes.values()])
     return findings
 
@@ -124,20 +123,24 @@ def check_files(nodes: Mapping[str, Any]) -> Finding:
     return ok("files on the nodes", f"data and model are there on all {len(nodes)}")
 
 
-def check_same_versions(nodes: Mapping[str, Any]) -> Finding:
-    """Whether the nodes have the packages that this process has."""
-    here = package_versions()
+def check_versions(subject: Subject, nodes: Mapping[str, Any]) -> Finding:
+    """Whether the nodes have vLLM where the run needs it, and else the packages of this process."""
+    name = "versions on the nodes"
+    if subject.needs_vllm:
+        without = [address for address, s in nodes.items() if "vllm" not in s["versions"]]
+        if without:
+            fix = "pip install 'hpo-verl[gpu]' on these machines"
+            return error(name, f"vllm is not installed on {', '.join(without)}", fix)
+    here = process_versions()
     other = [
-        f"{address}: {name} {state['versions'].get(name, 'absent')}, here {version}"
+        f"{address}: {package} {state['versions'].get(package, 'absent')}, here {version}"
         for address, state in nodes.items()
-        for name, version in here.items()
-        if state["versions"].get(name) != version
+        for package, version in here.items()
+        if state["versions"].get(package) != version
     ]
     if other:
-        return warning(
-            "versions on the nodes", "; ".join(other), "the same environment on every machine"
-        )
-    return ok("versions on the nodes", ", ".join(f"{k} {v}" for k, v in here.items()))
+        return warning(name, "; ".join(other), "the same environment on every machine")
+    return ok(name, ", ".join(f"{package} {version}" for package, version in here.items()))
 
 
 def _node(state: Mapping[str, Any]) -> Node:

@@ -96,17 +96,18 @@ def _reachable(address: str) -> Finding:
 def _here(subject: Subject) -> list[Finding]:
     """The checks of a recipe that composes."""
     kind = "cpu" if subject.on_cpu else "cuda"
-    vllm_needed = subject.get("actor_rollout_ref.rollout.name") == "vllm"
+    elsewhere = address_is_elsewhere(subject.address)
+    reason = f"this is not a machine of {subject.address}; run the doctor on one of them"
+    packages = versions.check_packages(kind, subject.needs_vllm)
     findings = [
-        *versions.check_packages(kind, vllm_needed),
+        *(skipped(f.name, reason) if elsewhere else f for f in packages),
         plugin.check_here(),
         *configuration.check_configuration(subject),
     ]
     if has_error(f for f in findings if f.name == "settings"):
         return [*findings, skipped(THE_OTHERS, "the settings are out of range")]
     policy = model.find_model(subject)
-    if address_is_elsewhere(subject.address):
-        reason = f"this is not a machine of {subject.address}; run the doctor on one of them"
+    if elsewhere:
         return [
             *findings,
             *(skipped(name, reason) for name in ("model", "data", "folders", "disk")),

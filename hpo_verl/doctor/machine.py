@@ -145,7 +145,7 @@ def check_card_memory(subject: Subject, size: ModelSize | None, nodes: Sequence[
     """Compare the estimate of each phase with the smallest card."""
     if size is None:
         return skipped("card memory", "the dimensions of the policy are unknown")
-    if subject.get(f"{ROLLOUT}.name") != "vllm":
+    if not subject.needs_vllm:
         return skipped("card memory", f"no arithmetic for {ROLLOUT}.name other than vllm")
     there = [card.total for node in nodes for card in node.cards]
     card = min(there, default=RECIPE_CARD_GIB)

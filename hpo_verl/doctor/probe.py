@@ -24,6 +24,7 @@ from hpo_verl.doctor.address import AUTO
 from hpo_verl.doctor.finding import first_line
 from hpo_verl.doctor.machine import Node
 from hpo_verl.doctor.plugin import plugin_state
+from hpo_verl.doctor.versions import installed
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.launch.outputs import package_versions
 
@@ -31,6 +32,13 @@ MARK = "hpo_verl.doctor.probe: "
 LOCAL = "local"
 ANSWER_SECONDS = 120.0
 POLL_SECONDS = 0.5
+
+
+def process_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, in this process."""
+    vllm = installed("vllm")
+    engine = {"vllm": vllm} if vllm else {}
+    return {"python": platform.python_version(), **package_versions(), **engine}
 
 
 def node_state(paths: Sequence[str]) -> dict[str, Any]:
@@ -51,7 +59,7 @@ def node_state(paths: Sequence[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "plugin": plugin_state(),
         "node": node,
-        "versions": {"python": platform.python_version(), **package_versions()},
+        "versions": process_versions(),
         "missing": [path for path in paths if not Path(path).expanduser().exists()],
     }
 

@@ -43,9 +43,9 @@ class Subject:
         return self.get("trainer.device") == "cpu"
 
     @property
-    def gpus(self) -> int:
-        """Ranks of the actor, one a GPU."""
-        return self.get("trainer.nnodes", 1) * self.get("trainer.n_gpus_per_node", 1)
+    def needs_vllm(self) -> bool:
+        """Whether vLLM samples the responses."""
+        return self.get("actor_rollout_ref.rollout.name") == "vllm"
 
     @property
     def run_folder(self) -> Path:

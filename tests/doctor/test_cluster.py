@@ -15,8 +15,7 @@ import pytest
 from hpo_verl.doctor import cluster
 from hpo_verl.doctor.cluster import ask, check_cluster, read_paths
 from hpo_verl.doctor.model_size import KNOWN_MODELS
-from hpo_verl.doctor.probe import MARK, find_answer
-from hpo_verl.launch.outputs import package_versions
+from hpo_verl.doctor.probe import MARK, find_answer, process_versions
 from hpo_verl.launch.process import MARKER, end_processes, marked_processes
 
 PLUGIN = {
@@ -39,7 +38,7 @@ def state(**changes):
             "cpus": 64,
             "memory": 500.0,
         },
-        "versions": package_versions(),
+        "versions": {**process_versions(), "vllm": "0.24.0"},
         "missing": [],
         "resources": {"CPU": 64.0, "GPU": 8.0},
         **changes,
@@ -102,10 +101,17 @@ def test_files_that_one_node_does_not_see(examine):
 
 
 def test_other_versions_on_a_node(examine):
-    nodes = {"10.0.0.1": state(versions={**package_versions(), "verl": "0.8.0"}), "b": state()}
+    nodes = {"10.0.0.1": state(), "b": state()}
+    nodes["10.0.0.1"]["versions"]["verl"] = "0.8.0"
     finding = only(examine({"nodes": nodes}), "versions on the nodes")
     assert finding.status == "warning"
-    assert finding.detail == f"10.0.0.1: verl 0.8.0, here {package_versions()['verl']}"
+    assert finding.detail == f"10.0.0.1: verl 0.8.0, here {process_versions()['verl']}"
+
+
+def test_vllm_that_a_node_lacks(examine):
+    nodes = {"a": state(), "b": state(versions=process_versions())}
+    finding = only(examine({"nodes": nodes}), "versions on the nodes")
+    assert (finding.status, finding.detail) == ("error", "vllm is not installed on b")
 
 
 def test_cards_that_ray_was_told_to_keep_back(examine):
@@ -226,5 +232,5 @@ def test_a_real_cluster_is_asked_through_its_head_and_by_a_job(subject, made, he
         assert state["plugin"] == PLUGIN, (address, answer)
         assert state["missing"] == ["/nowhere/val.parquet"]
         assert state["resources"]["CPU"] == 4
-        assert state["versions"]["verl"] == package_versions()["verl"]
+        assert state["versions"]["verl"] == process_versions()["verl"]
         assert state["node"]["memory"] > 0

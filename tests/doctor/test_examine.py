@@ -112,7 +112,7 @@ def test_another_machines_files_are_not_claimed(doctor, monkeypatch):
     monkeypatch.setattr(cluster, "check_cluster", lambda run, size: asked.append(run.address) or [])
     code, _, findings = doctor("--address", "192.0.2.1:6379")
     assert (code, asked) == (0, ["192.0.2.1:6379"])
-    for name in ("model", "data", "folders", "disk"):
+    for name in ("torch", "vllm", "model", "data", "folders", "disk"):
         assert findings[name]["status"] == "skipped"
         assert "this is not a machine of 192.0.2.1:6379" in findings[name]["detail"]
 
