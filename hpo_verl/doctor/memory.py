@@ -156,14 +156,15 @@ def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     readers = ranks if size.tied else 1
     loading = readers * 4 * parameters / GIB
     nodes = config.trainer.nnodes
-    kept, what = 0.0, "nothing kept"
+    kept, text = 0.0, f"loading {readers} x 4 P = {loading:.1f}"
     if fsdp.offload_policy:
-        kept, what = 16 * parameters / nodes / GIB, "weights, gradients and Adam kept 16 P"
+        kept = 16 * parameters / nodes / GIB
+        text += f"; weights, gradients and Adam kept there 16 P / {nodes} = {kept:.1f}"
     elif fsdp.param_offload or fsdp.optimizer_offload:
         each = 4 * bool(fsdp.param_offload) + 8 * bool(fsdp.optimizer_offload)
-        kept, what = each * parameters / nodes / GIB, f"waiting there while sampling {each} P"
-    text = f"loading {readers} x 4 P = {loading:.1f}; {what} = {kept:.1f}; P = {parameters:,}"
-    return max(loading, kept), text
+        kept = each * parameters / nodes / GIB
+        text += f"; waiting there while sampling {each} P / {nodes} = {kept:.1f}"
+    return max(loading, kept), f"{text}; P = {parameters:,}"
 
 
 def cpu_slots(config: DictConfig) -> tuple[int, str]:

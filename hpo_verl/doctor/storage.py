@@ -82,8 +82,8 @@ def check_disk(subject: Subject, size: ModelSize | None) -> Finding:
     count = _checkpoints_at_once(subject) if every > 0 else 0
     needed = count * each * parameters + base
     text = (
-        f"{needed / GIB:.1f} GiB for {count} checkpoints of {each} bytes x {parameters:,} "
-        f"parameters, and logs; {free / GIB:.1f} GiB free at {folder}"
+        f"{needed / GIB:.1f} GiB for checkpoints ({count} x {each} bytes x {parameters:,} "
+        f"parameters) and logs; {free / GIB:.1f} GiB free at {folder}"
     )
     if needed > free:
         return error(
@@ -120,7 +120,7 @@ def check_shared_memory(subject: Subject) -> Finding:
         ranks = subject.get("trainer.n_gpus_per_node", 1)
         needed = ranks * bucket << 20
         text = (
-            f"{needed / GIB:.2f} GiB for the weights ({ranks} ranks x {bucket} MiB); "
+            f"{needed / GIB:.2f} GiB for the weights ({ranks} x {bucket} MiB); "
             f"{free / GIB:.1f} GiB of {SHARED_MEMORY} free"
         )
         if needed > free:

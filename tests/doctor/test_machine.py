@@ -118,7 +118,7 @@ def test_too_few_cpus(examine):
 def test_too_little_host_memory(examine):
     finding = only(examine(node(1, memory=100.0), hardware="1gpu"), "host memory")
     assert finding.status == "error"
-    assert "16 P = 113.5" in finding.detail
+    assert "16 P / 1 = 113.5" in finding.detail
     assert only(examine(node(1, memory=120.0), hardware="1gpu"), "host memory").status == "ok"
 
 

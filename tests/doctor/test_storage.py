@@ -84,7 +84,7 @@ def test_disk_for_checkpoints(subject, free, changes, gib, checkpoints):
     run = subject(changes, recipe="countdown4-7b", hardware="8gpu")
     free(gib + 0.01)
     finding = check_disk(run, SIZE)
-    assert (finding.status, f"for {checkpoints} checkpoints" in finding.detail) == ("ok", True)
+    assert (finding.status, f"for checkpoints ({checkpoints} x " in finding.detail) == ("ok", True)
     free(gib - 0.01)
     finding = check_disk(run, SIZE)
     assert (finding.status, "HPO_VERL_CHECKPOINTS" in finding.fix) == ("error", True)
@@ -102,7 +102,7 @@ def test_shared_memory_for_the_weights_and_for_ray(subject, free):
     free(15.9)
     finding = check_shared_memory(run)
     assert finding.status == "error"
-    assert finding.detail.startswith("16.00 GiB for the weights (8 ranks x 2048 MiB)")
+    assert finding.detail.startswith("16.00 GiB for the weights (8 x 2048 MiB)")
     free(0.01)
     assert "object_store_memory" in check_shared_memory(subject()).detail
 
