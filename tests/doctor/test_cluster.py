@@ -190,6 +190,9 @@ def head(tmp_path, monkeypatch):
     """A real head of a cluster on loopback: its port and its dashboard's."""
     port, dashboard, marker = free_port(), free_port(), uuid.uuid4().hex
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A head asks for a token; the doctor's processes find it where Ray looks for it.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", 2 * uuid.uuid4().hex)
     # Short, since Ray puts sockets below it.
     folder = tempfile.mkdtemp(prefix="hpo-")
     environment = {
@@ -228,6 +231,7 @@ def test_a_real_cluster_is_asked_through_its_head_and_by_a_job(subject, made, he
     for address in (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"):
         run = subject({"data.val_files": "/nowhere/val.parquet"}, address=address)
         answer = ask(run)
+        assert "nodes" in answer, (address, answer)
         (state,) = answer["nodes"].values()
         assert state["plugin"] == PLUGIN, (address, answer)
         assert state["missing"] == ["/nowhere/val.parquet"]
