@@ -87,8 +87,8 @@ def check_cluster(subject: Subject, size: ModelSize | None) -> list[Finding]:
             error(
                 NAME,
                 f"Ray {where}: {answer['failure']}",
-                "install hpo-verl in the environment of Ray's processes, and give a cluster's token "
-                "in RAY_AUTH_TOKEN with RAY_AUTH_MODE=token; see `ray status`",
+                "install hpo-verl in the environment of Ray's processes; where a cluster asks for "
+                "a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; see `ray status`",
             )
         ]
     nodes: Mapping[str, Any] = answer["nodes"]
