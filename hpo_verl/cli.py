@@ -23,13 +23,35 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Train language models with hysteretic policy optimisation in verl.\n\n"
-        "Exit codes: 0 success, 1 the training failed, 2 wrong input (nothing was started), "
-        "130 interrupted."
+        "Exit codes: 0 success, 1 the training failed, 2 wrong input or an error that the doctor "
+        "found (nothing was started), 130 interrupted."
     ),
 )
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from hpo_verl.launch.completion import recipes
+
+    return recipes(incomplete)
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    from hpo_verl.launch.completion import overrides
+
+    return overrides(incomplete)
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(help="Name of a recipe; see `hpo-verl list`.", autocompletion=_complete_recipe),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides, as verl takes them."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Hydra overrides, as verl takes them.",
+        autocompletion=_complete_override,
+    ),
 ]
 
 
@@ -40,7 +62,7 @@ def hpo_verl() -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe; see `hpo-verl list`.")],
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Train a policy as a recipe says; make its data and tiny policy if they are missing.
@@ -152,12 +174,98 @@ def export(
 
 @app.command("list")
 def list_() -> None:
-    """List the recipes and what their groups offer."""
+    """List the recipes, the algorithms with paper and equation, and what the groups offer.
+
+    Examples:
+      hpo-verl list
+    """
+    from hpo_verl.algorithms.catalog import ALGORITHMS
     from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
 
     print(f"recipes: {', '.join(recipe_names())}")
+    print("algorithms:")
+    width = max(map(len, ALGORITHMS))
+    for algorithm in ALGORITHMS.values():
+        print(f"  {algorithm.name:<{width}}  arXiv:{algorithm.paper}  {algorithm.equation}")
     for group in GROUPS:
         print(f"{group}=: {', '.join(group_options(group))}")
+
+
+@app.command()
+def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Make the data and the tiny policy that a recipe needs, where they are missing.
+
+    What is there is checked and left as it is. Nothing is trained.
+
+    Examples:
+      hpo-verl prepare countdown-tiny
+
+      hpo-verl prepare countdown4-7b seed=1
+
+      hpo-verl prepare telelogs-7b prepare.data.arguments.source=hub
+    """
+    from hpo_verl.launch.prepare_recipe import prepare_recipe
+
+    for made in prepare_recipe(recipe, overrides or [], print):
+        print(f"{made.name}: {made.output}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a recipe; see `hpo-verl list`.", autocompletion=_complete_recipe
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Without a recipe: versions and the plugin only.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster: auto, HOST:PORT of its head, or http://HOST:PORT of its "
+            "dashboard. Without it a Ray is started on loopback for the check."
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of lines.")
+    ] = False,
+) -> None:
+    """Find what would go wrong with a run before it is started. Trains nothing, writes nothing.
+
+    Exit code 2 if any finding is an error, 0 otherwise.
+
+    Examples:
+      hpo-verl doctor countdown-tiny
+
+      hpo-verl doctor countdown4-7b algo=gspo hardware=2x8gpu --address auto
+
+      hpo-verl doctor countdown3-1.5b hardware=1gpu --json
+
+      hpo-verl doctor --quick
+    """
+    from hpo_verl.doctor import report
+    from hpo_verl.doctor.examine import examine, examine_installation, has_error
+    from hpo_verl.errors import ConfigError
+    from hpo_verl.launch.quiet import stdout_reserved
+    from hpo_verl.launch.recipes import recipe_names
+
+    arguments = overrides or []
+    if quick and (recipe or address):
+        raise ConfigError(f"--quick with {recipe or address}: it takes no recipe and no address")
+    if not quick and recipe is None:
+        raise ConfigError(f"a recipe is missing; one of {', '.join(recipe_names())}, or --quick")
+    # Libraries print what they like; stdout is for the findings.
+    with stdout_reserved():
+        findings = examine(recipe, arguments, address) if recipe else examine_installation()
+    text = (
+        report.as_json(recipe, arguments, address, findings) if json else report.as_text(findings)
+    )
+    print(text)
+    if has_error(findings):
+        raise typer.Exit(EXIT_BAD_INPUT)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 from hpo_verl.launch.prepare import preparations
+from hpo_verl.launch.process import SHARED_MEMORY
 
 PYTHON_VERSIONS = ((3, 10), (3, 13))
 VERL_VERSIONS = ("0.9.1",)
@@ -145,10 +146,19 @@ def check_model(config: DictConfig) -> None:
     Raises:
         DataError: names the folder and what it lacks.
     """
-    key, name = "actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path)
+    name = str(config.actor_rollout_ref.model.path)
     path = Path(name).expanduser()
-    if not path.exists() and not path.is_absolute() and name.count("/") == 1:
-        return
+    if path.exists() or path.is_absolute() or name.count("/") != 1:
+        check_model_folder(config, path)
+
+
+def check_model_folder(config: DictConfig, path: Path) -> None:
+    """Check that a folder holds a configuration, a tokenizer and whole weights.
+
+    Raises:
+        DataError: names the folder and what it lacks.
+    """
+    key = "actor_rollout_ref.model.path"
     makers = [p.shown for p in preparations(config) if path == p.output]
     hint = f"; make it with: {makers[0]}" if makers else ""
     if not path.is_dir():
@@ -182,13 +192,19 @@ def _check_safetensors(key: str, file: Path) -> None:
         raise DataError(f"{key}: {file} has {size} bytes; its header promises {8 + length + end}")
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
 def check_run_folder(path: Path) -> None:
     """Check that a run can write its folder.
 
     Raises:
         EnvironmentCheckError: not a folder, not writable, or too little free disk.
     """
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    existing = nearest_existing(path)
     if not existing.is_dir():
         raise EnvironmentCheckError(f"run folder {path}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -200,16 +216,24 @@ def check_run_folder(path: Path) -> None:
         )
 
 
+def fixed_ports(config: DictConfig) -> dict[str, int]:
+    """Key -> port of every port of Ray that the configuration fixes."""
+    ray_init: Any = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
+    return {
+        f"ray_kwargs.ray_init.{key}": value
+        for key, value in ray_init.items()
+        if str(key).endswith("port") and isinstance(value, int) and value > 0
+    }
+
+
 def check_machine(config: DictConfig) -> None:
     """Check devices, memory and ports that the run will take on this machine.
 
     Raises:
         EnvironmentCheckError: names what is missing or taken.
     """
-    ray_init: Any = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
-    for key, value in ray_init.items():
-        if str(key).endswith("port") and isinstance(value, int) and value > 0:
-            _check_port(f"ray_kwargs.ray_init.{key}", value)
+    for key, port in fixed_ports(config).items():
+        check_port(key, port)
     if config.trainer.device != "cpu":
         return
     available = psutil.virtual_memory().available
@@ -218,16 +242,30 @@ def check_machine(config: DictConfig) -> None:
             f"{available >> 20} MiB of memory are free; a run on the CPU needs "
             f"{FREE_MEMORY_BYTES >> 20} MiB"
         )
-    store = ray_init.get("object_store_memory")
-    shared = Path("/dev/shm")  # noqa: S108
-    if store and shared.is_dir() and shutil.disk_usage(shared).free < store:
+    check_shared_memory(config)
+
+
+def check_shared_memory(config: DictConfig) -> None:
+    """Check that shared memory takes Ray's object store, where its size is set.
+
+    Raises:
+        EnvironmentCheckError: names the setting and what is free.
+    """
+    store = OmegaConf.select(config, "ray_kwargs.ray_init.object_store_memory")
+    if store and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < store:
         raise EnvironmentCheckError(
-            f"ray_kwargs.ray_init.object_store_memory={store}: {shared} has only "
-            f"{shutil.disk_usage(shared).free} bytes free"
+            f"ray_kwargs.ray_init.object_store_memory={store}: {SHARED_MEMORY} has only "
+            f"{shutil.disk_usage(SHARED_MEMORY).free} bytes free"
         )
 
 
-def _check_port(key: str, port: int) -> None:
+def check_port(key: str, port: int) -> None:
+    """Check that a port on loopback is free.
+
+    Raises:
+        ConfigError: not a port's number.
+        EnvironmentCheckError: somebody listens there.
+    """
     if not port < 65536:
         raise ConfigError(f"{key}={port}: must be an integer in [1, 65535]")
     with socket.socket() as probe:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hpo_verl.errors import DataError, EnvironmentCheckError
 from hpo_verl.launch.outputs import TRACKER
-from hpo_verl.launch.train import quiet_imports
+from hpo_verl.launch.quiet import quiet_imports
 
 
 def checkpoint_folder(source: Path) -> Path:

@@ -60,13 +60,7 @@ class TrainingProcess:
         self._shared_before = _shared_memory_files()
         with self.log_file.open("wb") as log:
             self._child = subprocess.Popen(  # noqa: S603
-                [
-                    sys.executable,
-                    "-m",
-                    "verl.trainer.main_ppo",
-                    *self.arguments,
-                    f"++ray_kwargs.ray_init._temp_dir={self._temporary}",
-                ],
+                self.command(self._temporary),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -75,6 +69,14 @@ class TrainingProcess:
                 env={**os.environ, **self.environment(self._temporary), MARKER: self.marker},
             )
         return self
+
+    def command(self, temporary: Path) -> list[str]:
+        """The child's command line, given the run's temporary folder."""
+        return [
+            *(sys.executable, "-m", "verl.trainer.main_ppo"),
+            *self.arguments,
+            f"++ray_kwargs.ray_init._temp_dir={temporary}",
+        ]
 
     def wait(self, on_poll: Callable[[], None]) -> int:
         """Wait for the end, calling `on_poll` about three times a second; return the exit code."""

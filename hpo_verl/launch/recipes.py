@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpo_verl.errors import ConfigError
+from hpo_verl.launch.quiet import quiet_imports
 
 VERL_SEARCH_PATH = "pkg://verl.trainer.config"
 GROUPS = ("task", "model", "algo", "hardware")
@@ -72,6 +73,21 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
 def without_hydra(config: DictConfig) -> DictConfig:
     """The part of a composed configuration that verl reads."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def compose_resolved(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a recipe quietly and resolve what verl reads of it.
+
+    Raises:
+        ConfigError: names the recipe, group, option or key, and the nearest valid ones.
+    """
+    with quiet_imports():
+        config = without_hydra(compose_recipe(recipe, overrides))
+    try:
+        OmegaConf.resolve(config)
+    except Exception as error:
+        raise ConfigError(f"recipe {recipe}: {error}") from error
+    return config
 
 
 def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:

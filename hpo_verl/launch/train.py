@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_verl.errors import ConfigError, HpoVerlError
+from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks, cluster, outputs
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import TrainingProcess, last_error
-from hpo_verl.launch.recipes import compose_recipe, recipes_directory, without_hydra
+from hpo_verl.launch.quiet import quiet_imports
+from hpo_verl.launch.recipes import compose_resolved, recipes_directory
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 
@@ -88,22 +86,6 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
     return variables
 
 
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Keep verl's remarks on optional packages from the user's screen."""
-    before = os.environ.get("VERL_LOGGING_LEVEL")
-    os.environ["VERL_LOGGING_LEVEL"] = "ERROR"
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if before is None:
-            del os.environ["VERL_LOGGING_LEVEL"]
-        else:
-            os.environ["VERL_LOGGING_LEVEL"] = before
-
-
 def compose_alone(recipe: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a recipe and check what needs neither its files nor verl.
 
@@ -111,12 +93,7 @@ def compose_alone(recipe: str, overrides: Sequence[str]) -> DictConfig:
         HpoVerlError: names the key, its value and what is permitted.
     """
     checks.check_versions()
-    with quiet_imports():
-        config = without_hydra(compose_recipe(recipe, overrides))
-    try:
-        OmegaConf.resolve(config)
-    except Exception as error:
-        raise ConfigError(f"recipe {recipe}: {error}") from error
+    config = compose_resolved(recipe, overrides)
     cluster.join(config)
     checks.check_numbers(config)
     return config

@@ -106,9 +106,12 @@ def test_entry_point_health_check_and_labels(path):
     (entry,) = values(final, "ENTRYPOINT")
     assert json.loads(entry) == ["hpo-verl"]
     (health,) = values(final, "HEALTHCHECK")
-    program, command = json.loads(health[health.index("[") :])
-    assert program == "hpo-verl"
-    assert command in commands
+    # Right in a container that has no recipe's data yet.
+    assert json.loads(health[health.index("[") :]) == ["hpo-verl", "doctor", "--quick"]
+    options = {name for parameter in commands["doctor"].params for name in parameter.opts}
+    assert "--quick" in options
+    seconds = int(re.search(r"--timeout=(\d+)s", health).group(1))
+    assert seconds >= 60
     (default,) = values(final, "CMD")
     default_command, *rest = json.loads(default)
     assert default_command in commands

@@ -4,15 +4,15 @@ import math
 
 from composed_recipes import composed
 
+from hpo_verl.doctor.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
+from hpo_verl.doctor.model_size import KNOWN_MODELS
 from hpo_verl.launch.recipes import recipes_directory
 
-# What config.json of each model says: parameters, hidden size, intermediate
-# size, layers, key-value heads of 128, vocabulary, matrices of vocabulary size.
-MODELS = {
-    "qwen2.5-1.5b": (1_543_714_304, 1536, 8960, 28, 2, 151_936, 1),
-    "qwen2.5-3b": (3_085_938_688, 2048, 11_008, 36, 2, 151_936, 1),
-    "llama3.2-3b": (3_212_749_824, 3072, 8192, 28, 8, 128_256, 1),
-    "qwen2.5-7b": (7_615_616_512, 3584, 18_944, 28, 4, 152_064, 2),
+HUB_IDS = {
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
 }
 RECIPE_OF = {
     "qwen2.5-1.5b": ("countdown3-1.5b", ()),
@@ -20,41 +20,37 @@ RECIPE_OF = {
     "llama3.2-3b": ("countdown3-3b", ("model=llama3.2-3b",)),
     "qwen2.5-7b": ("countdown3-7b", ()),
 }
-GIB = 1 << 30
+
+
+def test_the_doctor_knows_every_model_of_the_recipes():
+    for name in HUB_IDS:
+        config = composed(*RECIPE_OF[name], "8gpu")
+        assert config.actor_rollout_ref.model.path == HUB_IDS[name]
+    assert set(KNOWN_MODELS) == set(HUB_IDS.values())
 
 
 def test_parameter_counts_follow_from_the_dimensions():
-    for name, (parameters, hidden, middle, layers, kv, vocabulary, matrices) in MODELS.items():
-        width = kv * 128
-        bias = 0 if name.startswith("llama") else hidden + 2 * width
-        layer = 2 * hidden * hidden + 2 * hidden * width + bias + 3 * hidden * middle + 2 * hidden
-        assert parameters == layers * layer + hidden + matrices * vocabulary * hidden
+    for name, size in KNOWN_MODELS.items():
+        hidden, width = size.hidden_size, size.key_value_heads * size.head_size
+        bias = 0 if "Llama" in name else hidden + 2 * width
+        feed_forward = 3 * hidden * size.intermediate_size
+        layer = 2 * hidden * hidden + 2 * hidden * width + bias + feed_forward + 2 * hidden
+        matrices = 1 if size.tied else 2
+        assert size.parameters == size.layers * layer + hidden + matrices * size.vocabulary * hidden
 
 
 def memory_row(name, hardware):
-    """One line of the README's memory table, in GiB a card, by the arithmetic it states."""
-    parameters, hidden, middle, layers, kv, vocabulary, matrices = MODELS[name]
+    """One line of the README's memory table, in GiB a card, by the doctor's arithmetic."""
     config = composed(*RECIPE_OF[name], hardware)
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    tokens = actor.ppo_max_token_len_per_gpu
-    host = actor.fsdp_config.offload_policy
-    away = host or (actor.fsdp_config.param_offload and actor.fsdp_config.optimizer_offload)
-    weights, gradients, adam = (0 if host else n * parameters / gpus / GIB for n in (4, 4, 8))
-    layer = (parameters - matrices * vocabulary * hidden) / layers
-    gathered = 2 * 2 * (matrices * vocabulary * hidden + layer) / GIB
-    activations = 2 * tokens * (hidden * layers + 3 * middle + 8 * hidden) / GIB
-    logits = 2 * 2 * tokens * vocabulary / GIB
-    update = weights + gradients + adam + gathered + activations + logits + 4
-    resident = 0 if away else weights + adam
-    sampling = 80 * rollout.gpu_memory_utilization + resident + 4
-    assert max(update, sampling) < 80
-    cache = 80 * rollout.gpu_memory_utilization - 2 * parameters / GIB - 4
-    per_token = 2 * layers * kv * 128 * 2
-    millions = cache * GIB / per_token / 1e6
-    cells = (weights, gradients, adam, gathered, activations, logits, update, resident, sampling)
+    memory = card_memory(KNOWN_MODELS[HUB_IDS[name]], config, RECIPE_CARD_GIB)
+    assert max(memory.update, memory.sampling) < RECIPE_CARD_GIB
+    cells = (
+        *(memory.weights, memory.gradients, memory.adam, memory.gathered),
+        *(memory.activations, memory.logits, memory.update, memory.resident, memory.sampling),
+    )
     figures = " | ".join(f"{value:.1f}" for value in cells)
-    return f"| {name} | {hardware} | {tokens} | {figures} | {millions:.1f} |"
+    tokens = tokens_at_once(config)
+    return f"| {name} | {hardware} | {tokens} | {figures} | {memory.cache_tokens / 1e6:.1f} |"
 
 
 def batch_row(task):
@@ -74,7 +70,7 @@ def batch_row(task):
 
 def readme_rows():
     yield from (batch_row(task) for task in ("countdown3", "countdown4", "telelogs"))
-    yield from (memory_row(m, h) for m in MODELS for h in ("1gpu", "8gpu", "2x8gpu"))
+    yield from (memory_row(m, h) for m in HUB_IDS for h in ("1gpu", "8gpu", "2x8gpu"))
 
 
 def test_the_readme_states_the_batches_and_the_memory_of_these_recipes():

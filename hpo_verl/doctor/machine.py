@@ -1,0 +1,202 @@
+"""Whether cards, their memory, CPUs and host memory suffice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from hpo_verl.doctor.finding import Finding, error, ok, skipped, warning
+from hpo_verl.doctor.memory import (
+    ACTOR,
+    GIB,
+    RECIPE_CARD_GIB,
+    ROLLOUT,
+    arithmetic,
+    card_memory,
+    cpu_slots,
+    host_memory,
+)
+from hpo_verl.doctor.model_size import ModelSize
+from hpo_verl.doctor.subject import Subject
+from hpo_verl.errors import EnvironmentCheckError
+from hpo_verl.launch import checks
+
+SMI = "nvidia-smi"
+SMI_SECONDS = 20
+# A card on which more is taken belongs to somebody else just now.
+IDLE_GIB = 2.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU: its name and its memory in GiB."""
+
+    name: str
+    total: float
+    used: float
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine offers a run.
+
+    Attributes:
+        cards: its GPUs.
+        cpus: CPUs that Ray would count.
+        memory: of the host, GiB, as far as it is available.
+    """
+
+    cards: tuple[Card, ...]
+    cpus: float
+    memory: float
+
+    @classmethod
+    def here(cls) -> Node:
+        """This machine.
+
+        Raises:
+            EnvironmentCheckError: nvidia-smi fails.
+        """
+        available = psutil.virtual_memory().available / GIB
+        return cls(tuple(find_cards()), os.cpu_count() or 1, available)
+
+    def plain(self) -> dict[str, object]:
+        """The same as plain values, to be sent between processes."""
+        return asdict(self)
+
+
+def find_cards() -> list[Card]:
+    """NVIDIA's GPUs on this machine, whatever this process may use of them.
+
+    Raises:
+        EnvironmentCheckError: nvidia-smi is there and fails.
+    """
+    program = shutil.which(SMI)
+    if program is None:
+        return []
+    fields = "--query-gpu=name,memory.total,memory.used"
+    try:
+        printed = subprocess.run(  # noqa: S603
+            [program, fields, "--format=csv,noheader,nounits"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=SMI_SECONDS,
+        ).stdout
+        return [_card(line) for line in printed.splitlines() if line.strip()]
+    except (OSError, ValueError, subprocess.SubprocessError) as problem:
+        raise EnvironmentCheckError(f"{SMI} fails: {problem}") from problem
+
+
+def _card(line: str) -> Card:
+    """Read a line such as `NVIDIA H100 80GB HBM3, 81559, 4`, memory in MiB."""
+    name, total, used = (part.strip() for part in line.rsplit(",", 2))
+    return Card(name, float(total) / 1024, float(used) / 1024)
+
+
+def check_machine(
+    subject: Subject, size: ModelSize | None, nodes: Sequence[Node] | None = None
+) -> list[Finding]:
+    """All checks of what the machines have.
+
+    Args:
+        subject: what is examined.
+        size: dimensions of the policy; None if unknown.
+        nodes: the machines of the cluster; None for this machine.
+    """
+    if nodes is None:
+        try:
+            nodes = [Node.here()]
+        except EnvironmentCheckError as problem:
+            return [error("cards", str(problem), "repair the driver, or ask the machine's owner")]
+    cards = [] if subject.on_cpu else [check_cards(subject, nodes)]
+    memory = [] if subject.on_cpu else [check_card_memory(subject, size, nodes)]
+    return [*cards, *memory, check_cpus(subject, nodes), check_host_memory(subject, size, nodes)]
+
+
+def check_cards(subject: Subject, nodes: Sequence[Node]) -> Finding:
+    """Whether as many machines as the recipe wants have as many GPUs as it wants."""
+    machines, each = subject.get("trainer.nnodes"), subject.get("trainer.n_gpus_per_node")
+    fitting = [node for node in nodes if len(node.cards) >= each]
+    shown = " + ".join(str(len(node.cards)) for node in nodes) or "none"
+    wanted = f"trainer.nnodes={machines} trainer.n_gpus_per_node={each}"
+    if len(fitting) < machines:
+        return error(
+            "cards",
+            f"{wanted}: this {'cluster' if subject.address else 'machine'} has {shown}",
+            "hardware=1gpu, 8gpu, 2x8gpu or cpu, as there are; --address for a cluster",
+        )
+    busy = [c for node in fitting for c in node.cards if c.used > IDLE_GIB]
+    if busy:
+        return warning(
+            "cards",
+            f"{len(busy)} cards are in use, up to {max(c.used for c in busy):.1f} GiB",
+            "wait, or end the other programs; see nvidia-smi",
+        )
+    return ok("cards", f"{wanted}; there are {shown}: {fitting[0].cards[0].name}")
+
+
+def check_card_memory(subject: Subject, size: ModelSize | None, nodes: Sequence[Node]) -> Finding:
+    """Compare the estimate of each phase with the smallest card."""
+    if size is None:
+        return skipped("card memory", "the dimensions of the policy are unknown")
+    if not subject.needs_vllm:
+        return skipped("card memory", f"no arithmetic for {ROLLOUT}.name other than vllm")
+    there = [card.total for node in nodes for card in node.cards]
+    card = min(there, default=RECIPE_CARD_GIB)
+    memory = card_memory(size, subject.config, card)
+    text = arithmetic(memory, size, subject.config)
+    if not there:
+        return skipped(
+            "card memory", f"no card here to compare with; on one of {card:g} GiB: {text}"
+        )
+    text += f"; the smallest card has {card:.1f}"
+    longest = subject.get("data.max_prompt_length") + subject.get("data.max_response_length")
+    if memory.cache_tokens < longest:
+        return error(
+            "card memory",
+            f"vLLM's share leaves no room for one response of {longest} tokens; {text}",
+            f"a larger {ROLLOUT}.gpu_memory_utilization or tensor_model_parallel_size",
+        )
+    if memory.update > card:
+        return error("card memory", text, f"halve {ACTOR}.ppo_max_token_len_per_gpu")
+    if memory.sampling > card:
+        return error("card memory", text, f"lower {ROLLOUT}.gpu_memory_utilization")
+    return ok("card memory", text)
+
+
+def check_cpus(subject: Subject, nodes: Sequence[Node]) -> Finding:
+    """Whether Ray has as many CPUs as verl reserves."""
+    slots, text = cpu_slots(subject.config)
+    nominal = None if subject.address else subject.get("ray_kwargs.ray_init.num_cpus")
+    have = nominal if nominal is not None else sum(node.cpus for node in nodes)
+    source = "ray_kwargs.ray_init.num_cpus" if nominal is not None else "there are"
+    if have < slots:
+        return error(
+            "cpus",
+            f"{text}; {source} {have:g}, with which Ray waits without a word",
+            "more CPUs, or transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        )
+    return ok("cpus", f"{text}; {source} {have:g}")
+
+
+def check_host_memory(subject: Subject, size: ModelSize | None, nodes: Sequence[Node]) -> Finding:
+    """Compare the estimate for a machine's own memory with what is available."""
+    least = min((node.memory for node in nodes), default=0.0)
+    if size is None:
+        return skipped("host memory", "the dimensions of the policy are unknown")
+    needed, text = host_memory(size, subject.config)
+    if subject.on_cpu:
+        base = checks.FREE_MEMORY_BYTES / GIB
+        needed, text = needed + base, f"{text}; processes {base:.1f}"
+    text = f"{needed:.1f} GiB: {text}; {least:.1f} available"
+    if needed > least:
+        return error(
+            "host memory", text, "a machine with more memory, a smaller model, or no offloading"
+        )
+    return ok("host memory", text)

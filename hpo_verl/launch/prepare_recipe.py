@@ -1,0 +1,39 @@
+"""`hpo-verl prepare`: what a recipe needs, made or found sound, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hpo_verl.launch import checks
+from hpo_verl.launch.prepare import Preparation, check_made, make_missing, preparations
+from hpo_verl.launch.recipes import compose_resolved
+
+
+def prepare_recipe(
+    recipe: str, overrides: Sequence[str], announce: Callable[[str], None]
+) -> list[Preparation]:
+    """Make what a recipe lists under `prepare` where it is missing, and check what is there.
+
+    Args:
+        recipe: name of a recipe.
+        overrides: Hydra overrides.
+        announce: told what is being made.
+
+    Returns:
+        Everything that the recipe lists; all of it is there now.
+
+    Raises:
+        HpoVerlError: a wrong recipe or override; a command failed; something that was there
+            is damaged.
+    """
+    checks.check_versions()
+    config = compose_resolved(recipe, overrides)
+    checks.check_numbers(config)
+    wanted = list(preparations(config))
+    make_missing(config, announce)
+    checks.check_data(config)
+    if any(p.output == Path(str(config.actor_rollout_ref.model.path)).expanduser() for p in wanted):
+        checks.check_model(config)
+    check_made(config)
+    return wanted

@@ -1,0 +1,51 @@
+"""Tells whether verl's registries hold what the recipes name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hpo_verl.algorithms.catalog import ALGORITHMS, HYSTERETIC_ESTIMATORS
+from hpo_verl.verl_plugin.trainers import MODE_PREFIX, PARENT_MODES
+
+OWN_PACKAGE = "hpo_verl."
+
+
+def absent_names() -> list[str]:
+    """Names that verl's registries lack, or hold from another package than this one.
+
+    Returns:
+        One text per name, such as `policy loss 'mhpo': not registered`; empty if all are there.
+    """
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    algorithms = ALGORITHMS.values()
+    estimators = {a.estimator: a.estimator in HYSTERETIC_ESTIMATORS for a in algorithms}
+    losses = {a.loss: a.origin == "hpo_verl" for a in algorithms}
+    modes = {MODE_PREFIX + mode: True for mode in PARENT_MODES}
+    loops = {name: entry["_target_"] for name, entry in _agent_loop_registry.items()}
+    return [
+        *_absent("advantage estimator", ADV_ESTIMATOR_REGISTRY, estimators),
+        *_absent("policy loss", POLICY_LOSS_REGISTRY, losses),
+        *_absent("trainer mode", TRAINER_REGISTRY, modes),
+        *_absent("rollout", RolloutReplicaRegistry._registry, {"hf": True}),
+        *_absent("agent loop", loops, {"seeded_single_turn_agent": True}),
+    ]
+
+
+def _absent(kind: str, registry: Mapping[str, Any], expected: Mapping[str, bool]) -> Iterator[str]:
+    for name, ours in expected.items():
+        if name not in registry:
+            yield f"{kind} {name!r}: not registered"
+        elif ours and not _origin(registry[name]).startswith(OWN_PACKAGE):
+            yield f"{kind} {name!r}: registered by {_origin(registry[name])}"
+
+
+def _origin(entry: Any) -> str:
+    """Module of a function or class, of what a `partial` wraps, or a dotted name itself."""
+    if isinstance(entry, str):
+        return entry
+    return str(getattr(getattr(entry, "func", entry), "__module__", ""))

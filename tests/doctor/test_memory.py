@@ -1,0 +1,131 @@
+"""Memory and CPUs by hand-derived numbers; the tables of recipes/README.md have their own test."""
+
+from math import isclose
+
+import pytest
+
+from hpo_verl.doctor.memory import (
+    GIB,
+    arithmetic,
+    card_memory,
+    cpu_slots,
+    host_memory,
+    tokens_at_once,
+)
+from hpo_verl.doctor.model_size import KNOWN_MODELS, ModelSize
+
+ACTOR = "actor_rollout_ref.actor"
+# 2^20 parameters: 2 x 2^8 x 2^6 in the vocabulary's matrices, the rest in two layers.
+SMALL = ModelSize(1 << 20, 64, 256, 2, 4, 16, 256, tied=False)
+QWEN_7B = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
+
+
+@pytest.fixture
+def config(subject):
+    def build(changes=None, hardware="1gpu"):
+        return subject(changes, recipe="countdown3-1.5b", hardware=hardware).config
+
+    return build
+
+
+def test_every_term_by_hand(config):
+    changes = {f"{ACTOR}.ppo_max_token_len_per_gpu": 2048}
+    memory = card_memory(SMALL, config(changes), card=10.0)
+    mib = 1 / 1024
+    assert isclose(memory.weights, 4 * mib)
+    assert isclose(memory.gradients, 4 * mib)
+    assert isclose(memory.adam, 8 * mib)
+    assert memory.reference == 0
+    # Half of the parameters outside the matrices are one layer.
+    assert isclose(memory.gathered, 4 * (32_768 + (2**20 - 32_768) / 2) / GIB)
+    assert isclose(memory.activations, 2 * 2048 * (64 * 2 + 3 * 256 + 8 * 64) / GIB)
+    assert isclose(memory.logits, 2 * mib)
+    assert isclose(memory.resident, 12 * mib)
+    assert isclose(memory.rollout, 6.0)
+    assert isclose(memory.sampling, 10 + 12 * mib)
+    parts = memory.gathered + memory.activations + memory.logits
+    assert isclose(memory.update, 16 * mib + parts + 4)
+    # A token takes 2 x 2 bytes x 2 layers x 4 heads of 16; the share less weights less 4 GiB.
+    assert isclose(memory.cache_tokens, ((6 - 4) * GIB - 2 * 2**20) / 512)
+
+
+def test_cards_share_weights_gradients_and_moments(config):
+    one, eight = (card_memory(QWEN_7B, config(hardware=h), 80.0) for h in ("1gpu", "8gpu"))
+    assert isclose(eight.weights, one.weights / 8)
+    assert isclose(eight.adam, one.adam / 8)
+    assert eight.logits == one.logits
+    grouped = config({f"{ACTOR}.fsdp_config.fsdp_size": 4}, "8gpu")
+    assert isclose(card_memory(QWEN_7B, grouped, 80.0).weights, one.weights / 4)
+
+
+def test_offloading_takes_them_off_the_card(config):
+    fsdp = f"{ACTOR}.fsdp_config"
+    waiting = card_memory(
+        SMALL, config({f"{fsdp}.param_offload": True, f"{fsdp}.optimizer_offload": True}), 80.0
+    )
+    assert (waiting.resident, waiting.weights > 0) == (0.0, True)
+    away = card_memory(SMALL, config({f"{fsdp}.offload_policy": True}), 80.0)
+    assert (away.weights, away.gradients, away.adam, away.resident) == (0, 0, 0, 0)
+
+
+def test_a_reference_policy_and_tensor_parallelism(config):
+    with_kl = card_memory(SMALL, config({f"{ACTOR}.use_kl_loss": True}), 80.0)
+    assert isclose(with_kl.reference, 4 / 1024)
+    assert isclose(with_kl.resident, 16 / 1024)
+    assert "reference 0.0 (4 x " in arithmetic(
+        with_kl, SMALL, config({f"{ACTOR}.use_kl_loss": True})
+    )
+    split = card_memory(
+        SMALL, config({"actor_rollout_ref.rollout.tensor_model_parallel_size": 2}), 10.0
+    )
+    assert isclose(split.cache_tokens, ((6 - 4) * GIB - 2**20) / 256)
+
+
+def test_without_checkpointing_every_layer_keeps_its_values(config):
+    changes = {"actor_rollout_ref.model.enable_gradient_checkpointing": False}
+    tokens = tokens_at_once(config())
+    memory = card_memory(SMALL, config(changes), 80.0)
+    assert isclose(memory.activations, 2 * tokens * 2 * (3 * 256 + 8 * 64) / GIB)
+    assert "x (3 x 256 + 8 x 64) x 2)" in arithmetic(memory, SMALL, config(changes))
+
+
+def test_without_a_token_budget_the_micro_batch_counts(config):
+    changes = {f"{ACTOR}.use_dynamic_bsz": False, f"{ACTOR}.ppo_micro_batch_size_per_gpu": 3}
+    assert tokens_at_once(config(changes)) == 3 * 1280
+    assert tokens_at_once(config()) == 32768
+
+
+@pytest.mark.parametrize(("hardware", "slots"), [("1gpu", 13), ("8gpu", 34), ("2x8gpu", 58)])
+def test_cpus_of_the_readme(config, hardware, slots):
+    assert cpu_slots(config(hardware=hardware))[0] == slots
+
+
+def test_cpus_of_the_small_run(subject):
+    assert cpu_slots(subject().config) == (6, "3 x 1 + TransferQueue 1 + 1 + driver 1 = 6")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hardware", "gigabytes"),
+    [
+        # The README's figures: eight ranks read a tied model, one an untied one.
+        ("countdown3-1.5b", "8gpu", 49),
+        ("countdown3-3b", "8gpu", 99),
+        ("countdown3-7b", "8gpu", 30),
+        # Waiting in host memory while vLLM samples, and living there.
+        ("countdown3-3b", "1gpu", 37),
+        ("countdown3-7b", "1gpu", 122),
+    ],
+)
+def test_host_memory_of_the_readme(subject, recipe, hardware, gigabytes):
+    config = subject(recipe=recipe, hardware=hardware).config
+    needed, _ = host_memory(KNOWN_MODELS[config.actor_rollout_ref.model.path], config)
+    assert round(needed * GIB / 1e9) == gigabytes
+
+
+def test_host_memory_on_the_cpu(subject):
+    changes = {"trainer.n_gpus_per_node": 2, f"{ACTOR}.ppo_micro_batch_size_per_gpu": 10}
+    needed, text = host_memory(SMALL, subject(changes).config)
+    rank = 4 * 2**20 + 8 * (32_768 + (2**20 - 32_768) / 2)
+    rank += 4 * 400 * 2 * (3 * 256 + 8 * 64) + 8 * 400 * 256
+    assert isclose(needed, (16 * 2**20 + 2 * rank) / GIB)
+    assert "times 2" in text

@@ -1,0 +1,183 @@
+"""Policies that cannot be read, bring code, or are too short for the run."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from hpo_verl.doctor import model
+from hpo_verl.doctor.model import check_model, find_model
+from hpo_verl.doctor.model_size import KNOWN_MODELS, read_model_size
+from hpo_verl.errors import DataError
+
+HUB = "Qwen/Qwen2.5-1.5B-Instruct"
+PATH = "actor_rollout_ref.model.path"
+
+
+def only(findings, name):
+    (finding,) = [f for f in findings if f.name == name]
+    return finding
+
+
+@pytest.fixture
+def policy(made, tmp_path):
+    """A copy of the policy that a test may damage."""
+    return shutil.copytree(made / "policy", tmp_path / "policy")
+
+
+@pytest.fixture
+def examine(subject):
+    def run(changes=None, **options):
+        made = subject(changes, **options)
+        return check_model(made, find_model(made))
+
+    return run
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_small_policy_is_right(examine, policy):
+    findings = examine({PATH: str(policy)})
+    assert [f.status for f in findings] == ["ok"] * 3
+    assert only(findings, "positions").detail == "40 of 512"
+
+
+def test_its_size_is_read_from_the_headers(policy):
+    size = read_model_size(policy)
+    config = json.loads((policy / "config.json").read_text())
+    assert size.parameters == json.loads((policy / "manifest.json").read_text())["parameters"]
+    assert (size.hidden_size, size.layers) == (config["hidden_size"], config["num_hidden_layers"])
+    assert not size.tied
+    # Keys and values of every layer in two bytes a number.
+    numbers = config["num_hidden_layers"] * config["num_key_value_heads"] * size.head_size
+    assert size.cache_bytes_per_token == 2 * 2 * numbers
+    assert size.embedding_parameters == 2 * config["vocab_size"] * config["hidden_size"]
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", "no json"])
+def test_a_configuration_without_dimensions(policy, damage):
+    (policy / "config.json").write_text(damage)
+    with pytest.raises(DataError, match=r"config\.json"):
+        read_model_size(policy)
+
+
+def test_a_folder_without_weights_has_no_size(policy):
+    (policy / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="no weights"):
+        read_model_size(policy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_incomplete_folder(examine, policy, name):
+    (policy / name).unlink()
+    finding = only(examine({PATH: str(policy)}), "model")
+    assert finding.status == "error"
+    assert f"{PATH}: {policy} holds no" in finding.detail
+    assert finding.fix == f"copy the model there, or {PATH}=FOLDER"
+
+
+def test_a_policy_that_was_changed_after_it_was_made(examine, policy):
+    edit(policy / "generation_config.json", temperature=2.0)
+    changes = {PATH: str(policy), "prepare.policy.output": str(policy)}
+    finding = only(examine(changes), "model")
+    assert finding.status == "error"
+    assert "generation_config.json: its sha256" in finding.detail
+    assert finding.fix.startswith("hpo-verl prepare countdown-tiny")
+
+
+def test_a_shard_that_the_index_names(examine, policy):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (policy / "model.safetensors.index.json").write_text(json.dumps(index))
+    finding = only(examine({PATH: str(policy)}), "model")
+    assert (finding.status, "holds no model-2.safetensors" in finding.detail) == ("error", True)
+
+
+@pytest.mark.parametrize("key", ["actor_rollout_ref.model", "data"])
+def test_trusting_the_models_code(examine, policy, key):
+    finding = only(examine({PATH: str(policy), f"{key}.trust_remote_code": True}), "remote code")
+    assert (finding.status, finding.fix) == ("error", f"{key}.trust_remote_code=false")
+
+
+def test_a_model_that_brings_code(examine, policy):
+    edit(policy / "config.json", auto_map={"AutoConfig": "own.Config"})
+    (policy / "own.py").write_text("")
+    finding = only(examine({PATH: str(policy)}), "remote code")
+    assert finding.status == "warning"
+    assert "own.py, config.json bring code" in finding.detail
+
+
+def test_a_model_for_shorter_texts(examine, policy):
+    edit(policy / "config.json", max_position_embeddings=39)
+    finding = only(examine({PATH: str(policy)}), "positions")
+    assert (finding.status, "= 40: the model has 39" in finding.detail) == ("error", True)
+    config = json.loads((policy / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (policy / "config.json").write_text(json.dumps(config))
+    assert only(examine({PATH: str(policy)}), "positions").status == "skipped"
+
+
+def hub(monkeypatch, answer=None, raises=None):
+    """Stand in for the hub: an answer or an error."""
+
+    class Hub:
+        def auth_check(self, name):
+            if raises:
+                raise raises
+
+        def model_info(self, name, timeout):
+            return answer
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(model, "_cached", lambda name: None)
+
+
+def response(status):
+    return SimpleNamespace(status_code=status, headers={}, request=None, url="")
+
+
+@pytest.mark.parametrize(
+    ("problem", "detail", "fix"),
+    [
+        (GatedRepoError("x", response=response(403)), "gated", "accept its terms on the hub"),
+        (RepositoryNotFoundError("x", response=response(404)), "no such model", "correct the name"),
+        (OSError("no route"), "the hub cannot be asked: no route", f"hf download {HUB}"),
+    ],
+)
+def test_the_hub_refuses(examine, monkeypatch, problem, detail, fix):
+    hub(monkeypatch, raises=problem)
+    finding = only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model")
+    assert finding.status == "error"
+    assert f"{PATH}={HUB}: " in finding.detail
+    assert detail in finding.detail
+    assert finding.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("files", "status"),
+    [(["config.json", "a.safetensors"], "warning"), (["config.json", "a.bin"], "error")],
+)
+def test_the_hub_answers(examine, monkeypatch, files, status):
+    hub(monkeypatch, SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in files]))
+    findings = examine(recipe="countdown3-1.5b", hardware="8gpu")
+    assert only(findings, "model").status == status
+    assert only(findings, "remote code").status == "skipped"
+    assert only(findings, "positions").status == "skipped"
+
+
+def test_offline_the_cache_decides(examine, subject, monkeypatch, policy):
+    hub(monkeypatch, raises=AssertionError("the network was asked"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    finding = only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model")
+    assert (finding.status, "the run is offline" in finding.detail) == ("error", True)
+    monkeypatch.setattr(model, "_cached", lambda name: policy)
+    finding = only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model")
+    assert (finding.status, f"{policy} of {HUB}" in finding.detail) == ("ok", True)
+    (policy / "model.safetensors").unlink()
+    assert only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model").status == "error"
+    # What was downloaded in part still has the dimensions that are known.
+    assert find_model(subject(recipe="countdown3-1.5b", hardware="8gpu")).size == KNOWN_MODELS[HUB]

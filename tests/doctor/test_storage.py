@@ -1,0 +1,140 @@
+"""Disks, folders, shared memory and ports that a run cannot use."""
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from hpo_verl.doctor import storage
+from hpo_verl.doctor.model_size import KNOWN_MODELS
+from hpo_verl.doctor.storage import check_disk, check_folders, check_ports, check_shared_memory
+
+SIZE = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
+GIB = 1 << 30
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Pretend that every disk has so many GiB free."""
+
+    def fake(gib):
+        usage = SimpleNamespace(free=int(gib * GIB))
+        monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+
+    return fake
+
+
+def test_the_small_run_can_write_and_writes_nothing(subject, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    findings = storage.check_storage(subject(), None)
+    assert [(f.name, f.status) for f in findings] == [
+        ("folders", "ok"),
+        ("disk", "skipped"),
+        ("shared memory", "ok"),
+        ("ports", "ok"),
+    ]
+    assert str(tmp_path / "run") in findings[0].detail
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_is_a_file(subject, tmp_path):
+    (tmp_path / "run").write_text("")
+    finding = check_folders(subject())
+    assert finding.status == "error"
+    assert f"{tmp_path / 'run'} is not a folder" in finding.detail
+
+
+def test_a_folder_without_permission(subject, monkeypatch, tmp_path):
+    # Root may write anywhere, so ask as somebody else would.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    finding = check_folders(subject({"trainer.default_local_dir": str(tmp_path / "c" / "d")}))
+    assert (finding.status, "no permission to write" in finding.detail) == ("error", True)
+
+
+@pytest.mark.parametrize("given", [None, "checkpoints"])
+def test_a_cluster_needs_an_absolute_folder(subject, given):
+    changes = {"trainer.default_local_dir": given}
+    finding = check_folders(subject(changes, address="auto"))
+    assert (finding.status, f"default_local_dir={given}" in finding.detail) == ("error", True)
+
+
+def test_whether_a_disk_is_shared_is_not_claimed(subject, tmp_path):
+    changes = {"trainer.default_local_dir": str(tmp_path), "trainer.nnodes": 2}
+    finding = check_folders(subject(changes))
+    assert (finding.status, "was not checked" in finding.detail) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gib", "checkpoints"),
+    [
+        # Two are kept and a third is written: 12 bytes a parameter, and 1 GiB for logs.
+        ({}, 3 * 12 * 7_615_616_512 / GIB + 1, 3),
+        ({"trainer.total_training_steps": 50}, 12 * 7_615_616_512 / GIB + 1, 1),
+        ({"trainer.max_actor_ckpt_to_keep": None}, 4 * 12 * 7_615_616_512 / GIB + 1, 4),
+        (
+            {"actor_rollout_ref.actor.checkpoint.save_contents": ["model", "hf_model"]},
+            3 * 8 * 7_615_616_512 / GIB + 1,
+            3,
+        ),
+        ({"trainer.save_freq": -1}, 1, 0),
+    ],
+)
+def test_disk_for_checkpoints(subject, free, changes, gib, checkpoints):
+    run = subject(changes, recipe="countdown4-7b", hardware="8gpu")
+    free(gib + 0.01)
+    finding = check_disk(run, SIZE)
+    assert (finding.status, f"for checkpoints ({checkpoints} x " in finding.detail) == ("ok", True)
+    free(gib - 0.01)
+    finding = check_disk(run, SIZE)
+    assert (finding.status, "HPO_VERL_CHECKPOINTS" in finding.fix) == ("error", True)
+    assert f"{gib:.1f} GiB for" in finding.detail
+
+
+def test_without_checkpoints_the_size_does_not_matter(subject):
+    assert check_disk(subject({"trainer.save_freq": -1}), None).status == "ok"
+
+
+def test_shared_memory_for_the_weights_and_for_ray(subject, free):
+    run = subject(recipe="countdown4-7b", hardware="8gpu")
+    free(16.1)
+    assert check_shared_memory(run).status == "ok"
+    free(15.9)
+    finding = check_shared_memory(run)
+    assert finding.status == "error"
+    assert finding.detail.startswith("16.00 GiB for the weights (8 x 2048 MiB)")
+    free(0.01)
+    assert "object_store_memory" in check_shared_memory(subject()).detail
+
+
+def test_shared_memory_elsewhere_is_not_ours_to_see(subject, monkeypatch, tmp_path):
+    assert check_shared_memory(subject(address="auto")).status == "skipped"
+    monkeypatch.setattr(storage, "SHARED_MEMORY", tmp_path / "none")
+    assert check_shared_memory(subject()).status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("key", "others"),
+    [
+        ("ray_kwargs.ray_init.dashboard_port", {}),
+        (
+            "actor_rollout_ref.rollout.prometheus.port",
+            {"actor_rollout_ref.rollout.prometheus.enable": True},
+        ),
+    ],
+)
+def test_a_taken_port(subject, key, others):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        finding = check_ports(subject({key: port, **others}))
+        assert (finding.status, finding.detail) == ("error", f"{key}={port}: the port is taken")
+    assert check_ports(subject({key: port, **others})).status == "ok"
+
+
+def test_a_cluster_that_the_environment_names(subject, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    finding = check_ports(subject())
+    assert (finding.status, "RAY_ADDRESS=10.0.0.1:6379" in finding.detail) == ("warning", True)
+    assert check_ports(subject(address="auto")).status == "skipped"

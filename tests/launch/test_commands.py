@@ -1,0 +1,172 @@
+"""`hpo-verl list`, `prepare`, help, completion and exit codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from hpo_verl.algorithms.catalog import ALGORITHMS
+from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
+from hpo_verl.launch import completion, prepare_recipe
+from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
+
+HPO_VERL = "import sys; sys.argv = ['hpo-verl']; from hpo_verl.cli import main; main()"
+SMALL = (
+    "prepare.data.arguments.train_size=64",
+    "prepare.data.arguments.val_size=8",
+)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_list_names_every_recipe_algorithm_paper_equation_and_option():
+    result = invoke("list")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"recipes: {', '.join(recipe_names())}"
+    for algorithm in ALGORITHMS.values():
+        (line,) = [text for text in lines if text.split()[:1] == [algorithm.name]]
+        assert line.split()[1] == f"arXiv:{algorithm.paper}"
+        assert line.endswith(algorithm.equation)
+    for group in GROUPS:
+        assert f"{group}=: {', '.join(group_options(group))}" in lines
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A production recipe's data, small: overrides and folder."""
+    monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path / "cache"))
+    batch = ("data.train_batch_size=64", "seed=3")
+    folder = tmp_path / "cache" / "countdown4-3"
+    return (*SMALL, *batch), folder
+
+
+def test_prepare_makes_the_data_of_a_production_recipe_once(data):
+    overrides, folder = data
+    result = invoke("prepare", "countdown4-7b", *overrides)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"data: {folder}"
+    assert "making data: python -m data_prep.countdown" in result.stdout
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {path.name for path in files} == {"train.parquet", "val.parquet"}
+    again = invoke("prepare", "countdown4-7b", *overrides)
+    assert (again.exit_code, again.stdout) == (0, f"data: {folder}\n")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+
+
+def test_prepare_does_not_call_damaged_data_sound(data, monkeypatch, capsys):
+    overrides, folder = data
+    folder.mkdir(parents=True)
+    (folder / "train.parquet").write_bytes(b"PAR1 and no more")
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", "countdown4-7b", *overrides])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"{folder / 'train.parquet'} is not a complete parquet file" in error
+    assert (folder / "train.parquet").read_bytes() == b"PAR1 and no more"
+
+
+def test_prepare_checks_a_policy_that_it_would_make(tmp_path, monkeypatch, capsys):
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    given = [*SMALL, f"prepare.data.output={tmp_path / 'data'}", f"prepare.policy.output={policy}"]
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", "countdown-tiny", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert f"{policy} holds no config.json; make it with: python -m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["countdown5-7b"], "unknown recipe 'countdown5-7b': did you mean countdown4-7b"),
+        (["countdown4-7b", "model=qwen2.5-77b"], "no such model; did you mean qwen2.5-7b"),
+        (["countdown4-7b", "data.train_size=3"], "unknown setting 'data.train_size'"),
+        (["countdown4-7b", "data.train_batch_size=0"], "data.train_batch_size=0: must be"),
+        (["countdown4-7b", "seed=${nothing}"], "nothing"),
+        (["countdown4-7b", "prepare.data.module=os"], "prepare.data.module=os: only modules below"),
+    ],
+)
+def test_prepare_refuses_wrong_input_before_it_makes_anything(
+    arguments, message, data, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert not data[1].parent.exists()
+
+
+def test_ctrl_c_has_its_own_exit_code(monkeypatch, capsys):
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_recipe, "prepare_recipe", interrupt)
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", "countdown-tiny"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize("command", ["train", "list", "prepare", "doctor"])
+def test_every_command_helps_with_examples(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"hpo-verl {command}" in result.stdout.split("Examples:")[1]
+
+
+def test_the_exit_codes_are_documented():
+    text = " ".join(invoke("--help").stdout.replace("│", " ").split())
+    assert "Exit codes: 0 success, 1 the training failed, 2 wrong input" in text
+    assert "130 interrupted" in text
+    assert "Exit code 2 if any finding is an error" in invoke("doctor", "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["doctr"], ["doctor", "--jsn"], ["prepare"]])
+def test_a_command_line_that_does_not_parse(arguments):
+    assert invoke(*arguments).exit_code == EXIT_BAD_INPUT
+
+
+def test_completion_offers_recipes_groups_and_their_options():
+    assert completion.recipes("countdown4") == [
+        "countdown4-1.5b",
+        "countdown4-3b",
+        "countdown4-7b",
+    ]
+    assert completion.overrides("") == ["task=", "model=", "algo=", "hardware="]
+    assert completion.overrides("al") == ["algo="]
+    assert completion.overrides("algo=a") == ["algo=a_hpo"]
+    assert completion.overrides("trainer.n") == []
+    assert completion.overrides("trainer.nnodes=") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("hpo-verl tr", "train"),
+        ("hpo-verl doctor countdown-t", "countdown-tiny"),
+        ("hpo-verl prepare telelogs-7b hardware=2", "hardware=2x8gpu"),
+    ],
+)
+def test_the_shell_is_answered(words, expected):
+    finished = subprocess.run(
+        [sys.executable, "-c", HPO_VERL],
+        env={
+            **os.environ,
+            "_HPO_VERL_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert expected in finished.stdout.split(), finished.stderr
