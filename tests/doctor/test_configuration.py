@@ -17,7 +17,7 @@ def test_the_small_run_is_legal_and_learns(subject):
     findings = check_configuration(subject())
     assert [f.status for f in findings] == ["ok"] * 5
     assert (
-        only(findings, "learning").detail == "40 steps of 64 prompts x 8 responses, 4 updates each"
+        only(findings, "learning").detail == "30 steps of 64 prompts x 8 responses, 4 updates each"
     )
 
 
@@ -56,7 +56,7 @@ def test_epochs_give_steps_where_no_number_is_set(subject):
     assert check_learnable(absent).detail.startswith("an unknown number of steps")
 
 
-@pytest.mark.parametrize(("done", "status"), [("39", "ok"), ("40", "error"), ("", "ok")])
+@pytest.mark.parametrize(("done", "status"), [("29", "ok"), ("30", "error"), ("", "ok")])
 def test_a_run_that_is_finished_has_no_step_left(subject, tmp_path, done, status):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -64,7 +64,7 @@ def test_a_run_that_is_finished_has_no_step_left(subject, tmp_path, done, status
     changes = {"trainer.default_local_dir": str(folder)}
     finding = check_learnable(subject(changes))
     assert finding.status == status
-    assert ("step 40 of 40" in finding.detail) == (status == "error")
+    assert ("step 30 of 30" in finding.detail) == (status == "error")
     assert check_learnable(subject({**changes, "trainer.resume_mode": "disable"})).status == "ok"
 
 

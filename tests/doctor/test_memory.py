@@ -123,7 +123,8 @@ def test_host_memory_of_the_readme(subject, recipe, hardware, gigabytes):
 
 
 def test_host_memory_on_the_cpu(subject):
-    changes = {"trainer.n_gpus_per_node": 2, f"{ACTOR}.ppo_micro_batch_size_per_gpu": 10}
+    # A micro-batch of 400 tokens a rank: ten sequences of 16 + 24.
+    changes = {"trainer.n_gpus_per_node": 2, f"{ACTOR}.ppo_max_token_len_per_gpu": 400}
     needed, text = host_memory(SMALL, subject(changes).config)
     rank = 4 * 2**20 + 8 * (32_768 + (2**20 - 32_768) / 2)
     rank += 4 * 400 * 2 * (3 * 256 + 8 * 64) + 8 * 400 * 256
