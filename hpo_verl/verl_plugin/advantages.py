@@ -105,12 +105,25 @@ def read_settings(
     """
     section = {} if config is None else config
     settings = parse_settings(SETTINGS[estimator], section.get("hpo", None), "algorithm.hpo")
-    normalize_by_std = section.get("norm_adv_by_std_in_grpo", True)
-    if not isinstance(normalize_by_std, bool):
-        raise ConfigError(
-            f"algorithm.norm_adv_by_std_in_grpo = {normalize_by_std!r}: must be true or false"
-        )
-    return settings, normalize_by_std
+    return settings, normalizes_by_std(config)
+
+
+def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
+    """Read `algorithm.norm_adv_by_std_in_grpo`.
+
+    Args:
+        config: verl's `algorithm` section; None means the default, true.
+
+    Returns:
+        Whether advantages are divided by the standard deviation of their group.
+
+    Raises:
+        ConfigError: Neither true nor false.
+    """
+    value = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
+    if not isinstance(value, bool):
+        raise ConfigError(f"algorithm.norm_adv_by_std_in_grpo = {value!r}: must be true or false")
+    return value
 
 
 def compute_hysteretic(
