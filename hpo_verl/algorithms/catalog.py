@@ -76,6 +76,10 @@ ALGORITHMS: dict[str, Algorithm] = {
             "largest |A| H",
             "d3s", "vanilla", TOKEN_MEAN, "verl",
         ),
+        Algorithm(
+            "spo", "2509.13232", f"{_CLIP}, A = whiten(r - v(prompt)), one response a prompt",
+            "spo", "vanilla", TOKEN_MEAN, "verl",
+        ),
     )
 }  # fmt: skip
 
@@ -91,6 +95,7 @@ ESTIMATOR_SECTIONS = {
     "hpo": "hpo",
     "a_hpo": "hpo",
     "d3s": "d3s",
+    "spo": "spo",
 }
 """Where under `algorithm` the settings of an estimator of ours stand."""
 

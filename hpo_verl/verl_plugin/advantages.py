@@ -31,6 +31,22 @@ SETTINGS: dict[str, type[HPOSettings] | type[AHPOSettings]] = {
 }
 
 
+def uid_labels(uids: Iterable[Hashable], size: int) -> list[Hashable]:
+    """List the labels of a batch.
+
+    Args:
+        uids: One label per response.
+        size: Number of responses.
+
+    Raises:
+        DataError: The number of labels differs from `size`.
+    """
+    labels = uids.tolist() if isinstance(uids, (np.ndarray, torch.Tensor)) else list(uids)
+    if len(labels) != size:
+        raise DataError(f"uid: {len(labels)} labels for {size} responses")
+    return labels
+
+
 def group_codes(uids: Iterable[Hashable], size: int) -> torch.Tensor:
     """Number the groups of a batch in order of appearance.
 
@@ -44,9 +60,7 @@ def group_codes(uids: Iterable[Hashable], size: int) -> torch.Tensor:
     Raises:
         DataError: The number of labels differs from `size`, or one is not hashable.
     """
-    labels = uids.tolist() if isinstance(uids, (np.ndarray, torch.Tensor)) else list(uids)
-    if len(labels) != size:
-        raise DataError(f"uid: {len(labels)} labels for {size} responses")
+    labels = uid_labels(uids, size)
     codes: defaultdict[Hashable, int] = defaultdict(itertools.count().__next__)
     try:
         return torch.from_numpy(np.fromiter(map(codes.__getitem__, labels), np.int64, size))

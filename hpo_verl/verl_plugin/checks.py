@@ -18,6 +18,7 @@ from hpo_verl.verl_plugin.advantages import normalizes_by_std, read_settings
 from hpo_verl.verl_plugin.d3s import d3s_settings
 from hpo_verl.verl_plugin.estimator_inputs import BORROWING_ESTIMATORS
 from hpo_verl.verl_plugin.losses import clip_range, mhpo_settings, require_aggregation
+from hpo_verl.verl_plugin.spo import check_spo
 
 
 def check_algorithm(config: Mapping[str, Any]) -> list[str]:
@@ -54,6 +55,8 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
         warnings += _check_weighted(estimator, loss_mode, algorithm)
     if estimator == "d3s":
         warnings += _check_down_sampled(loss_mode, algorithm)
+    if estimator == "spo":
+        check_spo(config)
     _check_sections(estimator, algorithm)
     return warnings
 

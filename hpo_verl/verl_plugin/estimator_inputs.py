@@ -17,6 +17,8 @@ from hpo_verl.errors import ConfigError
 
 BORROWING_ESTIMATORS: dict[str, tuple[str, ...]] = {
     "d3s": ("hpo_sync", "hpo_colocate_async", "hpo_separate_async"),
+    # In the others prompts are drawn long before their values are updated.
+    "spo": ("hpo_sync",),
 }
 """Estimators that need what only a trainer lends, and the trainer modes that do."""
 

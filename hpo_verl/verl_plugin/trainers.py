@@ -7,8 +7,8 @@ metrics of every step, for every algorithm.
 verl compares `trainer_mode` with "sync" in several places and reads a mode's
 settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
-order of responses is made to repeat (`repeatable`) and workers fetch only what
-they read (`transfer`).
+order of responses is made to repeat (`repeatable`), workers fetch only what
+they read (`transfer`), and single algorithms add what they need (`d3s`, `spo_trainer`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from hpo_verl.verl_plugin.checks import check_algorithm
 from hpo_verl.verl_plugin.d3s import DownSamplingTrainer
 from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.repeatable import RepeatableOrder
+from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
 from hpo_verl.verl_plugin.transfer import LeanTransfer
 
 logger = logging.getLogger(__name__)
 
 MODE_PREFIX = "hpo_"
 PARENT_MODES = ("sync", "colocate_async", "separate_async")
-ALGORITHM_PARTS = (DownSamplingTrainer,)
+ALGORITHM_PARTS = (DownSamplingTrainer, SingleStreamTrainer)
 """What single algorithms add to a trainer; each does nothing unless it is selected."""
 
 

@@ -31,11 +31,6 @@ NOT_REPEATABLE = ("timing", "perf/", "actor/perf/", "mfu")
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def start(command, cache, **options):
     environment = {**os.environ, "HPO_VERL_CACHE": str(cache), "RAY_worker_niceness": "0"}
     return subprocess.Popen(command, env=environment, text=True, **options)

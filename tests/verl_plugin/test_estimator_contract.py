@@ -18,7 +18,11 @@ NAN, INF = float("nan"), float("inf")
 
 def lent(rows=10, width=4):
     generator = torch.Generator().manual_seed(0)
-    return {"entropy": torch.rand(rows, width, generator=generator), "progress": 0.5}
+    return {
+        "entropy": torch.rand(rows, width, generator=generator),
+        "progress": 0.5,
+        "values": {"a": 0.3, "b": 0.6, "c": 0.5},
+    }
 
 
 def estimate(name, rewards=REWARDS, uids=UIDS, mask=MASK, given=None, **kwargs):
@@ -101,8 +105,7 @@ def test_shapes_and_uids_are_checked(name):
 
 @EVERY
 def test_an_empty_batch(name):
-    empty = {"entropy": torch.zeros(0, 4), "progress": 0.5}
-    assert estimate(name, torch.zeros(0, 4), [], torch.zeros(0, 4), empty).shape == (0, 4)
+    assert estimate(name, torch.zeros(0, 4), [], torch.zeros(0, 4), lent(rows=0)).shape == (0, 4)
 
 
 @EVERY
