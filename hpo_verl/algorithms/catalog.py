@@ -70,6 +70,16 @@ ALGORITHMS: dict[str, Algorithm] = {
             "sapo", "2511.20347", "-sigmoid(tau (r - 1)) (4 / tau) A, tau by the sign of A",
             "grpo", "sapo", SEQ_MEAN_TOKEN_MEAN, "verl",
         ),
+        Algorithm(
+            "d3s", "2509.22115",
+            f"{_CLIP}, A = 0 outside the N responses of largest Var(A) and their K tokens of "
+            "largest |A| H",
+            "d3s", "vanilla", TOKEN_MEAN, "verl",
+        ),
+        Algorithm(
+            "spo", "2509.13232", f"{_CLIP}, A = whiten(r - v(prompt)), one response a prompt",
+            "spo", "vanilla", TOKEN_MEAN, "verl",
+        ),
     )
 }  # fmt: skip
 
@@ -80,6 +90,14 @@ LOSS_AGG_MODES: dict[str, tuple[str, ...]] = {
 """Aggregations under which our losses are the objective of their paper."""
 
 HYSTERETIC_ESTIMATORS = ("hpo", "a_hpo")
+
+ESTIMATOR_SECTIONS = {
+    "hpo": "hpo",
+    "a_hpo": "hpo",
+    "d3s": "d3s",
+    "spo": "spo",
+}
+"""Where under `algorithm` the settings of an estimator of ours stand."""
 
 HOMOGENEOUS_LOSSES = (
     "hpo", "mhpo", "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "cispo",
@@ -97,3 +115,8 @@ PENALISED_LOSSES: dict[str, str] = {
     "dro": "adds a quadratic log-ratio penalty that the weight does not reach",
 }
 """Losses with a term free of the advantage: the weight shifts the balance. Warned about."""
+
+AVERAGING_LOSSES: dict[str, str] = {
+    "geo_mean": "averages the advantages of a response, so it knows one per response only",
+}
+"""Losses that do not see advantages of single tokens. Refused where tokens are selected."""

@@ -31,6 +31,22 @@ SETTINGS: dict[str, type[HPOSettings] | type[AHPOSettings]] = {
 }
 
 
+def uid_labels(uids: Iterable[Hashable], size: int) -> list[Hashable]:
+    """List the labels of a batch.
+
+    Args:
+        uids: One label per response.
+        size: Number of responses.
+
+    Raises:
+        DataError: The number of labels differs from `size`.
+    """
+    labels = uids.tolist() if isinstance(uids, (np.ndarray, torch.Tensor)) else list(uids)
+    if len(labels) != size:
+        raise DataError(f"uid: {len(labels)} labels for {size} responses")
+    return labels
+
+
 def group_codes(uids: Iterable[Hashable], size: int) -> torch.Tensor:
     """Number the groups of a batch in order of appearance.
 
@@ -44,9 +60,7 @@ def group_codes(uids: Iterable[Hashable], size: int) -> torch.Tensor:
     Raises:
         DataError: The number of labels differs from `size`, or one is not hashable.
     """
-    labels = uids.tolist() if isinstance(uids, (np.ndarray, torch.Tensor)) else list(uids)
-    if len(labels) != size:
-        raise DataError(f"uid: {len(labels)} labels for {size} responses")
+    labels = uid_labels(uids, size)
     codes: defaultdict[Hashable, int] = defaultdict(itertools.count().__next__)
     try:
         return torch.from_numpy(np.fromiter(map(codes.__getitem__, labels), np.int64, size))
@@ -105,12 +119,25 @@ def read_settings(
     """
     section = {} if config is None else config
     settings = parse_settings(SETTINGS[estimator], section.get("hpo", None), "algorithm.hpo")
-    normalize_by_std = section.get("norm_adv_by_std_in_grpo", True)
-    if not isinstance(normalize_by_std, bool):
-        raise ConfigError(
-            f"algorithm.norm_adv_by_std_in_grpo = {normalize_by_std!r}: must be true or false"
-        )
-    return settings, normalize_by_std
+    return settings, normalizes_by_std(config)
+
+
+def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
+    """Read `algorithm.norm_adv_by_std_in_grpo`.
+
+    Args:
+        config: verl's `algorithm` section; None means the default, true.
+
+    Returns:
+        Whether advantages are divided by the standard deviation of their group.
+
+    Raises:
+        ConfigError: Neither true nor false.
+    """
+    value = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
+    if not isinstance(value, bool):
+        raise ConfigError(f"algorithm.norm_adv_by_std_in_grpo = {value!r}: must be true or false")
+    return value
 
 
 def compute_hysteretic(

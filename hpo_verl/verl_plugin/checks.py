@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpo_verl.algorithms.catalog import (
+    AVERAGING_LOSSES,
+    ESTIMATOR_SECTIONS,
     HOMOGENEOUS_LOSSES,
     HYSTERETIC_ESTIMATORS,
     PENALISED_LOSSES,
     SELECTING_LOSSES,
 )
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.advantages import read_settings
+from hpo_verl.verl_plugin.advantages import normalizes_by_std, read_settings
+from hpo_verl.verl_plugin.d3s import d3s_settings
+from hpo_verl.verl_plugin.estimator_inputs import BORROWING_ESTIMATORS
 from hpo_verl.verl_plugin.losses import clip_range, mhpo_settings, require_aggregation
+from hpo_verl.verl_plugin.spo import check_spo
 
 
 def check_algorithm(config: Mapping[str, Any]) -> list[str]:
@@ -48,12 +53,65 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     if estimator in HYSTERETIC_ESTIMATORS:
         read_settings(estimator, algorithm)
         warnings += _check_weighted(estimator, loss_mode, algorithm)
-    elif algorithm.get("hpo", None):
-        raise ConfigError(
-            f"algorithm.hpo = {dict(algorithm['hpo'])!r}: algorithm.adv_estimator = "
-            f"{estimator!r} ignores it; use {' or '.join(HYSTERETIC_ESTIMATORS)}"
-        )
+    if estimator == "d3s":
+        warnings += _check_down_sampled(loss_mode, algorithm)
+    if estimator == "spo":
+        check_spo(config)
+    _check_sections(estimator, algorithm)
     return warnings
+
+
+def _check_sections(estimator: str, algorithm: Mapping[str, Any]) -> None:
+    """Refuse settings of an estimator that is not the selected one."""
+    for section in dict.fromkeys(ESTIMATOR_SECTIONS.values()):
+        if section != ESTIMATOR_SECTIONS.get(estimator) and algorithm.get(section, None):
+            readers = [name for name, read in ESTIMATOR_SECTIONS.items() if read == section]
+            raise ConfigError(
+                f"algorithm.{section} = {dict(algorithm[section])!r}: algorithm.adv_estimator = "
+                f"{estimator!r} ignores it; use {' or '.join(readers)}"
+            )
+
+
+def check_trainer_mode(config: Mapping[str, Any]) -> None:
+    """Refuse a trainer mode that does not lend an estimator what it needs.
+
+    Args:
+        config: verl's whole configuration, resolved.
+
+    Raises:
+        ConfigError: Names the mode and the estimator.
+    """
+    estimator = str(config["algorithm"].get("adv_estimator"))
+    mode = str(config["trainer"]["v1"]["trainer_mode"])
+    modes = BORROWING_ESTIMATORS.get(estimator)
+    if modes is not None and mode not in modes:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode = {mode!r}: algorithm.adv_estimator = {estimator!r} needs "
+            f"{' or '.join(modes)}"
+        )
+
+
+def _check_down_sampled(loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:
+    """Check D3S's settings and that its loss lets dropped tokens be."""
+    d3s_settings(algorithm)
+    normalizes_by_std(algorithm)
+    combination = f"adv_estimator = 'd3s' with policy_loss.loss_mode = {loss_mode!r}"
+    reason = (SELECTING_LOSSES | PENALISED_LOSSES | AVERAGING_LOSSES).get(loss_mode)
+    if reason is not None:
+        usable = [name for name in HOMOGENEOUS_LOSSES if name not in AVERAGING_LOSSES]
+        raise ConfigError(
+            f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
+            f"loss {reason}; use one of {', '.join(usable)}"
+        )
+    correction = algorithm.get("rollout_correction", None) or {}
+    if correction.get("bypass_mode", False):
+        raise ConfigError(
+            "algorithm.rollout_correction.bypass_mode = True: adv_estimator = 'd3s' needs the "
+            "entropies of verl's old-policy pass, which that mode leaves out"
+        )
+    if loss_mode not in HOMOGENEOUS_LOSSES:
+        return [f"{combination}: unknown here; D3S needs a loss that is 0 where the advantage is"]
+    return []
 
 
 def _check_weighted(estimator: str, loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
 from hpo_verl.errors import ConfigError, HpoVerlError
 from hpo_verl.launch import checks, cluster
 from hpo_verl.launch.prepare import check_made
@@ -53,18 +54,20 @@ def check_with_verl(config: DictConfig) -> None:
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    from hpo_verl.verl_plugin.checks import check_algorithm
+    from hpo_verl.verl_plugin.checks import check_algorithm, check_trainer_mode
 
     check_algorithm(config)
+    check_trainer_mode(config)
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_REGISTRY:
         raise ConfigError(
             f"trainer.v1.trainer_mode={mode!r}: must be one of {', '.join(TRAINER_REGISTRY)}"
         )
     for section in TYPED_SECTIONS:
-        # verl passes our `algorithm.hpo` on to the estimator untyped.
         values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
-        values.pop("hpo", None)
+        # verl passes these on to our estimators untyped.
+        for ours in ESTIMATOR_SECTIONS.values():
+            values.pop(ours, None)
         try:
             omega_conf_to_dataclass(DictConfig(values))
         except Exception as error:

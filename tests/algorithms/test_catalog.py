@@ -6,6 +6,8 @@ import yaml
 import hpo_verl.algorithms
 from hpo_verl.algorithms.catalog import (
     ALGORITHMS,
+    AVERAGING_LOSSES,
+    ESTIMATOR_SECTIONS,
     HOMOGENEOUS_LOSSES,
     HYSTERETIC_ESTIMATORS,
     LOSS_AGG_MODES,
@@ -63,4 +65,9 @@ def test_a_loss_is_in_one_class_of_composition_only():
     classes = [set(HOMOGENEOUS_LOSSES), set(SELECTING_LOSSES), set(PENALISED_LOSSES)]
     assert sum(map(len, classes)) == len(set.union(*classes))
     assert {a.loss for a in ALGORITHMS.values()} <= classes[0]
+    assert set(AVERAGING_LOSSES) <= classes[0]
     assert HYSTERETIC_ESTIMATORS == ("hpo", "a_hpo")
+
+
+def test_every_estimator_that_is_not_verls_has_a_section_of_settings():
+    assert set(ESTIMATOR_SECTIONS) == {a.estimator for a in ALGORITHMS.values()} - {"grpo"}

@@ -41,6 +41,23 @@ def merged(base, changes):
     return {**base, **{k: merged(base.get(k), v) for k, v in changes.items()}}
 
 
+# What verl's own tree sets to the value of another key, among the keys of algorithms.
+FOLLOWERS = {
+    ("rollout", "n"): [("actor", "rollout_n"), ("ref", "rollout_n")],
+    ("actor", "use_dynamic_bsz"): [
+        ("rollout", "log_prob_use_dynamic_bsz"),
+        ("ref", "log_prob_use_dynamic_bsz"),
+    ],
+}
+
+
+def repeat_as_verl_does(settings):
+    for (section, key), followers in FOLLOWERS.items():
+        if key in settings.get(section, {}):
+            for role, name in followers:
+                settings.setdefault(role, {})[name] = settings[section][key]
+
+
 def with_algorithm(recipe, extra, hardware, algorithm):
     """The resolved configuration with an algorithm's settings; its names keep `grpo`'s."""
     settings = algorithm_file(algorithm)
@@ -48,5 +65,6 @@ def with_algorithm(recipe, extra, hardware, algorithm):
     for key, value in settings["actor_rollout_ref"]["actor"].items():
         if value == "${data.max_response_length}":
             settings["actor_rollout_ref"]["actor"][key] = base["data"]["max_response_length"]
+    repeat_as_verl_does(settings["actor_rollout_ref"])
     assert "${" not in json.dumps(settings)
     return View(merged(base, settings))

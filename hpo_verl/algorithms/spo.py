@@ -1,0 +1,216 @@
+"""Single-stream policy optimization, SPO (arXiv 2509.13232).
+
+    A_i   = whiten(r_i - v(x_i)),   v = alpha / (alpha + beta)       one response a prompt
+    alpha <- rho alpha + r_i,       beta <- rho beta + (1 - r_i)     after the advantage is taken
+    rho   = clip(2^(-D / D_half), rho_min, rho_max)
+    D     = mean_t |log pi(y_t) - log pi_last(y_t)|                  on x's last response y
+    P(x)  ~ sqrt(v(x) (1 - v(x))) + exploration                      which prompts come next
+
+The baseline of a prompt is its own running success rate, a Beta distribution's
+mean. Its memory is 1 / (1 - rho) responses and shortens with the distance D
+that the policy has moved since it last answered the prompt. Advantages are
+whitened over all responses of the batch.
+
+From the paper and its public code: everything above, rho in 0.875 .. 0.96,
+D_half 0.06 nats, exploration 0.05, the first counts from offline samples.
+Decided here: a prompt without offline samples starts with alpha = beta = 0.5
+(as the public code does); a prompt's first visit counts as D = 0; prompts are
+drawn from the whole data set, without replacement within a batch (the public
+code draws from a slice of an epoch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpo_verl.core.groups import group_relative_advantages
+from hpo_verl.core.settings import require_number
+from hpo_verl.errors import ConfigError, DataError
+
+LARGEST_RHO_MIN = 0.999
+"""Offline samples weigh as much as 1 / (1 - rho_min) responses; here a thousand."""
+
+
+@dataclass(frozen=True)
+class SPOSettings:
+    """Settings of SPO, under `algorithm.spo`.
+
+    Attributes:
+        rho_min: Smallest factor on the counts at an update, in [0, 0.999].
+        rho_max: Largest, in [rho_min, 1]. Equal to rho_min: constant forgetting, and no
+            extra pass over last responses.
+        drift_half: D_half, the distance at which the factor is a half, nats, above 0.
+        exploration: Sampling weight that every prompt has anyway, above 0.
+        prioritized: Whether prompts are drawn by weight; otherwise all alike.
+        initial_rewards: JSON file with a list of offline rewards in [0, 1] for each prompt of
+            the training set, in its order; None without offline samples.
+    """
+
+    rho_min: float = 0.875
+    rho_max: float = 0.96
+    drift_half: float = 0.06
+    exploration: float = 0.05
+    prioritized: bool = True
+    initial_rewards: str | None = None
+
+    def __post_init__(self) -> None:
+        path = "algorithm.spo"
+        require_number(f"{path}.rho_min", self.rho_min, 0.0, LARGEST_RHO_MIN)
+        require_number(f"{path}.rho_max", self.rho_max, self.rho_min, 1.0)
+        require_number(f"{path}.drift_half", self.drift_half, 0.0, open_low=True)
+        require_number(f"{path}.exploration", self.exploration, 0.0, open_low=True)
+        if not isinstance(self.prioritized, bool):
+            raise ConfigError(f"{path}.prioritized = {self.prioritized!r}: must be true or false")
+        if self.initial_rewards is not None and not isinstance(self.initial_rewards, str):
+            raise ConfigError(
+                f"{path}.initial_rewards = {self.initial_rewards!r}: must be a path or null"
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the factor on the counts depends on the policy's drift."""
+        return self.rho_min < self.rho_max
+
+    def forgetting(self, drift: torch.Tensor) -> torch.Tensor:
+        """Factor on the counts of every prompt.
+
+        Args:
+            drift: D, nats, `[prompts]`.
+
+        Returns:
+            clip(2^(-D / D_half), rho_min, rho_max), `[prompts]` float64.
+        """
+        return torch.exp2(-drift.double() / self.drift_half).clamp(self.rho_min, self.rho_max)
+
+
+def mean_drift(
+    log_prob: torch.Tensor, last_log_prob: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Distance between the policy and the one that gave the response.
+
+    Args:
+        log_prob: Of the last response's tokens under the current policy, nats, `[batch, response]`.
+        last_log_prob: The same under the policy that gave it.
+        mask: Bool, `[batch, response]`.
+
+    Returns:
+        Mean of |difference| over live tokens, nats, `[batch]` float64; 0 for a row without any.
+    """
+    difference = torch.where(mask, log_prob.double() - last_log_prob.double(), 0.0).abs()
+    return difference.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+
+
+def single_stream_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, live: torch.Tensor
+) -> torch.Tensor:
+    """Reward above the prompt's own success rate, whitened over the batch.
+
+    Args:
+        rewards: One per response, `[batch]`.
+        values: v of its prompt before this reward, `[batch]`.
+        live: Rows that count, `[batch]` bool.
+
+    Returns:
+        `[batch]` float64; exactly 0 where all differences are equal.
+    """
+    difference = rewards.detach().double() - values.double()
+    one_group = torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
+    return group_relative_advantages(difference, one_group, live).advantages
+
+
+class ValueTracker:
+    """Success rate of every prompt, as counts of a Beta distribution.
+
+    Args:
+        prompts: Number of prompts.
+        settings: Of SPO.
+        initial_rewards: Offline rewards of each prompt; None without.
+
+    Raises:
+        DataError: Another number of prompts, or a reward outside [0, 1].
+
+    Attributes:
+        alpha: Weight of successes, `[prompts]` float64.
+        beta: Weight of failures, `[prompts]` float64.
+    """
+
+    def __init__(
+        self,
+        prompts: int,
+        settings: SPOSettings,
+        initial_rewards: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.alpha = torch.full((prompts,), 0.5, dtype=torch.float64)
+        self.beta = self.alpha.clone()
+        if initial_rewards is not None:
+            self._start_from(initial_rewards)
+
+    def _start_from(self, initial_rewards: Sequence[Sequence[float]]) -> None:
+        """alpha0 = N0 (sum r + 0.5) / (n + 1), beta0 = N0 - alpha0, N0 = 1 / (1 - rho_min)."""
+        if len(initial_rewards) != len(self.alpha):
+            raise DataError(
+                f"initial_rewards: {len(initial_rewards)} lists for {len(self.alpha)} prompts"
+            )
+        weight = 1.0 / (1.0 - self.settings.rho_min)
+        for row, rewards in enumerate(initial_rewards):
+            if not all(0.0 <= reward <= 1.0 for reward in rewards):
+                raise DataError(f"initial_rewards: prompt {row} has a reward outside [0, 1]")
+            if rewards:
+                self.alpha[row] = weight * (sum(rewards) + 0.5) / (len(rewards) + 1)
+                self.beta[row] = weight - self.alpha[row]
+
+    def values(self) -> torch.Tensor:
+        """Success rate of every prompt, `[prompts]` float64, in (0, 1)."""
+        return self.alpha / (self.alpha + self.beta)
+
+    def sampling_weights(self) -> torch.Tensor:
+        """How much every prompt is drawn, `[prompts]` float64, not normalised."""
+        if not self.settings.prioritized:
+            return torch.ones_like(self.alpha)
+        values = self.values()
+        return (values * (1.0 - values)).sqrt() + self.settings.exploration
+
+    def draw(self, count: int, generator: torch.Generator) -> list[int]:
+        """Draw prompts by weight, without replacement.
+
+        Args:
+            count: How many, at most the number of prompts.
+            generator: Source of randomness.
+        """
+        weights = self.sampling_weights()
+        return torch.multinomial(weights, count, generator=generator).tolist()
+
+    def update(self, prompts: torch.Tensor, rewards: torch.Tensor, rho: torch.Tensor) -> None:
+        """Forget a little, and count a response of each prompt.
+
+        Args:
+            prompts: Distinct prompts, `[batch]` int64.
+            rewards: In [0, 1], `[batch]`.
+            rho: Factor on the counts, `[batch]`.
+        """
+        rewards, rho = rewards.double(), rho.double()
+        self.alpha[prompts] = rho * self.alpha[prompts] + rewards
+        self.beta[prompts] = rho * self.beta[prompts] + (1.0 - rewards)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Counts, to go on from."""
+        return {"alpha": self.alpha.clone(), "beta": self.beta.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over counts.
+
+        Raises:
+            DataError: They are of another number of prompts.
+        """
+        for name in ("alpha", "beta"):
+            if state[name].shape != self.alpha.shape:
+                raise DataError(
+                    f"checkpoint of algorithm.spo: {len(state[name])} prompts, but the training "
+                    f"set has {len(self.alpha)}"
+                )
+        self.alpha, self.beta = state["alpha"].clone(), state["beta"].clone()

@@ -1,0 +1,35 @@
+"""How verl calls an estimator, with what a trainer of ours lends it."""
+
+import torch
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+from hpo_verl.verl_plugin.estimator_inputs import lend
+
+
+def token_rewards(rewards, width=4):
+    """Rewards per response put at the last token; a matrix is taken as it is."""
+    if isinstance(rewards, torch.Tensor):
+        return rewards
+    matrix = torch.zeros(len(rewards), width)
+    matrix[:, -1] = torch.tensor(rewards)
+    return matrix
+
+
+def call_with_report(name, rewards, uids, config=None, mask=None, lent=None, **kwargs):
+    """Advantages, `[batch, response]`, and what the estimator reported."""
+    rewards = token_rewards(rewards)
+    mask = torch.ones_like(rewards) if mask is None else mask
+    with lend(**(lent or {})) as reported:
+        advantages, returns = get_adv_estimator_fn(name)(
+            token_level_rewards=rewards,
+            response_mask=mask,
+            config={} if config is None else config,
+            index=uids,
+            **kwargs,
+        )
+    assert returns is advantages
+    return advantages, reported
+
+
+def call(*arguments, **kwargs):
+    return call_with_report(*arguments, **kwargs)[0]

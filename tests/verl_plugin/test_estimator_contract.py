@@ -1,0 +1,115 @@
+"""Masks, padding, order and types: the same for every estimator of ours."""
+
+import pytest
+import torch
+from estimator_calls import call, token_rewards
+
+from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
+from hpo_verl.errors import DataError
+
+EVERY = pytest.mark.parametrize("name", ESTIMATOR_SECTIONS)
+UIDS = list("aaaabbbbcc")
+# Distinct advantages, so that nothing depends on how ties are broken.
+REWARDS = [1.0, 0.0, 0.1, 0.3, 0.9, 0.8, 0.0, 0.2, 0.5, 0.5]
+LENGTHS = torch.tensor([4, 2, 3, 1, 4, 4, 2, 3, 1, 4])
+MASK = torch.arange(4) < LENGTHS[:, None]
+NAN, INF = float("nan"), float("inf")
+
+
+def lent(rows=10, width=4):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "entropy": torch.rand(rows, width, generator=generator),
+        "progress": 0.5,
+        "values": {"a": 0.3, "b": 0.6, "c": 0.5},
+    }
+
+
+def estimate(name, rewards=REWARDS, uids=UIDS, mask=MASK, given=None, **kwargs):
+    return call(name, rewards, uids, mask=mask, lent=given or lent(), **kwargs)
+
+
+@EVERY
+def test_the_result_is_float32_detached_and_zero_at_masked_places(name):
+    rewards = token_rewards(REWARDS).requires_grad_()
+    before = rewards.detach().clone()
+    advantages = estimate(name, rewards)
+    assert advantages.dtype == torch.float32
+    assert not advantages.requires_grad
+    assert (advantages[~MASK] == 0).all()
+    assert (advantages != 0).any()
+    assert torch.equal(rewards.detach(), before)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_masks_of_every_type_give_the_same(name, dtype):
+    assert torch.equal(estimate(name, mask=MASK.to(dtype)), estimate(name))
+
+
+@EVERY
+@pytest.mark.parametrize("reward", [0.0, 1.0, NAN])
+def test_padding_rows_count_for_nothing(name, reward):
+    given = lent()
+    given["entropy"] = torch.cat([given["entropy"], torch.full((3, 4), NAN)])
+    mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.bool)])
+    padded = estimate(name, [*REWARDS, *[reward] * 3], [*UIDS, "p", "p", "a"], mask, given)
+    assert torch.equal(padded[:10], estimate(name))
+    assert (padded[10:] == 0).all()
+
+
+@EVERY
+def test_masked_equals_removed(name):
+    given = lent()
+    given["entropy"] = torch.nn.functional.pad(given["entropy"], (0, 3), value=INF)
+    wide = torch.nn.functional.pad(MASK, (0, 3))
+    rewards = torch.nn.functional.pad(token_rewards(REWARDS), (0, 3), value=NAN)
+    assert torch.equal(estimate(name, rewards, mask=wide, given=given)[:, :4], estimate(name))
+
+
+@EVERY
+def test_the_order_of_responses_does_not_matter(name):
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    given = lent()
+    given["entropy"] = given["entropy"][order]
+    shuffled = estimate(
+        name, token_rewards(REWARDS)[order], [UIDS[i] for i in order], MASK[order], given
+    )
+    torch.testing.assert_close(shuffled, estimate(name)[order], rtol=1e-6, atol=0)
+
+
+@EVERY
+def test_narrow_types_are_computed_wide(name):
+    rewards = token_rewards(REWARDS).bfloat16()
+    assert torch.equal(estimate(name, rewards), estimate(name, rewards.float()))
+
+
+@EVERY
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_live_reward_that_is_not_finite_is_refused_by_name_and_place(name, bad):
+    rewards = token_rewards(REWARDS)
+    rewards[4, 3] = bad
+    with pytest.raises(DataError, match=r"^token_level_rewards: 1 of 28 .* the first at \(4, 3\)"):
+        estimate(name, rewards)
+
+
+@EVERY
+def test_shapes_and_uids_are_checked(name):
+    with pytest.raises(DataError, match=r"token_level_rewards \(10, 4\).*response_mask \(10, 5\)"):
+        estimate(name, mask=torch.ones(10, 5))
+    with pytest.raises(DataError, match=f"^{name}: uid is missing"):
+        estimate(name, uids=None)
+    with pytest.raises(DataError, match=r"^uid: 2 labels for 10 responses$"):
+        estimate(name, uids=["a", "b"])
+
+
+@EVERY
+def test_an_empty_batch(name):
+    assert estimate(name, torch.zeros(0, 4), [], torch.zeros(0, 4), lent(rows=0)).shape == (0, 4)
+
+
+@EVERY
+def test_baselines_of_remax_are_ignored_and_other_keywords_refused(name):
+    assert torch.equal(estimate(name, reward_baselines=torch.zeros(10)), estimate(name))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        estimate(name, values=torch.zeros(10))
