@@ -70,20 +70,32 @@ ALGORITHMS: dict[str, Algorithm] = {
             "sapo", "2511.20347", "-sigmoid(tau (r - 1)) (4 / tau) A, tau by the sign of A",
             "grpo", "sapo", SEQ_MEAN_TOKEN_MEAN, "verl",
         ),
+        Algorithm(
+            "aepo_advantage", "2510.14545", f"{_CLIP}, A (1 + a z(H)), gradient kept above it",
+            "aepo_advantage", "aepo_clip", TOKEN_MEAN, "hpo_verl",
+        ),
     )
 }  # fmt: skip
 
 LOSS_AGG_MODES: dict[str, tuple[str, ...]] = {
     "hpo": (TOKEN_MEAN,),
     "mhpo": (SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN),
+    "aepo_clip": (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN),
 }
 """Aggregations under which our losses are the objective of their paper."""
 
 HYSTERETIC_ESTIMATORS = ("hpo", "a_hpo")
 
+ESTIMATOR_SECTIONS = {
+    "hpo": "hpo",
+    "a_hpo": "hpo",
+    "aepo_advantage": "aepo_advantage",
+}
+"""Where under `algorithm` the settings of an estimator of ours stand."""
+
 HOMOGENEOUS_LOSSES = (
     "hpo", "mhpo", "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "cispo",
-    "bypass_mode",
+    "bypass_mode", "aepo_clip",
 )  # fmt: skip
 """Losses with f(c A) = c f(A) per sign: weighting the advantage is weighting the loss."""
 

@@ -22,8 +22,8 @@ from hpo_verl.algorithms.hpo import (
     hysteretic_advantages,
 )
 from hpo_verl.core.masking import nonempty_rows, require_finite
-from hpo_verl.core.settings import parse_settings
-from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.core.settings import parse_settings, require_flag
+from hpo_verl.errors import DataError
 
 SETTINGS: dict[str, type[HPOSettings] | type[AHPOSettings]] = {
     "hpo": HPOSettings,
@@ -105,12 +105,24 @@ def read_settings(
     """
     section = {} if config is None else config
     settings = parse_settings(SETTINGS[estimator], section.get("hpo", None), "algorithm.hpo")
-    normalize_by_std = section.get("norm_adv_by_std_in_grpo", True)
-    if not isinstance(normalize_by_std, bool):
-        raise ConfigError(
-            f"algorithm.norm_adv_by_std_in_grpo = {normalize_by_std!r}: must be true or false"
-        )
-    return settings, normalize_by_std
+    return settings, normalizes_by_std(config)
+
+
+def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
+    """Read `algorithm.norm_adv_by_std_in_grpo`.
+
+    Args:
+        config: verl's `algorithm` section; None means the default, true.
+
+    Returns:
+        Whether advantages are divided by the standard deviation of their group.
+
+    Raises:
+        ConfigError: Neither true nor false.
+    """
+    normalize_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
+    require_flag("algorithm.norm_adv_by_std_in_grpo", normalize_by_std)
+    return normalize_by_std
 
 
 def compute_hysteretic(

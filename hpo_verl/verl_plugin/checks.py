@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpo_verl.algorithms.catalog import (
+    ESTIMATOR_SECTIONS,
     HOMOGENEOUS_LOSSES,
     HYSTERETIC_ESTIMATORS,
     PENALISED_LOSSES,
@@ -13,6 +14,7 @@ from hpo_verl.algorithms.catalog import (
 )
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.advantages import read_settings
+from hpo_verl.verl_plugin.entropy import check_entropy
 from hpo_verl.verl_plugin.losses import clip_range, mhpo_settings, require_aggregation
 
 
@@ -35,7 +37,7 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     loss_agg_mode = str(actor.get("loss_agg_mode"))
 
     require_aggregation(loss_mode, loss_agg_mode)
-    if loss_mode == "hpo":
+    if loss_mode in ("hpo", "aepo_clip"):
         clip_range(actor)
     if loss_mode == "mhpo":
         mhpo_settings(actor["policy_loss"])
@@ -48,12 +50,20 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     if estimator in HYSTERETIC_ESTIMATORS:
         read_settings(estimator, algorithm)
         warnings += _check_weighted(estimator, loss_mode, algorithm)
-    elif algorithm.get("hpo", None):
-        raise ConfigError(
-            f"algorithm.hpo = {dict(algorithm['hpo'])!r}: algorithm.adv_estimator = "
-            f"{estimator!r} ignores it; use {' or '.join(HYSTERETIC_ESTIMATORS)}"
-        )
+    _check_sections(estimator, algorithm)
+    check_entropy(config)
     return warnings
+
+
+def _check_sections(estimator: str, algorithm: Mapping[str, Any]) -> None:
+    """Refuse settings of an estimator that is not the selected one."""
+    for section in dict.fromkeys(ESTIMATOR_SECTIONS.values()):
+        if section != ESTIMATOR_SECTIONS.get(estimator) and algorithm.get(section, None):
+            readers = [name for name, read in ESTIMATOR_SECTIONS.items() if read == section]
+            raise ConfigError(
+                f"algorithm.{section} = {dict(algorithm[section])!r}: algorithm.adv_estimator = "
+                f"{estimator!r} ignores it; use {' or '.join(readers)}"
+            )
 
 
 def _check_weighted(estimator: str, loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:

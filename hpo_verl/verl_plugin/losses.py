@@ -1,4 +1,4 @@
-"""Policy losses `hpo` and `mhpo`, as verl calls them.
+"""The policy losses of this project, as verl calls them.
 
 verl calls a loss on every micro-batch in every actor process. The algorithms
 return a loss per token; checks, masking, rollout weights, aggregation and
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hpo_verl.algorithms.aepo_advantage import aepo_clip_loss
 from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
 from hpo_verl.algorithms.hpo import hpo_loss
 from hpo_verl.algorithms.mhpo import MHPOSettings, mhpo_loss
@@ -188,7 +189,15 @@ def _mhpo(batch: MicroBatch, config: Any) -> TokenLoss:
     return mhpo_loss(batch.log_ratio, batch.advantages, settings)
 
 
-TOKEN_LOSSES: dict[str, Callable[[MicroBatch, Any], TokenLoss]] = {"hpo": _hpo, "mhpo": _mhpo}
+def _aepo_clip(batch: MicroBatch, config: Any) -> TokenLoss:
+    return aepo_clip_loss(batch.log_ratio, batch.advantages, *clip_range(config))
+
+
+TOKEN_LOSSES: dict[str, Callable[[MicroBatch, Any], TokenLoss]] = {
+    "hpo": _hpo,
+    "mhpo": _mhpo,
+    "aepo_clip": _aepo_clip,
+}
 """What an algorithm makes of a clean micro-batch and verl's actor config."""
 
 

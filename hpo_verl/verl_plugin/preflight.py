@@ -15,6 +15,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
 from hpo_verl.errors import ConfigError, HpoVerlError
 from hpo_verl.launch import checks, cluster
 from hpo_verl.launch.prepare import check_made
@@ -54,6 +55,7 @@ def check_with_verl(config: DictConfig) -> None:
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
     from hpo_verl.verl_plugin.checks import check_algorithm
+    from hpo_verl.verl_plugin.entropy import check_trainer_mode
 
     check_algorithm(config)
     mode = config.trainer.v1.trainer_mode
@@ -61,10 +63,12 @@ def check_with_verl(config: DictConfig) -> None:
         raise ConfigError(
             f"trainer.v1.trainer_mode={mode!r}: must be one of {', '.join(TRAINER_REGISTRY)}"
         )
+    check_trainer_mode(config)
     for section in TYPED_SECTIONS:
-        # verl passes our `algorithm.hpo` on to the estimator untyped.
         values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
-        values.pop("hpo", None)
+        # verl passes these on to our estimators untyped.
+        for ours in ESTIMATOR_SECTIONS.values():
+            values.pop(ours, None)
         try:
             omega_conf_to_dataclass(DictConfig(values))
         except Exception as error:

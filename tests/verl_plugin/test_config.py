@@ -98,6 +98,12 @@ def test_clip_of_the_token_ratio(algorithm):
     assert slopes == pytest.approx(CLIPPED[1], rel=1e-5)
 
 
+def test_aepo_keeps_a_gradient_above_the_clip():
+    loss, slopes = evaluate(composed("aepo_advantage"))
+    assert loss == pytest.approx(CLIPPED[0], rel=1e-5)
+    assert slopes == pytest.approx([-0.3, -0.125, 0.375, 0.0], rel=1e-5)
+
+
 @pytest.mark.parametrize("algorithm", ["a_hpo", "hpo", "grpo", "grpo_token_mean", "dapo"])
 def test_the_clip_settings_reach_the_loss(algorithm):
     low, high = "actor_rollout_ref.actor.clip_ratio_low", "actor_rollout_ref.actor.clip_ratio_high"
@@ -184,6 +190,14 @@ def test_an_unknown_setting_of_mhpo_is_refused_by_name():
             "policy_loss.loss_mode = 'hpo' permits token-mean only",
         ),
         ("grpo", "algorithm.hpo.alpha=0.4", "algorithm.adv_estimator = 'grpo' ignores it"),
+        ("aepo_advantage", "algorithm.aepo_advantage.entropy_scale=-1", "entropy_scale = -1: must"),
+        ("aepo_advantage", "algorithm.aepo_advantage.scale=1", "scale = 1: unknown setting"),
+        (
+            "a_hpo",
+            "algorithm.aepo_advantage.entropy_scale=1",
+            "algorithm.adv_estimator = 'a_hpo' ignores it; use aepo_advantage",
+        ),
+        ("aepo_advantage", "actor_rollout_ref.actor.clip_ratio_low=2", "clip_ratio_low = 2: must"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(algorithm, override, message):
