@@ -71,6 +71,10 @@ ALGORITHMS: dict[str, Algorithm] = {
             "grpo", "sapo", SEQ_MEAN_TOKEN_MEAN, "verl",
         ),
         Algorithm(
+            "hapo", "2509.16591", f"{_CLIP}, A and both bounds adapted to each token's entropy",
+            "hapo", "hapo", TOKEN_MEAN, "hpo_verl",
+        ),
+        Algorithm(
             "aepo_advantage", "2510.14545", f"{_CLIP}, A (1 + a z(H)), gradient kept above it",
             "aepo_advantage", "aepo_clip", TOKEN_MEAN, "hpo_verl",
         ),
@@ -80,6 +84,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 LOSS_AGG_MODES: dict[str, tuple[str, ...]] = {
     "hpo": (TOKEN_MEAN,),
     "mhpo": (SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN),
+    "hapo": (TOKEN_MEAN,),
     "aepo_clip": (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN),
 }
 """Aggregations under which our losses are the objective of their paper."""
@@ -89,13 +94,14 @@ HYSTERETIC_ESTIMATORS = ("hpo", "a_hpo")
 ESTIMATOR_SECTIONS = {
     "hpo": "hpo",
     "a_hpo": "hpo",
+    "hapo": "hapo",
     "aepo_advantage": "aepo_advantage",
 }
 """Where under `algorithm` the settings of an estimator of ours stand."""
 
 HOMOGENEOUS_LOSSES = (
     "hpo", "mhpo", "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "cispo",
-    "bypass_mode", "aepo_clip",
+    "bypass_mode", "hapo", "aepo_clip",
 )  # fmt: skip
 """Losses with f(c A) = c f(A) per sign: weighting the advantage is weighting the loss."""
 

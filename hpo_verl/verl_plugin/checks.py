@@ -15,7 +15,15 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.advantages import read_settings
 from hpo_verl.verl_plugin.entropy import check_entropy
-from hpo_verl.verl_plugin.losses import clip_range, mhpo_settings, require_aggregation
+from hpo_verl.verl_plugin.losses import (
+    ACTOR,
+    CLIPPED_LOSSES,
+    INFORMED_CONFIGS,
+    LOSS_SETTINGS,
+    clip_range,
+    loss_settings,
+    require_aggregation,
+)
 
 
 def check_algorithm(config: Mapping[str, Any]) -> list[str]:
@@ -37,10 +45,16 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     loss_agg_mode = str(actor.get("loss_agg_mode"))
 
     require_aggregation(loss_mode, loss_agg_mode)
-    if loss_mode in ("hpo", "aepo_clip"):
+    if loss_mode in CLIPPED_LOSSES:
         clip_range(actor)
-    if loss_mode == "mhpo":
-        mhpo_settings(actor["policy_loss"])
+    if loss_mode in LOSS_SETTINGS:
+        loss_settings(LOSS_SETTINGS[loss_mode], actor["policy_loss"])
+    target = actor["policy_loss"].get("_target_", None)
+    if loss_mode in INFORMED_CONFIGS and target != INFORMED_CONFIGS[loss_mode]:
+        raise ConfigError(
+            f"{ACTOR}.policy_loss._target_ = {target!r}: policy_loss.loss_mode = {loss_mode!r} "
+            f"needs {INFORMED_CONFIGS[loss_mode]}, as algo={loss_mode} sets it"
+        )
     warnings = []
     if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
         warnings.append(

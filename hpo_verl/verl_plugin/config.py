@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from verl.workers.config import PolicyLossConfig
 
+from hpo_verl.algorithms.hapo import HAPOSettings
 from hpo_verl.algorithms.mhpo import MHPOSettings
 
 _DEFAULTS = MHPOSettings()
+_HAPO = HAPOSettings()
 
 
 @dataclass
@@ -36,3 +39,40 @@ class MHPOPolicyLossConfig(PolicyLossConfig):
 
     def __post_init__(self) -> None:
         MHPOSettings(self.c, self.k_pos, self.lambda_pos, self.k_neg, self.lambda_neg)
+
+
+@dataclass
+class InformedPolicyLossConfig(PolicyLossConfig):
+    """A `policy_loss` section whose loss needs more than verl passes to a loss.
+
+    Attributes:
+        batch_info: What a worker knows of the batch at hand, filled there before each call as
+            verl fills `global_batch_info`; no setting.
+    """
+
+    batch_info: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
+
+
+@dataclass
+class HAPOPolicyLossConfig(InformedPolicyLossConfig):
+    """verl's `policy_loss` section with the settings of the loss `hapo`.
+
+    Attributes:
+        loss_mode: Registered name of the loss.
+        entropy_pivot: Quantile of log entropy where h is 0, in [0, 1].
+        adv_beta: Scale of the advantage redistribution, in [0, 1].
+        clip_alpha: Scale of the adaptive clip, in [0, 1].
+        repo_compatible: Sign and neutral zone of the public code.
+
+    Raises:
+        ConfigError: A value is of the wrong type or out of range.
+    """
+
+    loss_mode: str = "hapo"
+    entropy_pivot: float = _HAPO.entropy_pivot
+    adv_beta: float = _HAPO.adv_beta
+    clip_alpha: float = _HAPO.clip_alpha
+    repo_compatible: bool = _HAPO.repo_compatible
+
+    def __post_init__(self) -> None:
+        HAPOSettings(self.entropy_pivot, self.adv_beta, self.clip_alpha, self.repo_compatible)

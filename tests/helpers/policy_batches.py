@@ -1,11 +1,14 @@
 """Micro-batches for policy losses, and how verl calls a loss on them."""
 
+import copy
+
 import pytest
 import torch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+from hpo_verl.verl_plugin.config import HAPOPolicyLossConfig
 
 OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes]
 BOTH = pytest.mark.parametrize(("name", "mode"), OURS)
@@ -48,13 +51,34 @@ def counts_of(mask, dp_size=1):
     }
 
 
+INFORMED = {"hapo": HAPOPolicyLossConfig}
+
+
+def supplied(name, config, batch):
+    """The config with what workers give some losses beyond verl's arguments."""
+    if name not in INFORMED:
+        return config
+    policy_loss = config.policy_loss
+    policy_loss = (
+        copy.deepcopy(policy_loss) if hasattr(policy_loss, "batch_info") else INFORMED[name]()
+    )
+    if name == "hapo":
+        # Some function of the token with values in [-1, 1], NaN where the token's are.
+        deviation = torch.sin(7 * batch["old_log_prob"].detach().float())
+        policy_loss.batch_info["entropy_deviation"] = deviation
+    config = copy.copy(config)
+    config.__dict__["policy_loss"] = policy_loss
+    return config
+
+
 def evaluate(name, batch, mode="token-mean", config=None, weights=None):
     """Return loss, gradient and metrics, called as verl calls it."""
+    config = supplied(name, config or actor_config(mode), batch)
     leaf = batch["log_prob"].detach().clone().requires_grad_()
     loss, metrics = get_policy_loss_fn(name)(
         **{**batch, "log_prob": leaf},
         loss_agg_mode=mode,
-        config=config or actor_config(mode),
+        config=config,
         rollout_is_weights=weights,
     )
     loss.backward()

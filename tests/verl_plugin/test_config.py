@@ -5,6 +5,7 @@ import functools
 import re
 from pathlib import Path
 
+import policy_batches
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -26,6 +27,7 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
 from hpo_verl.verl_plugin.checks import check_algorithm
+from hpo_verl.verl_plugin.config import HAPOPolicyLossConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VERL = Path(verl_config.__file__).parent
@@ -66,17 +68,15 @@ def evaluate(config):
         global_batch_size=4,
         loss_scale_factor=actor.loss_scale_factor,
     )
-    log_prob = torch.tensor([[1.5], [0.5], [1.5], [0.5]]).log().requires_grad_()
-    loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
-        old_log_prob=torch.zeros(4, 1),
-        log_prob=log_prob,
-        advantages=torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
-        response_mask=torch.ones(4, 1, dtype=torch.bool),
-        loss_agg_mode=actor.loss_agg_mode,
-        config=actor,
-    )
-    loss.backward()
-    return loss.item(), log_prob.grad.squeeze(-1).tolist()
+    batch = {
+        "old_log_prob": torch.zeros(4, 1),
+        "log_prob": torch.tensor([[1.5], [0.5], [1.5], [0.5]]).log(),
+        "advantages": torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
+        "response_mask": torch.ones(4, 1, dtype=torch.bool),
+    }
+    name, mode = actor.policy_loss.loss_mode, actor.loss_agg_mode
+    loss, gradient, _ = policy_batches.evaluate(name, batch, mode, actor)
+    return loss.item(), gradient.squeeze(-1).tolist()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -153,6 +153,27 @@ def test_sapo_reads_its_temperatures_at_actor_level():
     assert changed != loss
 
 
+def test_hapos_settings_are_typed_and_reach_the_loss():
+    actor = omega_conf_to_dataclass(composed("hapo").actor_rollout_ref.actor)
+    assert actor.policy_loss == HAPOPolicyLossConfig()
+    # h = sin 0 = 0 here: the clip is the plain one of 0.2 / 0.28.
+    assert evaluate(composed("hapo"))[0] == pytest.approx((-1.28 - 0.5 + 1.5 + 0.8) / 4)
+    path = "actor_rollout_ref.actor.policy_loss"
+    for override, message in (
+        ("entropy_pivot=2", "entropy_pivot = 2: must be a number in [0, 1]"),
+        ("repo_compatible=1", "repo_compatible = 1: must be true or false"),
+    ):
+        config = composed("hapo", f"{path}.{override}")
+        with pytest.raises(ConfigError, match=re.escape(f"{path}.{message}")):
+            check_algorithm(config)
+        with pytest.raises(InstantiationException, match=re.escape(message)):
+            omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    for unknown in ("adv_betta=1", "batch_info=1"):
+        actor = composed("hapo", f"{path}.{unknown}").actor_rollout_ref.actor
+        with pytest.raises(InstantiationException, match=unknown.partition("=")[0]):
+            omega_conf_to_dataclass(actor)
+
+
 def test_mhpos_settings_are_typed_and_reach_the_loss():
     plain = evaluate(composed("mhpo"))[0]
     path = "actor_rollout_ref.actor.policy_loss"
@@ -197,6 +218,8 @@ def test_an_unknown_setting_of_mhpo_is_refused_by_name():
             "algorithm.aepo_advantage.entropy_scale=1",
             "algorithm.adv_estimator = 'a_hpo' ignores it; use aepo_advantage",
         ),
+        ("hapo", "algorithm.hapo.advantage_limit=0", "advantage_limit = 0: must be a number"),
+        ("hapo", "actor_rollout_ref.actor.clip_ratio_high=-1", "clip_ratio_high = -1: must"),
         ("aepo_advantage", "actor_rollout_ref.actor.clip_ratio_low=2", "clip_ratio_low = 2: must"),
     ],
 )
@@ -206,15 +229,26 @@ def test_what_cannot_be_meant_is_refused(algorithm, override, message):
 
 
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
+STOCK_CONFIG = "verl.workers.config.PolicyLossConfig"
 
 
 @pytest.mark.parametrize("algorithm", ["hpo", "a_hpo"])
 def test_the_weight_composes_with_every_loss_that_is_proportional_to_the_advantage(algorithm):
     config = composed(algorithm)
     for loss in set(HOMOGENEOUS_LOSSES) - {"sapo"}:
-        config.actor_rollout_ref.actor.policy_loss.loss_mode = loss
-        config.actor_rollout_ref.actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
+        actor = config.actor_rollout_ref.actor
+        actor.policy_loss.loss_mode = loss
+        actor.policy_loss._target_ = plugin.INFORMED_CONFIGS.get(loss, STOCK_CONFIG)
+        actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
         assert check_algorithm(config) == []
+
+
+def test_a_loss_that_needs_more_than_verl_passes_needs_its_own_section():
+    config = composed("a_hpo", f"{LOSS}=hapo")
+    with pytest.raises(
+        ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicyLossConfig"
+    ):
+        check_algorithm(config)
 
 
 def test_sapo_says_that_it_ignores_the_aggregation():

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from policy_batches import actor_config as full_actor_config
+from policy_batches import evaluate, make_batch
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.workers.config import PolicyLossConfig
 
+from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import entropy as plugin
+from hpo_verl.verl_plugin.config import HAPOPolicyLossConfig
 
 ALL = pytest.mark.parametrize("name", plugin.ESTIMATORS)
 UIDS = np.array(list("aaaabb"), dtype=object)
@@ -53,6 +58,15 @@ def test_aepo_by_hand():
     config = {"norm_adv_by_std_in_grpo": False, "aepo_advantage": {"entropy_scale": 0.0}}
     plain = torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0])[:, None] * MASK
     torch.testing.assert_close(estimate("aepo_advantage", config), plain)
+
+
+def test_hapo_by_hand():
+    # Group a: one token of reward 1, nine of 0: A = 3 and -1/3.
+    expected = torch.tensor([3.0, -1 / 3, -1 / 3, -1 / 3, 0, 0])[:, None] * MASK
+    torch.testing.assert_close(estimate("hapo"), expected, rtol=1e-5, atol=1e-6)
+    limited = estimate("hapo", {"hapo": {"advantage_limit": 2.9}})
+    expected = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0])[:, None] * MASK
+    torch.testing.assert_close(limited, expected, rtol=1e-5, atol=1e-6)
 
 
 @ALL
@@ -163,7 +177,7 @@ def config(estimator="aepo_advantage", mode="hpo_sync", loss="vanilla", **algori
 @ALL
 def test_the_settings_are_checked_before_anything_starts(name):
     plugin.check_entropy(config(name))
-    key = next(iter(plugin.SETTINGS[name].__dataclass_fields__))
+    key = next(iter(plugin.SETTINGS[name][0].__dataclass_fields__))
     message = re.escape(f"algorithm.{name}.{key} = -1: must be a number in")
     with pytest.raises(ConfigError, match=f"^{message}"):
         plugin.check_entropy(config(name, **{name: {key: -1}}))
@@ -181,6 +195,8 @@ def test_the_pass_that_computes_entropies_must_not_be_skipped():
 def test_the_trainer_mode_must_be_one_that_provides_entropies(mode):
     plugin.check_trainer_mode(config(mode=f"hpo_{mode}"))
     plugin.check_trainer_mode(config("grpo", mode=mode))
+    with pytest.raises(ConfigError, match=r"does not pass on the entropies"):
+        plugin.check_trainer_mode(config("grpo", mode=mode, loss="hapo"))
     with pytest.raises(ConfigError, match=rf"^trainer\.v1\.trainer_mode = '{mode}'.*hpo_sync"):
         plugin.check_trainer_mode(config(mode=mode))
     assert issubclass(get_trainer_cls(f"hpo_{mode}"), plugin.TokenEntropy)
@@ -215,7 +231,13 @@ def store(monkeypatch):
         asked.extend(select_fields)
         return {name: fields[name] for name in select_fields}
 
+    def kv_batch_put(keys, partition_id, fields):
+        stored.update(fields.items())
+        return SimpleNamespace(keys=keys, partition_id=partition_id)
+
+    stored = fields
     monkeypatch.setattr("transfer_queue.kv_batch_get", kv_batch_get)
+    monkeypatch.setattr("transfer_queue.kv_batch_put", kv_batch_put)
     return SimpleNamespace(fields=fields, asked=asked)
 
 
@@ -223,7 +245,7 @@ def step(configuration):
     trainer = Mode()
     trainer.config = configuration
     batch = SimpleNamespace(keys=["k"] * 6, partition_id="train")
-    assert trainer._compute_advantage(batch, {}) is batch
+    assert trainer._compute_advantage(batch, {}).keys == batch.keys
     return trainer
 
 
@@ -231,6 +253,66 @@ def test_the_trainer_provides_the_entropies_of_the_whole_batch(store):
     seen = step(config()).seen
     assert torch.equal(seen, entropies() * MASK)
     assert plugin._entropy.get() is None
+
+
+def test_the_loss_of_hapo_gets_a_field_computed_over_the_whole_batch(store):
+    # A rollout correction masked the last row meanwhile.
+    mask = MASK.clone()
+    mask[5] = False
+    store.fields["response_mask"] = nested(mask.long())
+    for changes in ({}, {"entropy_pivot": 0.3, "repo_compatible": True}):
+        configuration = config("grpo", loss="hapo")
+        configuration.actor_rollout_ref.actor.policy_loss.update(changes)
+        step(configuration)
+        field = store.fields[plugin.ENTROPY_DEVIATION]
+        assert field.offsets().diff().tolist() == LENGTHS.tolist()
+        expected = entropy_deviation(entropies(), mask, HAPOSettings(**changes))
+        assert torch.equal(field.to_padded_tensor(0.0), expected)
+        assert (expected[5] == 0).all()
+
+
+def actor_config(**changes):
+    return SimpleNamespace(policy_loss=HAPOPolicyLossConfig(**changes))
+
+
+def test_a_worker_hands_the_field_to_the_loss_and_forgets_it():
+    actor = actor_config()
+    field = nested(entropies() - 0.5)
+    with plugin.token_fields(actor, {plugin.ENTROPY_DEVIATION: field}):
+        given = actor.policy_loss.batch_info[plugin.ENTROPY_DEVIATION]
+        assert torch.equal(given, (entropies() - 0.5) * MASK)
+    assert actor.policy_loss.batch_info == {}
+    for config_, data in ((actor, {}), (SimpleNamespace(policy_loss=PolicyLossConfig()), {"a": 1})):
+        with plugin.token_fields(config_, data):
+            assert not config_.policy_loss.get("batch_info")
+
+
+@pytest.mark.parametrize("policy_loss", [PolicyLossConfig(), HAPOPolicyLossConfig()])
+def test_the_loss_without_the_field_says_what_is_needed(policy_loss):
+    batch = make_batch()
+    with pytest.raises(ConfigError, match=r"loss_mode = 'hapo' needs the tokens' entropies.*sync"):
+        get_policy_loss_fn("hapo")(**batch, config=full_actor_config(policy_loss=policy_loss))
+
+
+@pytest.mark.parametrize("bad", ["shape", "nan"])
+def test_a_field_of_another_shape_or_not_finite_is_refused(bad):
+    batch = make_batch()
+    policy_loss = HAPOPolicyLossConfig()
+    field = torch.zeros(8, 11 if bad == "shape" else 12)
+    field[0, 0] = float("nan")
+    policy_loss.batch_info[plugin.ENTROPY_DEVIATION] = field
+    with pytest.raises(DataError, match=r"^entropy_deviation(: 1 of| \(8, 11\) must have the)"):
+        get_policy_loss_fn("hapo")(**batch, config=full_actor_config(policy_loss=policy_loss))
+
+
+@pytest.mark.parametrize("name", ["entropy_pivot", "adv_beta", "clip_alpha", "repo_compatible"])
+def test_every_setting_of_hapo_is_typed_and_those_of_the_loss_reach_it(name):
+    batch = make_batch(scale=0.2)
+    value = True if name == "repo_compatible" else 0.37
+    changed = full_actor_config(policy_loss=HAPOPolicyLossConfig(**{name: value}))
+    same = torch.equal(evaluate("hapo", batch)[1], evaluate("hapo", batch, config=changed)[1])
+    # The pivot is used on the driver only.
+    assert same == (name == "entropy_pivot")
 
 
 def test_other_algorithms_fetch_nothing(store):
