@@ -246,7 +246,7 @@ def test_the_weight_composes_with_every_loss_that_is_proportional_to_the_advanta
 def test_a_loss_that_needs_more_than_verl_passes_needs_its_own_section():
     config = composed("a_hpo", f"{LOSS}=hapo")
     with pytest.raises(
-        ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicyLossConfig"
+        ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicy"
     ):
         check_algorithm(config)
 
