@@ -71,6 +71,10 @@ ALGORITHMS: dict[str, Algorithm] = {
             "grpo", "sapo", SEQ_MEAN_TOKEN_MEAN, "verl",
         ),
         Algorithm(
+            "bapo", "2510.18927", "-min(r A, clip(r, c_low, c_high) A), bounds set per mini-batch",
+            "grpo", "bapo", TOKEN_MEAN, "hpo_verl",
+        ),
+        Algorithm(
             "hapo", "2509.16591", f"{_CLIP}, A and both bounds adapted to each token's entropy",
             "hapo", "hapo", TOKEN_MEAN, "hpo_verl",
         ),
@@ -84,6 +88,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 LOSS_AGG_MODES: dict[str, tuple[str, ...]] = {
     "hpo": (TOKEN_MEAN,),
     "mhpo": (SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN),
+    "bapo": (TOKEN_MEAN,),
     "hapo": (TOKEN_MEAN,),
     "aepo_clip": (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN),
 }
@@ -108,8 +113,9 @@ HOMOGENEOUS_LOSSES = (
 SELECTING_LOSSES: dict[str, str] = {
     "clip_cov": "picks the tokens that it stops by their covariance with the advantages",
     "kl_cov": "picks the tokens that it penalises by their covariance with the advantages",
+    "bapo": "sets its clip bounds by the sums of positive and negative advantages",
 }
-"""Losses that choose tokens by the advantages: the weight would change the choice. Refused."""
+"""Losses that choose what they clip by the advantages: the weight would change it. Refused."""
 
 PENALISED_LOSSES: dict[str, str] = {
     "dro": "adds a quadratic log-ratio penalty that the weight does not reach",

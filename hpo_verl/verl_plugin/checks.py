@@ -24,6 +24,7 @@ from hpo_verl.verl_plugin.losses import (
     loss_settings,
     require_aggregation,
 )
+from hpo_verl.verl_plugin.mini_batch import check_engine
 
 
 def check_algorithm(config: Mapping[str, Any]) -> list[str]:
@@ -66,6 +67,7 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
         warnings += _check_weighted(estimator, loss_mode, algorithm)
     _check_sections(estimator, algorithm)
     check_entropy(config)
+    check_engine(config)
     return warnings
 
 

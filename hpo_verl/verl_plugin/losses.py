@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from hpo_verl.algorithms.aepo_advantage import aepo_clip_loss
+from hpo_verl.algorithms.bapo import BAPOSettings, bapo_loss
 from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
 from hpo_verl.algorithms.hapo import HAPOSettings, hapo_loss
 from hpo_verl.algorithms.hpo import hpo_loss
@@ -32,13 +33,22 @@ from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 
 ACTOR = "actor_rollout_ref.actor"
 
+ENGINE_VENDOR = "VERL_ENGINE_VENDOR"
+"""verl's environment variable; the value `hpo` selects `mini_batch.MiniBatchEngine`."""
+
 ENTROPY_DEVIATION = "entropy_deviation"
 """Field of TransferQueue, and key of `batch_info`, with HAPO's h of every token."""
 
-LOSS_SETTINGS = {"mhpo": MHPOSettings, "hapo": HAPOSettings}
+CLIP_BOUNDS = "clip_bounds"
+"""Key of `batch_info` with BAPO's bounds of the mini-batch."""
+
+LOSS_SETTINGS = {"mhpo": MHPOSettings, "bapo": BAPOSettings, "hapo": HAPOSettings}
 """Losses that have settings of their own under `policy_loss`."""
 
-INFORMED_CONFIGS = {"hapo": "hpo_verl.verl_plugin.config.HAPOPolicyLossConfig"}
+INFORMED_CONFIGS = {
+    "bapo": "hpo_verl.verl_plugin.config.BAPOPolicyLossConfig",
+    "hapo": "hpo_verl.verl_plugin.config.HAPOPolicyLossConfig",
+}
 """Losses that read `batch_info`, and the `policy_loss._target_` that has it."""
 
 CLIPPED_LOSSES = ("hpo", "hapo", "aepo_clip")
@@ -226,6 +236,12 @@ def _mhpo(batch: MicroBatch, config: Any) -> TokenLoss:
     return mhpo_loss(batch.log_ratio, batch.advantages, settings)
 
 
+def _bapo(batch: MicroBatch, config: Any) -> TokenLoss:
+    needed = f"the sums of the whole mini-batch: {ENGINE_VENDOR} = hpo in the workers' environment"
+    bounds = batch_info("bapo", config, CLIP_BOUNDS, needed)
+    return bapo_loss(batch.log_ratio, batch.advantages, bounds.low, bounds.high)
+
+
 def _hapo(batch: MicroBatch, config: Any) -> TokenLoss:
     needed = "the tokens' entropies: a trainer.v1.trainer_mode of ours, hpo_sync for example"
     deviation = batch_info("hapo", config, ENTROPY_DEVIATION, needed)
@@ -247,6 +263,7 @@ def _aepo_clip(batch: MicroBatch, config: Any) -> TokenLoss:
 TOKEN_LOSSES: dict[str, Callable[[MicroBatch, Any], TokenLoss]] = {
     "hpo": _hpo,
     "mhpo": _mhpo,
+    "bapo": _bapo,
     "hapo": _hapo,
     "aepo_clip": _aepo_clip,
 }

@@ -27,7 +27,7 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
 from hpo_verl.verl_plugin.checks import check_algorithm
-from hpo_verl.verl_plugin.config import HAPOPolicyLossConfig
+from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VERL = Path(verl_config.__file__).parent
@@ -153,6 +153,44 @@ def test_sapo_reads_its_temperatures_at_actor_level():
     assert changed != loss
 
 
+def test_bapo_finds_its_bounds_and_selects_its_engine():
+    config = composed("bapo")
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert actor.policy_loss == BAPOPolicyLossConfig()
+    # P = 0.5 + 1.2, N = 1.5 + 0.6: 0.447 of the whole, so the first bounds stay.
+    assert evaluate(config)[0] == pytest.approx((-1.7 + 2.1) / 4, rel=1e-5)
+    # For 0.48: c_high = 1.45 gives 1.95 / 4.05.
+    path = "actor_rollout_ref.actor.policy_loss"
+    assert evaluate(composed("bapo", f"{path}.positive_share=0.48"))[0] == pytest.approx(
+        (-1.95 + 2.1) / 4, rel=1e-5
+    )
+    for override, message in (
+        ("positive_share=2", "positive_share = 2: must be a number in [0, 1]"),
+        ("clip_low_end=0.1", "clip_low_end = 0.1: must be a number in [0.6, 1]"),
+    ):
+        wrong = composed("bapo", f"{path}.{override}")
+        with pytest.raises(ConfigError, match=re.escape(f"{path}.{message}")):
+            check_algorithm(wrong)
+        with pytest.raises(InstantiationException, match=re.escape(message)):
+            omega_conf_to_dataclass(wrong.actor_rollout_ref.actor)
+
+
+def test_bapo_without_its_engine_is_refused(monkeypatch):
+    config = composed("bapo")
+    config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR = "nvidia"
+    with pytest.raises(ConfigError, match=r"VERL_ENGINE_VENDOR = 'nvidia': .*needs 'hpo'"):
+        check_algorithm(config)
+    with open_dict(config):
+        del config.ray_kwargs.ray_init["runtime_env"]
+    with pytest.raises(ConfigError, match=r"VERL_ENGINE_VENDOR = None: .*needs 'hpo'"):
+        check_algorithm(config)
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "hpo")
+    assert check_algorithm(config) == []
+    config.actor_rollout_ref.actor.strategy = "megatron"
+    with pytest.raises(ConfigError, match=r"strategy = 'megatron': .*fsdp and fsdp2 only"):
+        check_algorithm(config)
+
+
 def test_hapos_settings_are_typed_and_reach_the_loss():
     actor = omega_conf_to_dataclass(composed("hapo").actor_rollout_ref.actor)
     assert actor.policy_loss == HAPOPolicyLossConfig()
@@ -232,22 +270,26 @@ LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
 STOCK_CONFIG = "verl.workers.config.PolicyLossConfig"
 
 
+def section_of(config):
+    """The config with the policy_loss section that its loss needs."""
+    policy_loss = config.actor_rollout_ref.actor.policy_loss
+    policy_loss._target_ = plugin.INFORMED_CONFIGS.get(policy_loss.loss_mode, STOCK_CONFIG)
+    return config
+
+
 @pytest.mark.parametrize("algorithm", ["hpo", "a_hpo"])
 def test_the_weight_composes_with_every_loss_that_is_proportional_to_the_advantage(algorithm):
     config = composed(algorithm)
     for loss in set(HOMOGENEOUS_LOSSES) - {"sapo"}:
         actor = config.actor_rollout_ref.actor
         actor.policy_loss.loss_mode = loss
-        actor.policy_loss._target_ = plugin.INFORMED_CONFIGS.get(loss, STOCK_CONFIG)
         actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
-        assert check_algorithm(config) == []
+        assert check_algorithm(section_of(config)) == []
 
 
 def test_a_loss_that_needs_more_than_verl_passes_needs_its_own_section():
     config = composed("a_hpo", f"{LOSS}=hapo")
-    with pytest.raises(
-        ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicy"
-    ):
+    with pytest.raises(ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicy"):
         check_algorithm(config)
 
 
@@ -259,8 +301,9 @@ def test_sapo_says_that_it_ignores_the_aggregation():
 @pytest.mark.parametrize("loss", SELECTING_LOSSES)
 def test_losses_that_choose_tokens_by_the_advantage_are_refused(loss):
     with pytest.raises(ConfigError, match=f"adv_estimator = 'a_hpo' with .*'{loss}'"):
-        check_algorithm(composed("a_hpo", f"{LOSS}={loss}"))
-    assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
+        check_algorithm(section_of(composed("a_hpo", f"{LOSS}={loss}")))
+    if loss != "bapo":
+        assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
 
 
 @pytest.mark.parametrize("loss", [*PENALISED_LOSSES, "someone_elses"])
