@@ -64,3 +64,20 @@ def test_a_loss_is_in_one_class_of_composition_only():
     assert sum(map(len, classes)) == len(set.union(*classes))
     assert {a.loss for a in ALGORITHMS.values()} <= classes[0] | {"bapo"}
     assert HYSTERETIC_ESTIMATORS == ("hpo", "a_hpo")
+
+
+def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
+    folder = Path(hpo_verl.algorithms.__file__).parent
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in (folder / "OTHER_SYSTEMS.md").read_text().splitlines()
+        if "arxiv.org" in line
+    ]
+    papers = {paper[1:11] for _, paper, _, _ in rows}
+    assert papers == {
+        "2510.08141", "2510.14545", "2510.00819", "2509.22576", "2507.10628", "2509.25849",
+        "2510.08540", "2510.08457", "2511.07327", "2510.12838", "2509.11452", "2310.04373",
+        "2407.00617",
+    }  # fmt: skip
+    assert all(official.startswith(("yes", "no", "partly: ")) for *_, official in rows)
+    assert "(OTHER_SYSTEMS.md)" in (folder / "README.md").read_text()
