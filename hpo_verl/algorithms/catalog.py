@@ -80,12 +80,27 @@ ALGORITHMS: dict[str, Algorithm] = {
             "spo", "2509.13232", f"{_CLIP}, A = whiten(r - v(prompt)), one response a prompt",
             "spo", "vanilla", TOKEN_MEAN, "verl",
         ),
+        Algorithm(
+            "bapo", "2510.18927", "-min(r A, clip(r, c_low, c_high) A), bounds set per mini-batch",
+            "grpo", "bapo", TOKEN_MEAN, "hpo_verl",
+        ),
+        Algorithm(
+            "hapo", "2509.16591", f"{_CLIP}, A and both bounds adapted to each token's entropy",
+            "hapo", "hapo", TOKEN_MEAN, "hpo_verl",
+        ),
+        Algorithm(
+            "aepo_advantage", "2510.14545", f"{_CLIP}, A (1 + a z(H)), gradient kept above it",
+            "aepo_advantage", "aepo_clip", TOKEN_MEAN, "hpo_verl",
+        ),
     )
 }  # fmt: skip
 
 LOSS_AGG_MODES: dict[str, tuple[str, ...]] = {
     "hpo": (TOKEN_MEAN,),
     "mhpo": (SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN),
+    "bapo": (TOKEN_MEAN,),
+    "hapo": (TOKEN_MEAN,),
+    "aepo_clip": (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN),
 }
 """Aggregations under which our losses are the objective of their paper."""
 
@@ -96,20 +111,23 @@ ESTIMATOR_SECTIONS = {
     "a_hpo": "hpo",
     "d3s": "d3s",
     "spo": "spo",
+    "hapo": "hapo",
+    "aepo_advantage": "aepo_advantage",
 }
 """Where under `algorithm` the settings of an estimator of ours stand."""
 
 HOMOGENEOUS_LOSSES = (
     "hpo", "mhpo", "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "cispo",
-    "bypass_mode",
+    "bypass_mode", "hapo", "aepo_clip",
 )  # fmt: skip
 """Losses with f(c A) = c f(A) per sign: weighting the advantage is weighting the loss."""
 
 SELECTING_LOSSES: dict[str, str] = {
     "clip_cov": "picks the tokens that it stops by their covariance with the advantages",
     "kl_cov": "picks the tokens that it penalises by their covariance with the advantages",
+    "bapo": "sets its clip bounds by the sums of positive and negative advantages",
 }
-"""Losses that choose tokens by the advantages: the weight would change the choice. Refused."""
+"""Losses that choose what they clip by the advantages: the weight would change it. Refused."""
 
 PENALISED_LOSSES: dict[str, str] = {
     "dro": "adds a quadratic log-ratio penalty that the weight does not reach",

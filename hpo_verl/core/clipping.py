@@ -10,8 +10,8 @@ from hpo_verl.core.surrogate import TokenLoss
 def clipped_surrogate(
     log_ratio: torch.Tensor,
     advantages: torch.Tensor,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
+    clip_ratio_low: float | torch.Tensor,
+    clip_ratio_high: float | torch.Tensor,
 ) -> TokenLoss:
     """Clipped surrogate of every token, negated; no dual clip.
 
@@ -22,14 +22,15 @@ def clipped_surrogate(
     Args:
         log_ratio: Bounded log-ratio, nats, `[batch, response]`.
         advantages: Weighted advantages, `[batch, response]`.
-        clip_ratio_low: Distance of the lower bound from 1, in [0, 1).
-        clip_ratio_high: Distance of the upper bound from 1, at least 0.
+        clip_ratio_low: Distance of the lower bound from 1, in [0, 1); one, or `[batch, response]`.
+        clip_ratio_high: Distance of the upper bound from 1, at least 0; one, or as above.
 
     Returns:
         Loss and slope per token.
     """
     ratio = log_ratio.exp()
     surrogate = ratio * -advantages
-    clipped = ratio.clamp_(1.0 - clip_ratio_low, 1.0 + clip_ratio_high).mul_(-advantages)
+    clipped = ratio.clamp_(min=1.0 - clip_ratio_low).clamp_(max=1.0 + clip_ratio_high)
+    clipped.mul_(-advantages)
     values = torch.maximum(surrogate, clipped)
     return TokenLoss(values, surrogate.masked_fill_(clipped > surrogate, 0.0))

@@ -46,6 +46,16 @@ def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(choices)}")
 
 
+def require_flag(key: str, value: object) -> None:
+    """Refuse anything but true and false.
+
+    Raises:
+        ConfigError: Names the key and the value.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} = {value!r}: must be true or false")
+
+
 def parse_settings(
     settings_type: type[SettingsT], values: Mapping[str, Any] | None, path: str
 ) -> SettingsT:

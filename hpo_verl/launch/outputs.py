@@ -36,7 +36,7 @@ def algorithm_name(config: DictConfig) -> str:
     """Estimator and, where it adds something, loss: `a_hpo`, `grpo`, `a_hpo+gspo`."""
     estimator = str(config.algorithm.adv_estimator)
     loss = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
-    plain = loss == "vanilla" or (loss == "hpo" and estimator.endswith("hpo"))
+    plain = loss in ("vanilla", estimator) or (loss == "hpo" and estimator.endswith("hpo"))
     return estimator if plain else f"{estimator}+{loss}"
 
 

@@ -18,8 +18,12 @@ _registered = False
 
 
 def _register_algorithms(core_algos: Any) -> None:
-    for name in ("advantages", "losses", "d3s", "spo"):
+    for name in ("advantages", "entropy", "losses", "d3s", "spo"):
         import_module(f"hpo_verl.verl_plugin.{name}").register()
+
+
+def _register_engine(engines: Any) -> None:
+    import_module("hpo_verl.verl_plugin.mini_batch").register()
 
 
 def _register_trainers(trainers: Any) -> None:
@@ -45,6 +49,7 @@ def register() -> None:
     _registered = True
     platform.register()
     register_post_import_hook(_register_algorithms, "verl.trainer.ppo.core_algos")
+    register_post_import_hook(_register_engine, "verl.workers.engine")
     register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
     register_post_import_hook(_register_agent_loop, "verl.experimental.agent_loop")
     register_post_import_hook(_register_hf_replica, "verl.workers.rollout.replica")

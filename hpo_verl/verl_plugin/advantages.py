@@ -22,8 +22,8 @@ from hpo_verl.algorithms.hpo import (
     hysteretic_advantages,
 )
 from hpo_verl.core.masking import nonempty_rows, require_finite
-from hpo_verl.core.settings import parse_settings
-from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.core.settings import parse_settings, require_flag
+from hpo_verl.errors import DataError
 
 SETTINGS: dict[str, type[HPOSettings] | type[AHPOSettings]] = {
     "hpo": HPOSettings,
@@ -134,10 +134,9 @@ def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
     Raises:
         ConfigError: Neither true nor false.
     """
-    value = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
-    if not isinstance(value, bool):
-        raise ConfigError(f"algorithm.norm_adv_by_std_in_grpo = {value!r}: must be true or false")
-    return value
+    normalize_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
+    require_flag("algorithm.norm_adv_by_std_in_grpo", normalize_by_std)
+    return normalize_by_std
 
 
 def compute_hysteretic(

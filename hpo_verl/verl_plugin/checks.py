@@ -16,8 +16,18 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.advantages import normalizes_by_std, read_settings
 from hpo_verl.verl_plugin.d3s import d3s_settings
-from hpo_verl.verl_plugin.estimator_inputs import BORROWING_ESTIMATORS
-from hpo_verl.verl_plugin.losses import clip_range, mhpo_settings, require_aggregation
+from hpo_verl.verl_plugin.entropy import check_entropy
+from hpo_verl.verl_plugin.estimator_inputs import BORROWING_ESTIMATORS, BORROWING_LOSSES
+from hpo_verl.verl_plugin.losses import (
+    ACTOR,
+    CLIPPED_LOSSES,
+    INFORMED_CONFIGS,
+    LOSS_SETTINGS,
+    clip_range,
+    loss_settings,
+    require_aggregation,
+)
+from hpo_verl.verl_plugin.mini_batch import check_engine
 from hpo_verl.verl_plugin.spo import check_spo
 
 
@@ -40,10 +50,16 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     loss_agg_mode = str(actor.get("loss_agg_mode"))
 
     require_aggregation(loss_mode, loss_agg_mode)
-    if loss_mode == "hpo":
+    if loss_mode in CLIPPED_LOSSES:
         clip_range(actor)
-    if loss_mode == "mhpo":
-        mhpo_settings(actor["policy_loss"])
+    if loss_mode in LOSS_SETTINGS:
+        loss_settings(LOSS_SETTINGS[loss_mode], actor["policy_loss"])
+    target = actor["policy_loss"].get("_target_", None)
+    if loss_mode in INFORMED_CONFIGS and target != INFORMED_CONFIGS[loss_mode]:
+        raise ConfigError(
+            f"{ACTOR}.policy_loss._target_ = {target!r}: policy_loss.loss_mode = {loss_mode!r} "
+            f"needs {INFORMED_CONFIGS[loss_mode]}, as algo={loss_mode} sets it"
+        )
     warnings = []
     if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
         warnings.append(
@@ -58,6 +74,8 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     if estimator == "spo":
         check_spo(config)
     _check_sections(estimator, algorithm)
+    check_entropy(config)
+    check_engine(config)
     return warnings
 
 
@@ -73,22 +91,26 @@ def _check_sections(estimator: str, algorithm: Mapping[str, Any]) -> None:
 
 
 def check_trainer_mode(config: Mapping[str, Any]) -> None:
-    """Refuse a trainer mode that does not lend an estimator what it needs.
+    """Refuse a trainer mode that does not lend an algorithm what it needs.
 
     Args:
         config: verl's whole configuration, resolved.
 
     Raises:
-        ConfigError: Names the mode and the estimator.
+        ConfigError: Names the mode, and the estimator or the loss.
     """
     estimator = str(config["algorithm"].get("adv_estimator"))
+    loss_mode = str(config["actor_rollout_ref"]["actor"]["policy_loss"].get("loss_mode"))
     mode = str(config["trainer"]["v1"]["trainer_mode"])
-    modes = BORROWING_ESTIMATORS.get(estimator)
-    if modes is not None and mode not in modes:
-        raise ConfigError(
-            f"trainer.v1.trainer_mode = {mode!r}: algorithm.adv_estimator = {estimator!r} needs "
-            f"{' or '.join(modes)}"
-        )
+    for key, name, borrowing in (
+        ("algorithm.adv_estimator", estimator, BORROWING_ESTIMATORS),
+        (f"{ACTOR}.policy_loss.loss_mode", loss_mode, BORROWING_LOSSES),
+    ):
+        modes = borrowing.get(name, (mode,))
+        if mode not in modes:
+            raise ConfigError(
+                f"trainer.v1.trainer_mode = {mode!r}: {key} = {name!r} needs {' or '.join(modes)}"
+            )
 
 
 def _check_down_sampled(loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:
@@ -102,12 +124,6 @@ def _check_down_sampled(loss_mode: str, algorithm: Mapping[str, Any]) -> list[st
         raise ConfigError(
             f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
             f"loss {reason}; use one of {', '.join(usable)}"
-        )
-    correction = algorithm.get("rollout_correction", None) or {}
-    if correction.get("bypass_mode", False):
-        raise ConfigError(
-            "algorithm.rollout_correction.bypass_mode = True: adv_estimator = 'd3s' needs the "
-            "entropies of verl's old-policy pass, which that mode leaves out"
         )
     if loss_mode not in HOMOGENEOUS_LOSSES:
         return [f"{combination}: unknown here; D3S needs a loss that is 0 where the advantage is"]

@@ -1,9 +1,8 @@
 """D3S in verl: the estimator `d3s` and the part of the trainer that feeds it.
 
 The estimator is called on the driver with the whole rollout batch, the one place
-where all advantages can be ranked. Entropies come from verl's old-policy pass,
-whose field `entropy` the trainer lends to the estimator together with the
-training progress.
+where all advantages can be ranked. The trainer lends it the tokens' entropies
+(`entropy`) and the training progress.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import torch
 
 from hpo_verl.algorithms.d3s import D3SSettings, down_sample
 from hpo_verl.core.groups import group_relative_advantages
-from hpo_verl.core.masking import as_bool_mask, require_finite
+from hpo_verl.core.masking import as_bool_mask
 from hpo_verl.core.settings import parse_settings
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin.advantages import group_codes, normalizes_by_std, response_rewards
+from hpo_verl.verl_plugin.entropy import lent_entropy
 from hpo_verl.verl_plugin.estimator_inputs import borrow, lend
 
 ESTIMATOR = "d3s"
@@ -56,15 +56,9 @@ def estimate(
     normalize_by_std = normalizes_by_std(config)
     if index is None:
         raise DataError(f"{ESTIMATOR}: uid is missing; every response needs its prompt's uid")
-    entropy: torch.Tensor = borrow(ESTIMATOR, "entropy").detach()
     rewards, live = response_rewards(token_level_rewards, response_mask)
-    if entropy.shape != response_mask.shape:
-        raise DataError(
-            f"entropy {tuple(entropy.shape)} must have the shape of response_mask "
-            f"{tuple(response_mask.shape)}"
-        )
     mask = as_bool_mask(response_mask)
-    require_finite("entropy", entropy, mask)
+    entropy = lent_entropy(ESTIMATOR, mask)
     codes = group_codes(index, len(rewards)).to(rewards.device)
     group = group_relative_advantages(rewards, codes, live, normalize_by_std=normalize_by_std)
     result = down_sample(group.advantages, entropy, mask, settings, borrow(ESTIMATOR, "progress"))
@@ -76,7 +70,7 @@ def estimate(
 
 
 class DownSamplingTrainer:
-    """Mixed into a trainer of verl: lends entropies and progress where `d3s` is selected."""
+    """Mixed into a trainer of verl: lends the progress where `d3s` is selected."""
 
     config: Any
     global_steps: int
@@ -86,16 +80,9 @@ class DownSamplingTrainer:
         compute = super()._compute_advantage  # type: ignore[misc]
         if self.config.algorithm.adv_estimator != ESTIMATOR:
             return compute(batch, metrics)
-        import transfer_queue as tq
-
-        data = tq.kv_batch_get(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            select_fields=["entropy", "response_mask"],
-        ).to_padded_tensor()
         steps = max(self.total_training_steps - 1, 1)
         progress = min(max((self.global_steps - 1) / steps, 0.0), 1.0)
-        with lend(entropy=data["entropy"], progress=progress) as reported:
+        with lend(progress=progress) as reported:
             batch = compute(batch, metrics)
         metrics.update({f"hpo/{name}": value for name, value in reported.items()})
         return batch

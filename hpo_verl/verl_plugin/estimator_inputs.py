@@ -15,19 +15,24 @@ from typing import Any
 
 from hpo_verl.errors import ConfigError
 
+_ANY_OF_OURS = ("hpo_sync", "hpo_colocate_async", "hpo_separate_async")
 BORROWING_ESTIMATORS: dict[str, tuple[str, ...]] = {
-    "d3s": ("hpo_sync", "hpo_colocate_async", "hpo_separate_async"),
+    "aepo_advantage": _ANY_OF_OURS,
+    "d3s": _ANY_OF_OURS,
     # In the others prompts are drawn long before their values are updated.
     "spo": ("hpo_sync",),
 }
 """Estimators that need what only a trainer lends, and the trainer modes that do."""
+
+BORROWING_LOSSES: dict[str, tuple[str, ...]] = {"hapo": _ANY_OF_OURS}
+"""The same of losses."""
 
 _lent: ContextVar[dict[str, Any] | None] = ContextVar("hpo_verl_estimator_inputs", default=None)
 
 
 @contextmanager
 def lend(**values: Any) -> Iterator[dict[str, float]]:
-    """Lend values to the estimator that is called inside.
+    """Lend values to the estimator that is called inside, besides what is lent already.
 
     Args:
         **values: By name.
@@ -36,7 +41,7 @@ def lend(**values: Any) -> Iterator[dict[str, float]]:
         What the estimator reports, filled when it has run.
     """
     reported: dict[str, float] = {}
-    token = _lent.set({**values, "reported": reported})
+    token = _lent.set({**(_lent.get() or {}), **values, "reported": reported})
     try:
         yield reported
     finally:

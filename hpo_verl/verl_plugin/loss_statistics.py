@@ -15,6 +15,7 @@ import torch
 
 from hpo_verl.core.ratios import bound_log_ratio, masked_log_ratio
 from hpo_verl.core.statistics import token_means, token_sums
+from hpo_verl.verl_plugin.entropy import token_fields
 
 PREFIX = "actor/hpo_sums/"
 """Keys under which the sums travel from the workers to the trainer."""
@@ -37,8 +38,9 @@ def loss_with_statistics(
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.losses import ppo_loss
 
-    loss, metrics = ppo_loss(config, model_output, data, dp_group)
-    sums = policy_loss_sums(config, model_output, data)
+    with token_fields(config, data):
+        loss, metrics = ppo_loss(config, model_output, data, dp_group)
+        sums = policy_loss_sums(config, model_output, data)
     return loss, metrics | {
         f"{PREFIX}{name}": Metric(AggregationType.SUM, value) for name, value in sums.items()
     }

@@ -1,4 +1,4 @@
-"""Policy losses `hpo` and `mhpo`, as verl calls them.
+"""The policy losses of this project, as verl calls them.
 
 verl calls a loss on every micro-batch in every actor process. The algorithms
 return a loss per token; checks, masking, rollout weights, aggregation and
@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from hpo_verl.algorithms.aepo_advantage import aepo_clip_loss
+from hpo_verl.algorithms.bapo import BAPOSettings, bapo_loss
 from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+from hpo_verl.algorithms.hapo import HAPOSettings, hapo_loss
 from hpo_verl.algorithms.hpo import hpo_loss
 from hpo_verl.algorithms.mhpo import MHPOSettings, mhpo_loss
 from hpo_verl.core.masking import as_bool_mask, nonempty_rows, require_finite
@@ -29,6 +32,29 @@ from hpo_verl.core.surrogate import TokenLoss, attach
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 
 ACTOR = "actor_rollout_ref.actor"
+
+ENGINE_VENDOR = "VERL_ENGINE_VENDOR"
+"""verl's environment variable; the value `hpo` selects `mini_batch.MiniBatchEngine`."""
+
+ENTROPY_DEVIATION = "entropy_deviation"
+"""Field of TransferQueue, and key of `batch_info`, with HAPO's h of every token."""
+
+CLIP_BOUNDS = "clip_bounds"
+"""Key of `batch_info` with BAPO's bounds of the mini-batch."""
+
+LOSS_SETTINGS = {"mhpo": MHPOSettings, "bapo": BAPOSettings, "hapo": HAPOSettings}
+"""Losses that have settings of their own under `policy_loss`."""
+
+INFORMED_CONFIGS = {
+    "bapo": "hpo_verl.verl_plugin.config.BAPOPolicyLossConfig",
+    "hapo": "hpo_verl.verl_plugin.config.HAPOPolicyLossConfig",
+}
+"""Losses that read `batch_info`, and the `policy_loss._target_` that has it."""
+
+CLIPPED_LOSSES = ("hpo", "hapo", "aepo_clip")
+"""Losses that read `clip_ratio_low` and `clip_ratio_high`."""
+
+SettingsT = TypeVar("SettingsT")
 
 
 class MicroBatch(NamedTuple):
@@ -91,10 +117,11 @@ def clip_range(config: Any) -> tuple[float, float]:
     return sides[0], sides[1]
 
 
-def mhpo_settings(policy_loss: Any) -> MHPOSettings:
-    """Read MHPO's settings; those that verl's own PolicyLossConfig lacks are the defaults.
+def loss_settings(settings_type: type[SettingsT], policy_loss: Any) -> SettingsT:
+    """Read the settings of a loss; those that verl's own PolicyLossConfig lacks are the defaults.
 
     Args:
+        settings_type: One of the values of `LOSS_SETTINGS`.
         policy_loss: verl's `policy_loss` section, typed or not.
 
     Returns:
@@ -103,10 +130,31 @@ def mhpo_settings(policy_loss: Any) -> MHPOSettings:
     Raises:
         ConfigError: A value is of the wrong type or out of range.
     """
-    defaults = dataclasses.asdict(MHPOSettings())
-    if policy_loss is None:
-        return MHPOSettings()
-    return MHPOSettings(**{key: policy_loss.get(key, value) for key, value in defaults.items()})
+    defaults = dataclasses.asdict(settings_type())  # type: ignore[call-overload]
+    given = {} if policy_loss is None else policy_loss
+    return settings_type(**{key: given.get(key, value) for key, value in defaults.items()})
+
+
+def batch_info(loss_mode: str, config: Any, key: str, needed: str) -> Any:
+    """Return what a worker was told of the batch beyond the arguments of a loss.
+
+    Args:
+        loss_mode: Name of the loss, for the message.
+        config: verl's actor config.
+        key: Name in `policy_loss.batch_info`.
+        needed: What would provide it, for the message.
+
+    Raises:
+        ConfigError: Nobody provided it.
+    """
+    known = config.get("policy_loss", None)
+    value = None if known is None else (known.get("batch_info", None) or {}).get(key)
+    if value is None:
+        raise ConfigError(
+            f"policy_loss.loss_mode = {loss_mode!r} needs {needed}, "
+            f"and policy_loss._target_ = {INFORMED_CONFIGS[loss_mode]}"
+        )
+    return value
 
 
 def prepare(
@@ -184,11 +232,41 @@ def _hpo(batch: MicroBatch, config: Any) -> TokenLoss:
 
 
 def _mhpo(batch: MicroBatch, config: Any) -> TokenLoss:
-    settings = mhpo_settings(config.get("policy_loss", None))
+    settings = loss_settings(MHPOSettings, config.get("policy_loss", None))
     return mhpo_loss(batch.log_ratio, batch.advantages, settings)
 
 
-TOKEN_LOSSES: dict[str, Callable[[MicroBatch, Any], TokenLoss]] = {"hpo": _hpo, "mhpo": _mhpo}
+def _bapo(batch: MicroBatch, config: Any) -> TokenLoss:
+    needed = f"the sums of the whole mini-batch: {ENGINE_VENDOR} = hpo in the workers' environment"
+    bounds = batch_info("bapo", config, CLIP_BOUNDS, needed)
+    return bapo_loss(batch.log_ratio, batch.advantages, bounds.low, bounds.high)
+
+
+def _hapo(batch: MicroBatch, config: Any) -> TokenLoss:
+    needed = "the tokens' entropies: a trainer.v1.trainer_mode of ours, hpo_sync for example"
+    deviation = batch_info("hapo", config, ENTROPY_DEVIATION, needed)
+    if deviation.shape != batch.mask.shape:
+        raise DataError(
+            f"{ENTROPY_DEVIATION} {tuple(deviation.shape)} must have the shape of response_mask "
+            f"{tuple(batch.mask.shape)}"
+        )
+    require_finite(ENTROPY_DEVIATION, deviation, batch.mask)
+    deviation = torch.where(batch.mask, deviation.float(), 0.0)
+    settings = loss_settings(HAPOSettings, config.policy_loss)
+    return hapo_loss(batch.log_ratio, batch.advantages, deviation, *clip_range(config), settings)
+
+
+def _aepo_clip(batch: MicroBatch, config: Any) -> TokenLoss:
+    return aepo_clip_loss(batch.log_ratio, batch.advantages, *clip_range(config))
+
+
+TOKEN_LOSSES: dict[str, Callable[[MicroBatch, Any], TokenLoss]] = {
+    "hpo": _hpo,
+    "mhpo": _mhpo,
+    "bapo": _bapo,
+    "hapo": _hapo,
+    "aepo_clip": _aepo_clip,
+}
 """What an algorithm makes of a clean micro-batch and verl's actor config."""
 
 

@@ -63,6 +63,7 @@ def check_with_verl(config: DictConfig) -> None:
         raise ConfigError(
             f"trainer.v1.trainer_mode={mode!r}: must be one of {', '.join(TRAINER_REGISTRY)}"
         )
+    check_trainer_mode(config)
     for section in TYPED_SECTIONS:
         values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
         # verl passes these on to our estimators untyped.

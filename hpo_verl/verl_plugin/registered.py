@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hpo_verl.algorithms.catalog import ALGORITHMS, HYSTERETIC_ESTIMATORS
+from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
 from hpo_verl.verl_plugin.trainers import MODE_PREFIX, PARENT_MODES
 
 OWN_PACKAGE = "hpo_verl."
@@ -23,7 +23,7 @@ def absent_names() -> list[str]:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
     algorithms = ALGORITHMS.values()
-    estimators = {a.estimator: a.estimator in HYSTERETIC_ESTIMATORS for a in algorithms}
+    estimators = {a.estimator: a.estimator in ESTIMATOR_SECTIONS for a in algorithms}
     losses = {a.loss: a.origin == "hpo_verl" for a in algorithms}
     modes = {MODE_PREFIX + mode: True for mode in PARENT_MODES}
     loops = {name: entry["_target_"] for name, entry in _agent_loop_registry.items()}

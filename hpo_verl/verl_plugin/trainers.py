@@ -8,7 +8,8 @@ verl compares `trainer_mode` with "sync" in several places and reads a mode's
 settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
-they read (`transfer`), and single algorithms add what they need (`d3s`, `spo_trainer`).
+they read (`transfer`), and algorithms get what verl does not pass on (`entropy`, `d3s`,
+`spo_trainer`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.verl_plugin.advantages import compute_hysteretic, group_codes, response_rewards
 from hpo_verl.verl_plugin.checks import check_algorithm
 from hpo_verl.verl_plugin.d3s import DownSamplingTrainer
+from hpo_verl.verl_plugin.entropy import TokenEntropy
 from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.repeatable import RepeatableOrder
 from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
@@ -156,5 +158,8 @@ def register() -> None:
         if name not in TRAINER_REGISTRY:
             parent = TRAINER_REGISTRY[parent_mode]
             members = {"parent_mode": parent_mode, "__module__": __name__}
-            bases = (BatchStatistics, RepeatableOrder, LeanTransfer, *ALGORITHM_PARTS, parent)
+            bases = (
+                *(BatchStatistics, TokenEntropy, RepeatableOrder, LeanTransfer),
+                *(*ALGORITHM_PARTS, parent),
+            )
             register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))

@@ -64,10 +64,27 @@ def test_hpo_and_mhpo_permit_nothing_else():
 def test_a_loss_is_in_one_class_of_composition_only():
     classes = [set(HOMOGENEOUS_LOSSES), set(SELECTING_LOSSES), set(PENALISED_LOSSES)]
     assert sum(map(len, classes)) == len(set.union(*classes))
-    assert {a.loss for a in ALGORITHMS.values()} <= classes[0]
+    assert {a.loss for a in ALGORITHMS.values()} <= classes[0] | {"bapo"}
     assert set(AVERAGING_LOSSES) <= classes[0]
     assert HYSTERETIC_ESTIMATORS == ("hpo", "a_hpo")
 
 
 def test_every_estimator_that_is_not_verls_has_a_section_of_settings():
     assert set(ESTIMATOR_SECTIONS) == {a.estimator for a in ALGORITHMS.values()} - {"grpo"}
+
+
+def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
+    folder = Path(hpo_verl.algorithms.__file__).parent
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in (folder / "OTHER_SYSTEMS.md").read_text().splitlines()
+        if "arxiv.org" in line
+    ]
+    papers = {paper[1:11] for _, paper, _, _ in rows}
+    assert papers == {
+        "2510.08141", "2510.14545", "2510.00819", "2509.22576", "2507.10628", "2509.25849",
+        "2510.08540", "2510.08457", "2511.07327", "2510.12838", "2509.11452", "2310.04373",
+        "2407.00617",
+    }  # fmt: skip
+    assert all(official.startswith(("yes", "no", "partly: ")) for *_, official in rows)
+    assert "(OTHER_SYSTEMS.md)" in (folder / "README.md").read_text()

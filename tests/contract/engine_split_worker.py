@@ -20,7 +20,7 @@ def mini_batch(rows, micro_batch_size):
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(0)
-    prompts, responses, masks, old, advantages = [], [], [], [], []
+    prompts, responses, masks, old, advantages, deviations = [], [], [], [], [], []
     for row in range(8):
         length = 2 + (5 * row) % 7
         prompts.append(torch.randint(0, 32, (3 + row % 2,), generator=generator))
@@ -30,6 +30,7 @@ def mini_batch(rows, micro_batch_size):
         masks.append(mask if row != 5 else torch.zeros_like(mask))  # a padding row
         old.append(-3.5 + 0.5 * torch.randn(length, generator=generator))
         advantages.append(torch.full((length,), 1.5 if row % 2 else -0.25))
+        deviations.append(2 * torch.rand(length, generator=generator) - 1)
 
     def nested(tensors):
         return torch.nested.as_nested_tensor([tensors[row] for row in rows], layout=torch.jagged)
@@ -49,6 +50,7 @@ def mini_batch(rows, micro_batch_size):
             "response_mask": nested(masks),
             "old_log_probs": nested(old),
             "advantages": nested(advantages),
+            "entropy_deviation": nested(deviations),
         },
         non_tensor_dict={
             "temperature": 1.0,
@@ -71,7 +73,7 @@ def gradients(engine):
 
 
 def train(model_path, rank, world):
-    """Return gradients and sums of statistics for every loss and number of micro-batches."""
+    """Return gradients, sums of statistics and clip bounds for every loss and split."""
     from verl.trainer.config import CheckpointConfig
     from verl.utils.metric import Metric
     from verl.workers.config import (
@@ -84,6 +86,7 @@ def train(model_path, rank, world):
     from verl.workers.engine import EngineRegistry
 
     from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+    from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
     from hpo_verl.verl_plugin.loss_statistics import PREFIX, loss_with_statistics
 
     engine = EngineRegistry.new(
@@ -109,6 +112,11 @@ def train(model_path, rank, world):
     share = 8 // world
     rows = range(rank * share, (rank + 1) * share)
     results = {}
+    # A share that the upper bound reaches on its way.
+    informed = {
+        "bapo": BAPOPolicyLossConfig(positive_share=0.77, clip_high_start=1.0),
+        "hapo": HAPOPolicyLossConfig(),
+    }
     for loss, modes in LOSS_AGG_MODES.items():
         for mode in modes:
             for parts in (1, 2, 8 // world):
@@ -117,7 +125,7 @@ def train(model_path, rank, world):
                     rollout_n=1,
                     ppo_micro_batch_size_per_gpu=1,
                     loss_agg_mode=mode,
-                    policy_loss=PolicyLossConfig(loss_mode=loss),
+                    policy_loss=informed.get(loss, PolicyLossConfig(loss_mode=loss)),
                 )
                 with engine.train_mode():
                     engine.optimizer_zero_grad()
@@ -135,7 +143,12 @@ def train(model_path, rank, world):
                         for key in gathered[0]
                         if key.startswith(PREFIX)
                     }
-                    results[loss, mode, parts * world] = (gradients(engine), sums)
+                    bounds = {
+                        key: value
+                        for key, value in output["metrics"].items()
+                        if key.startswith("actor/bapo_")
+                    }
+                    results[loss, mode, parts * world] = (gradients(engine), sums, bounds)
     return results
 
 

@@ -35,7 +35,11 @@ def results(tmp_path_factory):
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
     ports = [str(free_port()), str(free_port())]
-    environment = os.environ | {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "VERL_ENGINE_VENDOR": "hpo",
+    }
     ranks = []
     for rank in (0, 1):
         with (folder / f"rank{rank}.log").open("w") as log:
@@ -66,8 +70,8 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(("name", "mode"), OURS)
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (1, 8), (2, 2), (2, 4), (2, 8)])
 def test_gradients_and_statistics_equal_those_of_one_piece(results, name, mode, ranks, parts):
-    gradients, sums = results[1][name, mode, 1]
-    split_gradients, split_sums = results[ranks][name, mode, parts]
+    gradients, sums, _ = results[1][name, mode, 1]
+    split_gradients, split_sums, _ = results[ranks][name, mode, parts]
     assert set(gradients) == set(split_gradients)
     largest = max(gradient.abs().max().item() for gradient in gradients.values())
     assert largest > 0
@@ -80,8 +84,26 @@ def test_gradients_and_statistics_equal_those_of_one_piece(results, name, mode, 
 
 def test_the_statistics_are_those_of_the_batch(results):
     # Rows 1, 3, 7 are positive, 0, 2, 4, 6 negative; row 5 is padding; a third lose a token.
-    _, sums = results[1]["hpo", "token-mean", 1]
+    _, sums, _ = results[1]["hpo", "token-mean", 1]
     lengths = [2 + (5 * row) % 7 - (row % 3 == 0) for row in range(8)]
     assert sums["tokens_positive"] == sum(lengths[row] for row in (1, 3, 7))
     assert sums["tokens_negative"] == sum(lengths[row] for row in (0, 2, 4, 6))
     assert sums["gradient_positive"] > 0 < sums["gradient_negative"]
+
+
+def test_the_clip_bounds_of_bapo_are_those_of_the_whole_mini_batch(results):
+    _, _, bounds = results[1]["bapo", "token-mean", 1]
+    assert bounds == {
+        "actor/bapo_low": [0.6],
+        "actor/bapo_high": [pytest.approx(bounds["actor/bapo_high"][0])],
+        "actor/bapo_positive_share": [pytest.approx(0.77, abs=0.01)],
+    }
+    # Found on the way: neither the first nor the last.
+    assert 1.0 < bounds["actor/bapo_high"][0] < 3.0
+    for ranks, parts in ((1, 2), (1, 8), (2, 2), (2, 4), (2, 8)):
+        split = results[ranks]["bapo", "token-mean", parts][2]
+        assert split["actor/bapo_high"] == bounds["actor/bapo_high"]
+        assert split["actor/bapo_low"] == bounds["actor/bapo_low"]
+        share = bounds["actor/bapo_positive_share"][0]
+        assert split["actor/bapo_positive_share"] == [pytest.approx(share, rel=1e-5)]
+    assert results[1]["hpo", "token-mean", 1][2] == {}

@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from hpo_verl.core.settings import parse_settings, require_choice, require_number
+from hpo_verl.core.settings import (
+    parse_settings,
+    require_choice,
+    require_flag,
+    require_number,
+)
 from hpo_verl.errors import ConfigError
 
 
@@ -53,6 +58,14 @@ def test_choices():
     require_choice("k", "b", ("a", "b"))
     with pytest.raises(ConfigError, match=r"^k = 'c': must be one of a, b$"):
         require_choice("k", "c", ("a", "b"))
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None])
+def test_flags_are_true_or_false(value):
+    require_flag("k", True)
+    require_flag("k", False)
+    with pytest.raises(ConfigError, match=f"^k = {value!r}: must be true or false$"):
+        require_flag("k", value)
 
 
 def test_absent_settings_are_the_defaults():

@@ -1,11 +1,16 @@
 """Micro-batches for policy losses, and how verl calls a loss on them."""
 
+import copy
+
 import pytest
 import torch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
+from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
 from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
+from hpo_verl.verl_plugin.losses import loss_settings
 
 OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes]
 BOTH = pytest.mark.parametrize(("name", "mode"), OURS)
@@ -48,13 +53,49 @@ def counts_of(mask, dp_size=1):
     }
 
 
+INFORMED = {"bapo": BAPOPolicyLossConfig, "hapo": HAPOPolicyLossConfig}
+
+
+def bounds_of(batch, settings):
+    """BAPO's clip bounds, as if this were the whole mini-batch."""
+    log_prob, old, advantages, mask = (
+        batch[key].detach().double()
+        for key in ("log_prob", "old_log_prob", "advantages", "response_mask")
+    )
+    if len({tensor.shape for tensor in (log_prob, old, advantages, mask)}) > 1:
+        return ClipBounds(0.8, 1.2, 0.5)
+    mask = mask.bool()
+    log_ratio = torch.where(mask, log_prob - old, 0).nan_to_num(0).clamp(-20, 20)
+    sums = contributions(log_ratio, old, torch.where(mask, advantages, 0), mask, settings)
+    return find_clip_bounds(sums.tolist(), settings)
+
+
+def supplied(name, config, batch):
+    """The config with what workers give some losses beyond verl's arguments."""
+    if name not in INFORMED:
+        return config
+    typed = isinstance(config.policy_loss, INFORMED[name])
+    policy_loss = copy.deepcopy(config.policy_loss) if typed else INFORMED[name]()
+    if name == "hapo":
+        # Some function of the token with values in [-1, 1], NaN where the token's are.
+        deviation = torch.sin(7 * batch["old_log_prob"].detach().float())
+        policy_loss.batch_info["entropy_deviation"] = deviation
+    elif not policy_loss.batch_info:
+        settings = loss_settings(BAPOSettings, policy_loss)
+        policy_loss.batch_info["clip_bounds"] = bounds_of(batch, settings)
+    config = copy.copy(config)
+    config.__dict__["policy_loss"] = policy_loss
+    return config
+
+
 def evaluate(name, batch, mode="token-mean", config=None, weights=None):
     """Return loss, gradient and metrics, called as verl calls it."""
+    config = supplied(name, config or actor_config(mode), batch)
     leaf = batch["log_prob"].detach().clone().requires_grad_()
     loss, metrics = get_policy_loss_fn(name)(
         **{**batch, "log_prob": leaf},
         loss_agg_mode=mode,
-        config=config or actor_config(mode),
+        config=config,
         rollout_is_weights=weights,
     )
     loss.backward()

@@ -144,7 +144,7 @@ def test_completion_offers_recipes_groups_and_their_options():
     ]
     assert completion.overrides("") == ["task=", "model=", "algo=", "hardware="]
     assert completion.overrides("al") == ["algo="]
-    assert completion.overrides("algo=a") == ["algo=a_hpo"]
+    assert completion.overrides("algo=a_") == ["algo=a_hpo"]
     assert completion.overrides("trainer.n") == []
     assert completion.overrides("trainer.nnodes=") == []
 

@@ -90,6 +90,7 @@ def test_summary_without_validation_has_no_success(tmp_path):
         ("hpo", "hpo", "hpo"),
         ("grpo", "vanilla", "grpo"),
         ("grpo", "mhpo", "grpo+mhpo"),
+        ("hapo", "hapo", "hapo"),
         ("a_hpo", "gspo", "a_hpo+gspo"),
     ],
 )

@@ -5,6 +5,7 @@ import functools
 import re
 from pathlib import Path
 
+import policy_batches
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -26,6 +27,7 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
 from hpo_verl.verl_plugin.checks import check_algorithm
+from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VERL = Path(verl_config.__file__).parent
@@ -66,17 +68,15 @@ def evaluate(config):
         global_batch_size=4,
         loss_scale_factor=actor.loss_scale_factor,
     )
-    log_prob = torch.tensor([[1.5], [0.5], [1.5], [0.5]]).log().requires_grad_()
-    loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
-        old_log_prob=torch.zeros(4, 1),
-        log_prob=log_prob,
-        advantages=torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
-        response_mask=torch.ones(4, 1, dtype=torch.bool),
-        loss_agg_mode=actor.loss_agg_mode,
-        config=actor,
-    )
-    loss.backward()
-    return loss.item(), log_prob.grad.squeeze(-1).tolist()
+    batch = {
+        "old_log_prob": torch.zeros(4, 1),
+        "log_prob": torch.tensor([[1.5], [0.5], [1.5], [0.5]]).log(),
+        "advantages": torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
+        "response_mask": torch.ones(4, 1, dtype=torch.bool),
+    }
+    name, mode = actor.policy_loss.loss_mode, actor.loss_agg_mode
+    loss, gradient, _ = policy_batches.evaluate(name, batch, mode, actor)
+    return loss.item(), gradient.squeeze(-1).tolist()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -96,6 +96,12 @@ def test_clip_of_the_token_ratio(algorithm):
     loss, slopes = evaluate(composed(algorithm))
     assert loss == pytest.approx(CLIPPED[0], rel=1e-5)
     assert slopes == pytest.approx(CLIPPED[1], rel=1e-5)
+
+
+def test_aepo_keeps_a_gradient_above_the_clip():
+    loss, slopes = evaluate(composed("aepo_advantage"))
+    assert loss == pytest.approx(CLIPPED[0], rel=1e-5)
+    assert slopes == pytest.approx([-0.3, -0.125, 0.375, 0.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["a_hpo", "hpo", "grpo", "grpo_token_mean", "dapo"])
@@ -147,6 +153,65 @@ def test_sapo_reads_its_temperatures_at_actor_level():
     assert changed != loss
 
 
+def test_bapo_finds_its_bounds_and_selects_its_engine():
+    config = composed("bapo")
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert actor.policy_loss == BAPOPolicyLossConfig()
+    # P = 0.5 + 1.2, N = 1.5 + 0.6: 0.447 of the whole, so the first bounds stay.
+    assert evaluate(config)[0] == pytest.approx((-1.7 + 2.1) / 4, rel=1e-5)
+    # For 0.48: c_high = 1.45 gives 1.95 / 4.05.
+    path = "actor_rollout_ref.actor.policy_loss"
+    assert evaluate(composed("bapo", f"{path}.positive_share=0.48"))[0] == pytest.approx(
+        (-1.95 + 2.1) / 4, rel=1e-5
+    )
+    for override, message in (
+        ("positive_share=2", "positive_share = 2: must be a number in [0, 1]"),
+        ("clip_low_end=0.1", "clip_low_end = 0.1: must be a number in [0.6, 1]"),
+    ):
+        wrong = composed("bapo", f"{path}.{override}")
+        with pytest.raises(ConfigError, match=re.escape(f"{path}.{message}")):
+            check_algorithm(wrong)
+        with pytest.raises(InstantiationException, match=re.escape(message)):
+            omega_conf_to_dataclass(wrong.actor_rollout_ref.actor)
+
+
+def test_bapo_without_its_engine_is_refused(monkeypatch):
+    config = composed("bapo")
+    config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR = "nvidia"
+    with pytest.raises(ConfigError, match=r"VERL_ENGINE_VENDOR = 'nvidia': .*needs 'hpo'"):
+        check_algorithm(config)
+    with open_dict(config):
+        del config.ray_kwargs.ray_init["runtime_env"]
+    with pytest.raises(ConfigError, match=r"VERL_ENGINE_VENDOR = None: .*needs 'hpo'"):
+        check_algorithm(config)
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "hpo")
+    assert check_algorithm(config) == []
+    config.actor_rollout_ref.actor.strategy = "megatron"
+    with pytest.raises(ConfigError, match=r"strategy = 'megatron': .*fsdp and fsdp2 only"):
+        check_algorithm(config)
+
+
+def test_hapos_settings_are_typed_and_reach_the_loss():
+    actor = omega_conf_to_dataclass(composed("hapo").actor_rollout_ref.actor)
+    assert actor.policy_loss == HAPOPolicyLossConfig()
+    # h = sin 0 = 0 here: the clip is the plain one of 0.2 / 0.28.
+    assert evaluate(composed("hapo"))[0] == pytest.approx((-1.28 - 0.5 + 1.5 + 0.8) / 4)
+    path = "actor_rollout_ref.actor.policy_loss"
+    for override, message in (
+        ("entropy_pivot=2", "entropy_pivot = 2: must be a number in [0, 1]"),
+        ("repo_compatible=1", "repo_compatible = 1: must be true or false"),
+    ):
+        config = composed("hapo", f"{path}.{override}")
+        with pytest.raises(ConfigError, match=re.escape(f"{path}.{message}")):
+            check_algorithm(config)
+        with pytest.raises(InstantiationException, match=re.escape(message)):
+            omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    for unknown in ("adv_betta=1", "batch_info=1"):
+        actor = composed("hapo", f"{path}.{unknown}").actor_rollout_ref.actor
+        with pytest.raises(InstantiationException, match=unknown.partition("=")[0]):
+            omega_conf_to_dataclass(actor)
+
+
 def test_mhpos_settings_are_typed_and_reach_the_loss():
     plain = evaluate(composed("mhpo"))[0]
     path = "actor_rollout_ref.actor.policy_loss"
@@ -184,6 +249,16 @@ def test_an_unknown_setting_of_mhpo_is_refused_by_name():
             "policy_loss.loss_mode = 'hpo' permits token-mean only",
         ),
         ("grpo", "algorithm.hpo.alpha=0.4", "algorithm.adv_estimator = 'grpo' ignores it"),
+        ("aepo_advantage", "algorithm.aepo_advantage.entropy_scale=-1", "entropy_scale = -1: must"),
+        ("aepo_advantage", "algorithm.aepo_advantage.scale=1", "scale = 1: unknown setting"),
+        (
+            "a_hpo",
+            "algorithm.aepo_advantage.entropy_scale=1",
+            "algorithm.adv_estimator = 'a_hpo' ignores it; use aepo_advantage",
+        ),
+        ("hapo", "algorithm.hapo.advantage_limit=0", "advantage_limit = 0: must be a number"),
+        ("hapo", "actor_rollout_ref.actor.clip_ratio_high=-1", "clip_ratio_high = -1: must"),
+        ("aepo_advantage", "actor_rollout_ref.actor.clip_ratio_low=2", "clip_ratio_low = 2: must"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(algorithm, override, message):
@@ -192,15 +267,30 @@ def test_what_cannot_be_meant_is_refused(algorithm, override, message):
 
 
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
+STOCK_CONFIG = "verl.workers.config.PolicyLossConfig"
+
+
+def section_of(config):
+    """The config with the policy_loss section that its loss needs."""
+    policy_loss = config.actor_rollout_ref.actor.policy_loss
+    policy_loss._target_ = plugin.INFORMED_CONFIGS.get(policy_loss.loss_mode, STOCK_CONFIG)
+    return config
 
 
 @pytest.mark.parametrize("algorithm", ["hpo", "a_hpo"])
 def test_the_weight_composes_with_every_loss_that_is_proportional_to_the_advantage(algorithm):
     config = composed(algorithm)
     for loss in set(HOMOGENEOUS_LOSSES) - {"sapo"}:
-        config.actor_rollout_ref.actor.policy_loss.loss_mode = loss
-        config.actor_rollout_ref.actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
-        assert check_algorithm(config) == []
+        actor = config.actor_rollout_ref.actor
+        actor.policy_loss.loss_mode = loss
+        actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
+        assert check_algorithm(section_of(config)) == []
+
+
+def test_a_loss_that_needs_more_than_verl_passes_needs_its_own_section():
+    config = composed("a_hpo", f"{LOSS}=hapo")
+    with pytest.raises(ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicy"):
+        check_algorithm(config)
 
 
 def test_sapo_says_that_it_ignores_the_aggregation():
@@ -211,8 +301,9 @@ def test_sapo_says_that_it_ignores_the_aggregation():
 @pytest.mark.parametrize("loss", SELECTING_LOSSES)
 def test_losses_that_choose_tokens_by_the_advantage_are_refused(loss):
     with pytest.raises(ConfigError, match=f"adv_estimator = 'a_hpo' with .*'{loss}'"):
-        check_algorithm(composed("a_hpo", f"{LOSS}={loss}"))
-    assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
+        check_algorithm(section_of(composed("a_hpo", f"{LOSS}={loss}")))
+    if loss != "bapo":
+        assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
 
 
 @pytest.mark.parametrize("loss", [*PENALISED_LOSSES, "someone_elses"])

@@ -21,6 +21,8 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import d3s
 from hpo_verl.verl_plugin.checks import check_algorithm, check_trainer_mode
+from hpo_verl.verl_plugin.entropy import TokenEntropy
+from hpo_verl.verl_plugin.losses import INFORMED_CONFIGS
 
 NAN = float("nan")
 OFF = {
@@ -131,7 +133,13 @@ def config(loss_mode="vanilla", mode="hpo_sync", **algorithm):
         {
             "algorithm": {"adv_estimator": "d3s", "d3s": {}, **algorithm},
             "actor_rollout_ref": {
-                "actor": {"policy_loss": {"loss_mode": loss_mode}, "loss_agg_mode": "token-mean"}
+                "actor": {
+                    "policy_loss": {
+                        "loss_mode": loss_mode,
+                        "_target_": INFORMED_CONFIGS.get(loss_mode),
+                    },
+                    "loss_agg_mode": "token-mean",
+                }
             },
             "trainer": {"v1": {"trainer_mode": mode}},
         }
@@ -144,7 +152,7 @@ def config(loss_mode="vanilla", mode="hpo_sync", **algorithm):
         ({"d3s": {"token_share_end": 2}}, "algorithm.d3s.token_share_end = 2: must be a number in"),
         ({"d3s": {"tokens": 0.5}}, "algorithm.d3s.tokens = 0.5: unknown setting"),
         ({"norm_adv_by_std_in_grpo": 1}, "algorithm.norm_adv_by_std_in_grpo = 1: must be true"),
-        ({"rollout_correction": {"bypass_mode": True}}, "bypass_mode = True: adv_estimator"),
+        ({"rollout_correction": {"bypass_mode": True}}, "bypass_mode = True: skips the pass"),
         ({"adv_estimator": "grpo", "d3s": OFF}, "algorithm.adv_estimator = 'grpo' ignores it"),
         ({"adv_estimator": "a_hpo", "d3s": OFF}, "ignores it; use d3s"),
     ],
@@ -184,12 +192,7 @@ def test_the_trainer_lends_entropies_and_progress_and_logs_what_was_kept(
     monkeypatch, step, steps, progress
 ):
     entropy = [torch.tensor([0.1, 0.2]), torch.tensor([0.3])]
-    stored = {
-        "entropy": torch.nested.as_nested_tensor(entropy, layout=torch.jagged),
-        "response_mask": torch.nested.as_nested_tensor(
-            [torch.ones(2), torch.ones(1)], layout=torch.jagged
-        ),
-    }
+    stored = {"entropy": torch.nested.as_nested_tensor(entropy, layout=torch.jagged)}
     monkeypatch.setattr(
         "transfer_queue.kv_batch_get",
         lambda keys, partition_id, select_fields: tu.get_tensordict(
@@ -206,8 +209,8 @@ def test_the_trainer_lends_entropies_and_progress_and_logs_what_was_kept(
                 d3s.borrow("d3s", "reported")["d3s_token_fraction"] = 0.25
             return batch
 
-    trainer = type("Mode", (d3s.DownSamplingTrainer, Parent), {})()
-    trainer.config = OmegaConf.create({"algorithm": {"adv_estimator": "d3s"}})
+    trainer = type("Mode", (TokenEntropy, d3s.DownSamplingTrainer, Parent), {})()
+    trainer.config = config()
     trainer.global_steps, trainer.total_training_steps = step, steps
     metrics, batch = {}, SimpleNamespace(keys=["k"] * 2, partition_id="train")
     assert trainer._compute_advantage(batch, metrics) is batch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch
+from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch, supplied
 
 from hpo_verl.errors import DataError
 
@@ -120,6 +120,8 @@ def test_splitting_a_mini_batch_changes_nothing(name, mode, parts, dp_size):
         name, batch, mode, actor_config(mode, counts=counts_of(batch["response_mask"]))
     )
     config = actor_config(mode, counts=counts_of(batch["response_mask"], dp_size))
+    # What belongs to the mini-batch is known to every piece; hapo's tokens have their own.
+    config = supplied(name, config, batch)
     pieces = [
         evaluate(name, {key: value[rows] for key, value in batch.items()}, mode, config)
         for rows in torch.arange(16).chunk(parts)

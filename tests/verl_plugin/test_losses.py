@@ -18,7 +18,7 @@ from hpo_verl.algorithms.catalog import (
 from hpo_verl.core.settings import require_number
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 from hpo_verl.verl_plugin import losses as plugin
-from hpo_verl.verl_plugin.config import MHPOPolicyLossConfig
+from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, MHPOPolicyLossConfig
 
 NAN = float("nan")
 
@@ -135,6 +135,9 @@ def homogeneous(name):
         loss_mode=name, dro_beta=0.1, clip_cov_ratio=0.3, clip_cov_lb=0.2, kl_cov_ratio=0.3,
         rollout_correction=corrections,
     )  # fmt: skip
+    if name == "bapo":
+        # Out of reach of equal sums, within reach of weighted ones.
+        policy_loss = BAPOPolicyLossConfig(positive_share=0.6)
     mode = LOSS_AGG_MODES.get(name, ("token-mean",))[0]
     config = actor_config(mode, policy_loss)
     batch = make_batch(rows=16, width=16, scale=0.4)

@@ -1,0 +1,107 @@
+"""Policy update of agentic entropy-balanced policy optimization, AEPO (arXiv 2510.14545).
+
+    A'_t = A_t (1 + a z(H_t)),   z(H) = (H - mean H) / std H over the tokens of the batch
+    l_t  = -min(r_t A'_t, clip(r_t, 1 - e_low, (1 + e_high) r_t / sg[r_t]) A'_t)
+
+H_t is the entropy of the policy at token t, in nats. A token of positive
+advantage whose ratio exceeds 1 + e_high keeps the value of PPO's clip, and its
+gradient with the constant weight 1 + e_high, where PPO would stop it. The
+weight 1 + a z is negative where z < -1 / a; the equation has no bound there.
+
+The paper's rollouts, which branch at tool calls of high entropy, are another
+matter: see OTHER_SYSTEMS.md. The scale a = 0.2 and the unbiased standard
+deviation are those of its public code, which takes the statistics and the
+entropy of the current policy per micro-batch, and clips a second time (dual
+clip) where the advantage is negative; here they are the old policy's over the
+whole rollout batch, and there is no second clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hpo_verl.core.clipping import clipped_surrogate
+from hpo_verl.core.settings import require_number
+from hpo_verl.core.surrogate import TokenLoss
+
+
+@dataclass(frozen=True)
+class AEPOAdvantageSettings:
+    """Settings of the entropy-aware advantage, under `algorithm.aepo_advantage`.
+
+    Attributes:
+        entropy_scale: Scale a of the standardised entropy, at least 0; 0 is the plain advantage.
+    """
+
+    entropy_scale: float = 0.2
+
+    def __post_init__(self) -> None:
+        require_number("algorithm.aepo_advantage.entropy_scale", self.entropy_scale, 0.0)
+
+
+def standardized_entropy(entropy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Standardise the entropy over all live tokens.
+
+    Args:
+        entropy: Nats, `[batch, response]`.
+        mask: Bool, `[batch, response]`.
+
+    Returns:
+        z(H), `[batch, response]` float64: mean 0 and unbiased standard deviation 1 over the live
+        tokens; 0 at masked ones, and everywhere if fewer than two are live or all are equal.
+    """
+    live = entropy[mask].double()
+    scores = entropy.new_zeros(entropy.shape, dtype=torch.float64)
+    if len(live) > 1 and bool((live != live[0]).any()):
+        scores[mask] = (live - live.mean()) / live.std()
+    return scores
+
+
+def entropy_aware_advantages(
+    advantages: torch.Tensor,
+    entropy: torch.Tensor,
+    mask: torch.Tensor,
+    settings: AEPOAdvantageSettings,
+) -> torch.Tensor:
+    """Raise advantages at tokens of high entropy and lower them at tokens of low entropy.
+
+    Args:
+        advantages: One per response, `[batch]`.
+        entropy: Of the policy that is about to be updated, nats, `[batch, response]`.
+        mask: Bool, `[batch, response]`.
+        settings: The scale.
+
+    Returns:
+        A (1 + a z(H)), `[batch, response]` float64, detached; 0 at masked tokens.
+    """
+    scores = standardized_entropy(entropy.detach(), mask)
+    weights = (1.0 + settings.entropy_scale * scores).masked_fill(~mask, 0.0)
+    return advantages.detach().double().unsqueeze(-1) * weights
+
+
+def aepo_clip_loss(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+) -> TokenLoss:
+    """AEPO's loss of every token.
+
+    Values are those of the clipped surrogate. So are the slopes, except where the
+    advantage is positive and r_t > 1 + clip_ratio_high: there the slope is
+    -(1 + clip_ratio_high) A_t instead of 0.
+
+    Args:
+        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
+        advantages: Advantages, `[batch, response]`.
+        clip_ratio_low: Distance of the lower bound from 1, in [0, 1).
+        clip_ratio_high: Distance of the upper bound from 1, at least 0.
+
+    Returns:
+        Loss and slope per token.
+    """
+    loss = clipped_surrogate(log_ratio, advantages, clip_ratio_low, clip_ratio_high)
+    stopped = (advantages > 0) & (loss.slopes == 0)
+    return TokenLoss(loss.values, torch.where(stopped, loss.values, loss.slopes))

@@ -1,0 +1,185 @@
+"""Heterogeneous adaptive policy optimization, HAPO (arXiv 2509.16591).
+
+h_t in [-1, 1] says how uncertain the policy was at token t: the logarithm of its
+entropy H, measured from a high quantile Q of all tokens and scaled on each side.
+
+    h_t = (log H_t - Q) / (max log H - Q)   above Q
+          (log H_t - Q) / (Q - min log H)   below Q                    (Eq. 4-6)
+    A_i  = (R_i - mean_g) / std_g, mean and std over the tokens of the group
+    A'_t = A_i (1 + beta h_t)  if h_t > 0 and r_t leaves the neutral zone,
+                               or h_t <= 0 and r_t stays in it;  A_i otherwise
+    l_t  = -min(r_t A'_t, clip(r_t, 1 - e_low', 1 + e_high') A'_t)
+    e_low' = e_low (1 - alpha h_t)  if h_t <= 0,   e_high' = e_high (1 + alpha h_t)  if h_t > 0
+
+The neutral zone is [1 - e_low / 2, 1 + e_high / 2]. The paper divides log H - Q by
+its standard deviation first, which cancels.
+
+Eq. 6 as printed, and the public code, turn the sign of the lower branch round, so
+that h_t >= 0 everywhere and tokens of low entropy are treated as uncertain: their
+advantage grows and their upper bound widens, against the paper's text. The text
+is the default; `repo_compatible` gives the other sign, and the neutral zone of
+the public code, halfway to the adapted bounds e_low' and e_high'.
+
+Left out: the paper's sampling temperature per token, T (1 + tau h_t), which the
+public code obtains by patching vLLM's sampler, and the public code's dual clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hpo_verl.core.clipping import clipped_surrogate
+from hpo_verl.core.groups import STD_EPSILON, group_relative_advantages
+from hpo_verl.core.settings import require_flag, require_number
+from hpo_verl.core.surrogate import TokenLoss
+
+SMALLEST_ENTROPY = 1e-8
+"""In nats; smaller entropies count as this much, so that their logarithm is finite."""
+
+
+@dataclass(frozen=True)
+class HAPOAdvantageSettings:
+    """Settings of the token-level group average, under `algorithm.hapo`.
+
+    Attributes:
+        advantage_limit: A group with an |A| of at least this gets GRPO's advantage; above 0.
+    """
+
+    advantage_limit: float = 5.0
+
+    def __post_init__(self) -> None:
+        key = "algorithm.hapo.advantage_limit"
+        require_number(key, self.advantage_limit, 0.0, open_low=True)
+
+
+@dataclass(frozen=True)
+class HAPOSettings:
+    """Settings of the loss, under `actor_rollout_ref.actor.policy_loss`.
+
+    Attributes:
+        entropy_pivot: Quantile of log entropy where h is 0, in [0, 1].
+        adv_beta: Scale of the advantage redistribution, in [0, 1]; 0 switches it off.
+        clip_alpha: Scale of the adaptive clip, in [0, 1]; 0 switches it off.
+        repo_compatible: Sign and neutral zone of the public code instead of the paper's text.
+    """
+
+    entropy_pivot: float = 0.8
+    adv_beta: float = 1.0
+    clip_alpha: float = 1.0
+    repo_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        path = "actor_rollout_ref.actor.policy_loss"
+        for name in ("entropy_pivot", "adv_beta", "clip_alpha"):
+            require_number(f"{path}.{name}", getattr(self, name), 0.0, 1.0)
+        require_flag(f"{path}.repo_compatible", self.repo_compatible)
+
+
+def token_group_advantages(
+    rewards: torch.Tensor,
+    lengths: torch.Tensor,
+    group_codes: torch.Tensor,
+    settings: HAPOAdvantageSettings,
+    *,
+    normalize_by_std: bool = True,
+) -> torch.Tensor:
+    """Group-relative advantages whose mean and deviation run over tokens.
+
+    mean_g = sum_i |o_i| R_i / sum_i |o_i|, and std_g likewise (divisor: the number
+    of tokens); so the advantages of a group sum to 0 over its tokens. A group with
+    an |A| of at least `advantage_limit` gets GRPO's advantages.
+
+    Args:
+        rewards: One reward per response, `[batch]`.
+        lengths: Live tokens of every response, `[batch]`; one without any counts for nothing.
+        group_codes: Group of each response, `[batch]` int64, 0 .. groups - 1.
+        settings: The limit.
+        normalize_by_std: False gives R - mean.
+
+    Returns:
+        `[batch]` float64, detached; 0 for groups whose rewards are all equal.
+    """
+    live = lengths > 0
+    grpo = group_relative_advantages(
+        rewards.detach(), group_codes, live, normalize_by_std=normalize_by_std
+    )
+    rewards = rewards.detach().double().masked_fill(~live, 0.0)
+    lengths = lengths.double()
+    zeros = rewards.new_zeros(int(group_codes.max()) + 1 if len(group_codes) else 0)
+
+    tokens = zeros.index_add(0, group_codes, lengths).clamp(min=1)
+    mean = zeros.index_add(0, group_codes, rewards * lengths) / tokens
+    advantages = rewards - mean.index_select(0, group_codes)
+    if normalize_by_std:
+        square = zeros.index_add(0, group_codes, advantages.square() * lengths)
+        std = (square / tokens).sqrt()
+        advantages = advantages / (std + STD_EPSILON).index_select(0, group_codes)
+    advantages = advantages.masked_fill(grpo.zero_spread | ~live, 0.0)
+
+    largest = zeros.scatter_reduce(0, group_codes, advantages.abs(), "amax")
+    beyond = (largest >= settings.advantage_limit).index_select(0, group_codes)
+    return torch.where(beyond, grpo.advantages, advantages)
+
+
+def entropy_deviation(
+    entropy: torch.Tensor, mask: torch.Tensor, settings: HAPOSettings
+) -> torch.Tensor:
+    """Place the entropy of every token between the extremes of the batch.
+
+    The quantile is the live token whose rank is nearest to `entropy_pivot`.
+
+    Args:
+        entropy: Nats, `[batch, response]`.
+        mask: Bool, `[batch, response]`.
+        settings: The quantile and the sign below it.
+
+    Returns:
+        h in [-1, 1], `[batch, response]` float32; with `repo_compatible` in [0, 1].
+        0 at masked tokens, and on a side of the quantile where all tokens lie on it.
+    """
+    deviation = entropy.new_zeros(entropy.shape, dtype=torch.float32)
+    live = entropy[mask].float().clamp(min=SMALLEST_ENTROPY).log()
+    if len(live):
+        rank = 1 + round(settings.entropy_pivot * (len(live) - 1))
+        distance = live - live.kthvalue(rank).values
+        above, below = distance.max(), -distance.min()
+        sign = -1.0 if settings.repo_compatible else 1.0
+        scale = torch.where(distance > 0, above, sign * below)
+        # Where a scale is 0 so are the distances on that side.
+        deviation[mask] = distance / torch.where(scale == 0, 1.0, scale)
+    return deviation
+
+
+def hapo_loss(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    deviation: torch.Tensor,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    settings: HAPOSettings,
+) -> TokenLoss:
+    """HAPO's loss of every token.
+
+    Bounds and weights carry no gradient: the slope is that of the clipped surrogate.
+
+    Args:
+        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
+        advantages: Advantages, `[batch, response]`.
+        deviation: Result of `entropy_deviation`, `[batch, response]`.
+        clip_ratio_low: Distance of the lower bound from 1 at h = 0, in [0, 1).
+        clip_ratio_high: Distance of the upper bound from 1 at h = 0, at least 0.
+        settings: The scales.
+
+    Returns:
+        Loss and slope per token.
+    """
+    low = clip_ratio_low * (1.0 - settings.clip_alpha * deviation.clamp(max=0.0))
+    high = clip_ratio_high * (1.0 + settings.clip_alpha * deviation.clamp(min=0.0))
+    zone = (low, high) if settings.repo_compatible else (clip_ratio_low, clip_ratio_high)
+    ratio = log_ratio.exp()
+    neutral = (ratio >= 1.0 - zone[0] / 2) & (ratio <= 1.0 + zone[1] / 2)
+    redistributed = (deviation > 0) ^ neutral
+    weights = torch.where(redistributed, 1.0 + settings.adv_beta * deviation, 1.0)
+    return clipped_surrogate(log_ratio, advantages * weights, low, high)

@@ -1,0 +1,215 @@
+"""The engine that sums over a whole mini-batch; with verl's own engine: tests/contract."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from policy_batches import actor_config, make_batch
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import PolicyLossConfig
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.utils.losses import ppo_loss
+
+from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.verl_plugin import losses
+from hpo_verl.verl_plugin import mini_batch as plugin
+from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig
+from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics
+
+
+def config(**changes):
+    return actor_config(policy_loss=BAPOPolicyLossConfig(**changes))
+
+
+@pytest.mark.parametrize("function", [ppo_loss, loss_with_statistics])
+def test_only_a_training_loss_of_bapo_needs_the_extra_pass(function):
+    actor = config()
+    assert plugin.bapo_config(partial(function, config=actor)) is actor
+    other = actor_config(policy_loss=PolicyLossConfig(loss_mode="vanilla"))
+    assert plugin.bapo_config(partial(function, config=other)) is None
+    assert plugin.bapo_config(partial(function, config=SimpleNamespace())) is None
+    assert plugin.bapo_config(function) is None
+    assert plugin.bapo_config(None) is None
+
+
+def test_the_loss_without_bounds_says_what_is_needed():
+    for policy_loss in (PolicyLossConfig(), BAPOPolicyLossConfig()):
+        with pytest.raises(ConfigError, match=r"'bapo' needs the sums.*VERL_ENGINE_VENDOR = hpo"):
+            losses.LOSSES["bapo"](**make_batch(), config=actor_config(policy_loss=policy_loss))
+
+
+def test_verl_finds_the_engine_by_the_vendor_and_its_own_without(monkeypatch):
+    plugin.register()
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    for backend in plugin.STRATEGIES:
+        monkeypatch.setenv("VERL_ENGINE_VENDOR", plugin.VENDOR)
+        ours = EngineRegistry.get_engine_cls("language_model", backend)
+        assert issubclass(ours, FSDPEngineWithLMHead)
+        assert ours.__name__ == "MiniBatchEngine"
+        critic = EngineRegistry.get_engine_cls("value_model", backend)
+        monkeypatch.delenv("VERL_ENGINE_VENDOR")
+        assert EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead
+        assert EngineRegistry.get_engine_cls("value_model", backend) is critic
+
+
+# ---------------------------------------------------------------- engine
+
+
+def nested_batch(rows=6, seed=0):
+    """Micro-batch as the engine hands it to a loss, with the model's log-probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [2 + (3 * row) % 5 for row in range(rows)]
+
+    def nested(make):
+        return torch.nested.as_nested_tensor([make(n) for n in lengths], layout=torch.jagged)
+
+    signs = iter([1.0, -2.0] * rows)
+    data = tu.get_tensordict(
+        {
+            "prompts": nested(lambda n: torch.zeros(2, dtype=torch.long)),
+            "responses": nested(lambda n: torch.zeros(n, dtype=torch.long)),
+            "response_mask": nested(lambda n: (torch.arange(n) != 1).long()),
+            "old_log_probs": nested(lambda n: -torch.rand(n, generator=generator)),
+            "advantages": nested(lambda n: torch.full((n,), next(signs))),
+        },
+        non_tensor_dict={"dp_size": 1, "batch_num_tokens": 30, "global_batch_size": rows},
+    )
+    log_probs = nested(lambda n: -torch.rand(2 + n, generator=generator))
+    return {"log_probs": log_probs}, data
+
+
+def plain_sums(output, data, settings):
+    """The contributions written out, response by response."""
+    total = torch.zeros(len(settings.upper_bounds) + len(settings.lower_bounds)).double()
+    parts = zip(
+        output["log_probs"].unbind(), data["old_log_probs"].unbind(), data["advantages"].unbind(),
+        data["response_mask"].unbind(), strict=True,
+    )  # fmt: skip
+    for log_prob, old, advantages, mask in parts:
+        keep = mask.bool()
+        # The log-probability of a token stands one place before it.
+        new = log_prob[1:-1][keep]
+        old, advantages = old[keep], advantages[keep]
+        total += contributions(
+            (new - old)[None], old[None], advantages[None], torch.ones(1, len(old)).bool(), settings
+        )
+    return total
+
+
+def test_the_summing_loss_sees_the_tokens_of_the_response():
+    output, data = nested_batch()
+    settings, sums = BAPOSettings(), []
+    loss, metrics = plugin.summing_loss(settings, sums)(model_output=output, data=data)
+    assert (loss.item(), metrics) == (0.0, {})
+    torch.testing.assert_close(sums[0], plain_sums(output, data, settings), rtol=1e-6, atol=0)
+
+
+def test_a_live_value_that_is_not_finite_is_named_before_the_bounds_are_set():
+    output, data = nested_batch()
+    data["advantages"].values()[0] = float("nan")
+    with pytest.raises(DataError, match=r"^advantages: 1 of"):
+        plugin.summing_loss(BAPOSettings(), [])(model_output=output, data=data)
+
+
+class Parent:
+    """verl's engine as far as needed: calls the loss on each micro-batch."""
+
+    def __init__(self, micro_batches, fails=False):
+        self.micro_batches, self.fails, self.passes = micro_batches, fails, []
+
+    def get_data_parallel_group(self):
+        return "group"
+
+    def forward_backward_batch(self, data, loss_function, forward_only=False):
+        self.passes.append((forward_only, torch.is_grad_enabled()))
+        if self.fails and not forward_only:
+            raise RuntimeError("out of memory")
+        metrics = [loss_function(output, part)[1] for output, part in self.micro_batches]
+        return {"metrics": {"seen": metrics}}
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """An all-reduce with a rank that holds the same again, weighted by its advantages' sign."""
+    calls = []
+
+    def all_reduce(tensor, group):
+        calls.append(group)
+        tensor.mul_(torch.where(torch.arange(len(tensor)) < 37, 3.0, 2.0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return calls
+
+
+def loss_that_notes(seen):
+    def loss_function(model_output, data, dp_group=None, config=None):
+        seen.append(config.policy_loss.batch_info.get("clip_bounds"))
+        return torch.zeros(()), {}
+
+    return loss_function
+
+
+def test_the_bounds_are_set_for_verls_own_pass_and_cleared_afterwards(second_rank):
+    parts = [nested_batch(6, 0), nested_batch(3, 1)]
+    actor, seen = config(positive_share=0.5), []
+    engine = plugin.mini_batch_engine(Parent)(parts)
+    output = engine.forward_backward_batch("data", partial(loss_that_notes(seen), config=actor))
+    settings = BAPOSettings(positive_share=0.5)
+    total = sum(plain_sums(*part, settings) for part in parts)
+    total[:37] *= 3
+    total[37:] *= 2
+    expected = find_clip_bounds(total.tolist(), settings)
+    assert expected.high > 1.2
+    assert [bounds[:2] for bounds in seen] == [expected[:2]] * 2
+    assert seen[0].positive_share == pytest.approx(expected.positive_share, rel=1e-6)
+    assert engine.passes == [(True, False), (False, True)]
+    assert second_rank == ["group"]
+    assert actor.policy_loss.batch_info == {}
+    metrics = output["metrics"]
+    assert metrics["actor/bapo_low"] == [expected.low]
+    assert metrics["actor/bapo_high"] == [expected.high]
+    assert metrics["actor/bapo_positive_share"] == [seen[0].positive_share]
+    assert not [key for key in metrics if "min" in key or "max" in key]
+
+
+def test_bounds_do_not_outlive_a_pass_that_fails(second_rank):
+    actor = config()
+    engine = plugin.mini_batch_engine(Parent)([nested_batch()], fails=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.forward_backward_batch("data", partial(loss_that_notes([]), config=actor))
+    assert actor.policy_loss.batch_info == {}
+
+
+@pytest.mark.parametrize("forward_only", [True, False])
+def test_other_losses_and_passes_are_verls_own(second_rank, forward_only):
+    engine = plugin.mini_batch_engine(Parent)([nested_batch()])
+    actor = config() if forward_only else actor_config()
+    function = partial(loss_that_notes([]), config=actor)
+    if not forward_only:
+        function = partial(lambda *_, config: (torch.zeros(()), {}), config=actor)
+    output = engine.forward_backward_batch("data", function, forward_only)
+    assert engine.passes == [(forward_only, True)]
+    assert second_rank == []
+    assert set(output["metrics"]) == {"seen"}
+
+
+def test_every_setting_reaches_the_search(second_rank, monkeypatch):
+    used = []
+
+    def note(sums, settings):
+        used.append(settings)
+        return ClipBounds(1.0, 1.0, 0.0)
+
+    monkeypatch.setattr(plugin, "find_clip_bounds", note)
+    changes = {
+        "positive_share": 0.5, "clip_low_start": 0.3, "clip_low_end": 0.7, "clip_low_step": 0.1,
+        "clip_high_start": 1.1, "clip_high_end": 1.5, "clip_high_step": 0.2,
+        "repo_compatible": True,
+    }  # fmt: skip
+    engine = plugin.mini_batch_engine(Parent)([nested_batch()])
+    seen = []
+    engine.forward_backward_batch("data", partial(loss_that_notes(seen), config=config(**changes)))
+    assert used == [BAPOSettings(**changes)]
+    assert seen == [ClipBounds(1.0, 1.0, 0.0)]
