@@ -1,0 +1,209 @@
+"""The lab's tasks: questions, the real reward functions, and texts for the warm start.
+
+A task's texts come from two authors, as in `data_prep.tiny_demos`. The one works before it
+answers, and takes a varying number of tokens for it; the other answers at once and almost always
+wrongly. A policy that imitates both is seldom right, yet can do better.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from data_prep.countdown_prompts import tiny
+from data_prep.countdown_puzzles import Ranges, sample_puzzles
+from data_prep.telelogs import synthetic_rows
+from hpo_verl.errors import ConfigError
+from hpo_verl.launch.recipes import nearest, recipes_directory
+from hpo_verl.rewards import countdown, telelogs
+from hpo_verl.rewards.telelogs import CAUSES
+
+Messages = list[dict[str, str]]
+_MAX_ATTEMPTS = 3
+
+
+class Question(NamedTuple):
+    """A conversation to answer and what the reward compares the answer with."""
+
+    messages: Messages
+    ground_truth: Any
+
+
+class Demonstration(NamedTuple):
+    """A conversation and a response to imitate, without the end token."""
+
+    messages: Messages
+    response: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the trainer and the warm start need to know.
+
+    Attributes:
+        name: Key of `TASKS`.
+        max_response_length: Tokens, the end token included.
+        questions: From sizes and seed to training and held-out questions.
+        score: Reward of a response, 0.0 or 1.0.
+        worked: Draws a text of the working author; None where the tiny policy has the skill.
+        careless: Draws a text of the other author.
+    """
+
+    name: str
+    max_response_length: int
+    questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
+    score: Callable[[str, Any], float]
+    worked: Callable[[random.Random, list[Question]], Demonstration] | None
+    careless: Callable[[random.Random, list[Question]], Demonstration]
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises:
+        ConfigError: Unknown; names the nearest one.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}: {nearest(name, TASKS)}")
+    return TASKS[name]
+
+
+def puzzle_key(ground_truth: Any) -> tuple[tuple[int, ...], int]:
+    """Return a Countdown puzzle up to order, as `data_prep.tiny_policy` holds puzzles out."""
+    return tuple(sorted(ground_truth["numbers"])), ground_truth["target"]
+
+
+@functools.cache
+def _recipe_ranges(numbers: int, operators: str | None) -> Ranges:
+    """The ranges of the recipe `task=countdown_tiny`, for so many numbers."""
+    recipe = OmegaConf.load(recipes_directory() / "task" / "countdown_tiny.yaml")
+    arguments: Any = recipe.prepare.data.arguments
+    keys = ("min_number", "max_number", "min_target", "max_target", "operators")
+    given = {key: arguments[key] for key in keys if key in arguments}
+    if operators is not None:
+        given["operators"] = operators
+    return Ranges(numbers, **given)
+
+
+def _countdown_questions(
+    train_size: int, held_out_size: int, seed: int, *, numbers: int, operators: str | None = None
+) -> tuple[list[Question], list[Question]]:
+    ranges = _recipe_ranges(numbers, operators)
+    puzzles = sample_puzzles(train_size + held_out_size, ranges, seed)
+    questions = [
+        Question(
+            tiny(puzzle.numbers, puzzle.target),
+            {"target": puzzle.target, "numbers": list(puzzle.numbers)},
+        )
+        for puzzle in puzzles
+    ]
+    return questions[:train_size], questions[train_size:]
+
+
+def _countdown_score(response: str, ground_truth: Any) -> float:
+    return float(countdown.compute_score("countdown", response, ground_truth)["score"])
+
+
+def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
+    """Any numbers of the puzzle in a row, drawn with replacement: wrong ones more often than not."""
+    question = rng.choice(questions)
+    drawn = rng.choices(question.ground_truth["numbers"], k=len(question.ground_truth["numbers"]))
+    text = str(drawn[0]) + "".join(f"{rng.choice('+-*/')}{number}" for number in drawn[1:])
+    return Demonstration(question.messages, f"<answer>{text}</answer>")
+
+
+def _countdown_worked(
+    rng: random.Random, questions: list[Question], *, numbers: int
+) -> Demonstration:
+    """Sums worked out from left to right; the target is the value of the last one, in hindsight.
+
+    The questions' puzzles are not looked at: those drawn here may include them, as those of
+    `data_prep.tiny_demos` do. Held-out puzzles are kept out by the caller.
+    """
+    ranges = _recipe_ranges(numbers, None)
+    while True:
+        drawn = [rng.randint(ranges.min_number, ranges.max_number) for _ in range(numbers)]
+        attempts: dict[int, tuple[str, str]] = {}
+        wanted = rng.randint(1, _MAX_ATTEMPTS)
+        for _ in range(4 * wanted):
+            attempt = _attempt(rng, drawn)
+            if attempt is not None and len(attempts) < wanted:
+                value, line, answer = attempt
+                attempts.setdefault(value, (line, answer))
+        values = list(attempts)
+        if values and ranges.min_target <= values[-1] <= ranges.max_target:
+            lines = "".join(f"{line}\n" for line, _ in attempts.values())
+            answer = attempts[values[-1]][1]
+            return Demonstration(tiny(drawn, values[-1]), f"{lines}<answer>{answer}</answer>")
+
+
+def _attempt(rng: random.Random, numbers: list[int]) -> tuple[int, str, str] | None:
+    """Value, worked line and expression; None where a partial sum is negative."""
+    first, *rest = rng.sample(numbers, len(numbers))
+    value, line, answer = first, str(first), str(first)
+    for number in rest:
+        sign = rng.choice("+-")
+        value += number if sign == "+" else -number
+        if value < 0:
+            return None
+        line += f"{sign}{number}={value}"
+        answer += f"{sign}{number}"
+    return value, line, answer
+
+
+def _telelogs_questions(
+    train_size: int, held_out_size: int, seed: int
+) -> tuple[list[Question], list[Question]]:
+    def read(split: str, count: int) -> list[Question]:
+        return [
+            Question([{"role": "user", "content": row.question}], row.answer)
+            for row in synthetic_rows(split, count, seed, "tiny")
+        ]
+
+    return read("train", train_size), read("val", held_out_size)
+
+
+def _telelogs_score(response: str, ground_truth: Any) -> float:
+    return float(telelogs.compute_score("telelogs_synthetic", response, ground_truth)["score"])
+
+
+def _telelogs_worked(rng: random.Random, questions: list[Question]) -> Demonstration:
+    """Copy some of the features, in order, then name a cause: the right one every second time."""
+    question = rng.choice(questions)
+    features = question.messages[-1]["content"]
+    chosen = sorted(rng.sample(range(len(features)), rng.randint(2, len(features))))
+    cause = question.ground_truth if rng.random() < 0.5 else rng.choice(CAUSES)
+    notes = "".join(features[i] for i in chosen)
+    return Demonstration(question.messages, f"{notes}\n\\boxed{{{cause}}}")
+
+
+def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
+    """Put a feature into the box, which is no cause."""
+    question = rng.choice(questions)
+    feature = rng.choice(question.messages[-1]["content"])
+    return Demonstration(question.messages, f"\\boxed{{{feature}}}")
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "countdown3", 24, functools.partial(_countdown_questions, numbers=3),
+            _countdown_score, None, _countdown_careless,
+        ),
+        Task(
+            "countdown4", 36, functools.partial(_countdown_questions, numbers=4, operators="+-"),
+            _countdown_score, functools.partial(_countdown_worked, numbers=4),
+            _countdown_careless,
+        ),
+        Task(
+            "telelogs", 24, _telelogs_questions, _telelogs_score, _telelogs_worked,
+            _telelogs_careless,
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,214 @@
+"""Warm starts: policies that are right in a given share of their answers.
+
+Every seed has one skilled policy: `data_prep.tiny_policy`, taught the task's form by a second
+warm start where it has not learnt it. From there it imitates careless answers until its success,
+measured on training questions, has fallen to the level wanted. So all levels of a seed share
+their skill and differ in how seldom they use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data_prep import tiny_policy
+from data_prep.tiny_training import Schedule
+from hpo_verl.errors import DataError
+from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.sampling import noise, sample
+from hpo_verl.lab.tasks import Demonstration, Question, Task, puzzle_key
+
+# To be raised by every change after which a seed gives another policy.
+VERSION = 1
+FACTS = "lab.json"
+_SKILLED_SCHEDULE = Schedule(habit_direct_share=0.1)
+_SKILL_STEPS = 600
+_SKILL_LEARNING_RATE = 2e-3
+_SKILL_BATCH = 64
+_HABIT_STEPS = 200
+_HABIT_LEARNING_RATE = 1e-4
+_HABIT_BATCH = 32
+_MEASURED = 1024
+
+
+class WarmStart(NamedTuple):
+    """Which policy a run begins with.
+
+    Attributes:
+        task: The task.
+        level: Success wanted, as a fraction.
+        seed: Of weights, demonstrations and questions.
+        questions: Number of training questions.
+        held_out: Number of held-out questions, which no demonstration poses.
+    """
+
+    task: Task
+    level: float
+    seed: int
+    questions: int
+    held_out: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the policy is kept."""
+        name = f"{self.task.name}-{self.level:g}-seed{self.seed}"
+        return cache_folder() / f"{name}-{self.questions}-{self.held_out}"
+
+
+def cache_folder() -> Path:
+    """`$HPO_VERL_CACHE/lab`, by default `~/.cache/hpo_verl/lab`."""
+    root = os.environ.get("HPO_VERL_CACHE") or Path.home() / ".cache" / "hpo_verl"
+    return Path(root).expanduser() / "lab"
+
+
+def versions() -> str:
+    """What a kept policy must agree with to be used again."""
+    return f"{tiny_policy.RECIPE_VERSION}.{VERSION}"
+
+
+def measured_success(start: WarmStart) -> float | None:
+    """Success of a policy that was made earlier, None where it must be made (anew)."""
+    try:
+        facts = json.loads((start.folder / FACTS).read_text(encoding="utf-8"))
+        digest = hashlib.sha256((start.folder / "model.safetensors").read_bytes()).hexdigest()
+        if facts["versions"] == versions() and facts["sha256"] == digest:
+            return float(facts["success"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def make(start: WarmStart) -> float:
+    """Make a policy if it is not there, and return its success.
+
+    Raises:
+        DataError: The skilled policy is less successful than the level asks for, or imitating
+            careless answers does not bring it down that far.
+    """
+    kept = measured_success(start)
+    if kept is not None:
+        return kept
+    questions, held_out = start.task.questions(start.questions, start.held_out, start.seed)
+    threads = torch.get_num_threads()
+    # How sums are split among threads changes their last bits.
+    torch.set_num_threads(1)
+    try:
+        policy = _skilled(start, questions, held_out)
+        success = _unlearn(policy, start, questions)
+    finally:
+        torch.set_num_threads(threads)
+    _save(policy, start.folder, success)
+    return success
+
+
+def success_rate(policy: Policy, task: Task, questions: list[Question], seed: int) -> float:
+    """Share of right answers at temperature 1, one answer per question."""
+    prompts = policy.encode([question.messages for question in questions])
+    seeds = [(seed, i) for i in range(len(questions))]
+    responses = sample(policy, prompts, noise(seeds, task.max_response_length))
+    texts = policy.tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
+    rewards = [
+        task.score(text, question.ground_truth)
+        for text, question in zip(texts, questions, strict=True)
+    ]
+    return sum(rewards) / len(rewards)
+
+
+def _skilled(start: WarmStart, questions: list[Question], held_out: list[Question]) -> Policy:
+    task, seed = start.task, start.seed
+    keys: set[Any] = set()
+    if task.name == "countdown3":
+        keys = {puzzle_key(question.ground_truth) for question in held_out}
+    folder = start.folder.with_name(f"{task.name}-skilled-seed{seed}-{len(keys)}")
+    try:
+        tiny_policy.check(folder, seed, keys)
+    except DataError:
+        shutil.rmtree(folder, ignore_errors=True)
+        tiny_policy.make_policy(folder, seed, keys, _SKILLED_SCHEDULE)
+    policy = Policy.load(folder)
+    if task.worked is not None:
+        rng = random.Random(seed)  # noqa: S311 - no secret
+        hidden = {json.dumps(question.messages) for question in held_out}
+
+        def draw() -> Demonstration:
+            while True:
+                shown = task.worked(rng, questions)  # pyright: ignore[reportOptionalCall]
+                if json.dumps(shown.messages) not in hidden:
+                    return shown
+
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_SKILL_LEARNING_RATE)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, _SKILL_STEPS)
+        for _ in range(_SKILL_STEPS):
+            imitate(policy, optimizer, [draw() for _ in range(_SKILL_BATCH)])
+            scheduler.step()
+    return policy
+
+
+def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> float:
+    """Imitate careless answers until success has fallen to the level; return the success."""
+    rng = random.Random(start.seed)  # noqa: S311 - no secret
+    shown = rng.choices(questions, k=_MEASURED)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_HABIT_LEARNING_RATE)
+    success = success_rate(policy, start.task, shown, start.seed)
+    if success < start.level:
+        raise DataError(
+            f"warm start {start.task.name}, seed {start.seed}: the skilled policy's success is "
+            f"{success:.1%}, below the level {start.level:.1%}; choose a lower warm start"
+        )
+    for _ in range(_HABIT_STEPS):
+        if success <= start.level:
+            return success
+        imitate(policy, optimizer, [start.task.careless(rng, questions) for _ in range(_HABIT_BATCH)])
+        success = success_rate(policy, start.task, shown, start.seed)
+    raise DataError(
+        f"warm start {start.task.name}, seed {start.seed}: after {_HABIT_STEPS} careless batches "
+        f"the success is still {success:.1%}, above the level {start.level:.1%}"
+    )
+
+
+def imitate(
+    policy: Policy, optimizer: torch.optim.Optimizer, shown: list[Demonstration]
+) -> float:
+    """Take one step on demonstrations and return the loss, nats per token."""
+    prompts = policy.encode([demonstration.messages for demonstration in shown])
+    rows = [
+        [*policy.tokenizer.encode(demonstration.response, add_special_tokens=False), policy.end]
+        for demonstration in shown
+    ]
+    longest = max(map(len, rows))
+    tokens = torch.full((len(rows), longest), policy.pad)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    optimizer.zero_grad()
+    loss = -policy.response_log_probs(prompts, tokens, mask).sum() / mask.sum()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def _save(policy: Policy, folder: Path, success: float) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        policy.model.save_pretrained(temporary)
+        policy.tokenizer.save_pretrained(temporary)
+        digest = hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest()
+        facts = {"versions": versions(), "success": success, "sha256": digest}
+        (temporary / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot write the policy: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
