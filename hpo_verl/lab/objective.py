@@ -103,20 +103,28 @@ class Objective:
             rewards, group_codes, live, self.hysteresis, normalize_by_std=self.normalize_by_std
         )
 
+    def weights(self, mask: torch.Tensor) -> torch.Tensor:
+        """Weight of every token in the loss of a whole mini-batch, `[batch, response]`."""
+        return token_weights(mask, self.loss_agg_mode, self.loss_scale_factor)
+
     def loss(
         self,
         log_prob: torch.Tensor,
         old_log_prob: torch.Tensor,
         advantages: torch.Tensor,
         mask: torch.Tensor,
+        weights: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss of one mini-batch, and what it did to the tokens.
+        """Loss of the rows of a mini-batch, and what it did to the tokens.
+
+        Rows with advantage 0 may be left out: they add nothing but their share of `weights`.
 
         Args:
-            log_prob: `[batch, response]`, nats; the gradient goes here.
+            log_prob: `[rows, response]`, nats; the gradient goes here.
             old_log_prob: The same under the policy that sampled.
-            advantages: `[batch]`, one per response.
-            mask: Bool, `[batch, response]`; every row has a live token.
+            advantages: `[rows]`, one per response.
+            mask: Bool, `[rows, response]`; every row has a live token.
+            weights: These rows of `weights` of the whole mini-batch.
 
         Returns:
             A scalar, and the sums of `hpo_verl.core.statistics.token_sums`.
@@ -128,17 +136,14 @@ class Objective:
             log_ratio = masked_log_ratio(log_prob, old_log_prob, mask)
             require_finite("log_ratio", log_ratio, mask)
             spread = torch.where(mask, advantages.float()[:, None], 0.0)
-            beyond = beyond_bound(log_ratio)
+            bounded = bound_log_ratio(log_ratio)
             if self.bounds_log_ratio:
-                log_ratio = bound_log_ratio(log_ratio)
-            token_loss = self.loss_of_tokens(log_ratio, spread, mask)
-            if self.bounds_log_ratio:
-                slopes = token_loss.slopes.masked_fill(beyond, 0.0)
-                token_loss = TokenLoss(token_loss.values, slopes)
-            weighted = token_loss.scaled(
-                token_weights(mask, self.loss_agg_mode, self.loss_scale_factor)
-            )
-            sums = token_sums(log_ratio.exp(), spread, weighted.slopes, mask)
+                values, slopes = self.loss_of_tokens(bounded, spread, mask)
+                token_loss = TokenLoss(values, slopes.masked_fill(beyond_bound(log_ratio), 0.0))
+            else:
+                token_loss = self.loss_of_tokens(log_ratio, spread, mask)
+            weighted = token_loss.scaled(weights)
+            sums = token_sums(bounded.exp(), spread, weighted.slopes, mask)
         return attach(log_prob, weighted).sum(), sums
 
 

@@ -79,22 +79,18 @@ def puzzle_key(ground_truth: Any) -> tuple[tuple[int, ...], int]:
 
 
 @functools.cache
-def _recipe_ranges(numbers: int, operators: str | None) -> Ranges:
+def _recipe_ranges(numbers: int) -> Ranges:
     """The ranges of the recipe `task=countdown_tiny`, for so many numbers."""
     recipe = OmegaConf.load(recipes_directory() / "task" / "countdown_tiny.yaml")
     arguments: Any = recipe.prepare.data.arguments
     keys = ("min_number", "max_number", "min_target", "max_target", "operators")
-    given = {key: arguments[key] for key in keys if key in arguments}
-    if operators is not None:
-        given["operators"] = operators
-    return Ranges(numbers, **given)
+    return Ranges(numbers, **{key: arguments[key] for key in keys if key in arguments})
 
 
 def _countdown_questions(
-    train_size: int, held_out_size: int, seed: int, *, numbers: int, operators: str | None = None
+    train_size: int, held_out_size: int, seed: int, *, numbers: int
 ) -> tuple[list[Question], list[Question]]:
-    ranges = _recipe_ranges(numbers, operators)
-    puzzles = sample_puzzles(train_size + held_out_size, ranges, seed)
+    puzzles = sample_puzzles(train_size + held_out_size, _recipe_ranges(numbers), seed)
     questions = [
         Question(
             tiny(puzzle.numbers, puzzle.target),
@@ -125,7 +121,7 @@ def _countdown_worked(
     The questions' puzzles are not looked at: those drawn here may include them, as those of
     `data_prep.tiny_demos` do. Held-out puzzles are kept out by the caller.
     """
-    ranges = _recipe_ranges(numbers, None)
+    ranges = _recipe_ranges(numbers)
     while True:
         drawn = [rng.randint(ranges.min_number, ranges.max_number) for _ in range(numbers)]
         attempts: dict[int, tuple[str, str]] = {}
@@ -197,7 +193,7 @@ TASKS: dict[str, Task] = {
             _countdown_score, None, _countdown_careless,
         ),
         Task(
-            "countdown4", 36, functools.partial(_countdown_questions, numbers=4, operators="+-"),
+            "countdown4", 36, functools.partial(_countdown_questions, numbers=4),
             _countdown_score, functools.partial(_countdown_worked, numbers=4),
             _countdown_careless,
         ),

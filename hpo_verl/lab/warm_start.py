@@ -8,11 +8,14 @@ their skill and differ in how seldom they use it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +39,8 @@ _HABIT_STEPS = 200
 _HABIT_LEARNING_RATE = 1e-4
 _HABIT_BATCH = 32
 _MEASURED = 1024
+# A skilled policy whose success is this share of the level serves as it is.
+_NEAR = 0.8
 
 
 class WarmStart(NamedTuple):
@@ -75,9 +80,13 @@ def versions() -> str:
 
 def measured_success(start: WarmStart) -> float | None:
     """Success of a policy that was made earlier, None where it must be made (anew)."""
+    return _kept_success(start.folder)
+
+
+def _kept_success(folder: Path) -> float | None:
     try:
-        facts = json.loads((start.folder / FACTS).read_text(encoding="utf-8"))
-        digest = hashlib.sha256((start.folder / "model.safetensors").read_bytes()).hexdigest()
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         if facts["versions"] == versions() and facts["sha256"] == digest:
             return float(facts["success"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -92,26 +101,50 @@ def make(start: WarmStart) -> float:
         DataError: The skilled policy is less successful than the level asks for, or imitating
             careless answers does not bring it down that far.
     """
-    kept = measured_success(start)
-    if kept is not None:
-        return kept
-    questions, held_out = start.task.questions(start.questions, start.held_out, start.seed)
     threads = torch.get_num_threads()
-    # How sums are split among threads changes their last bits.
-    torch.set_num_threads(1)
-    try:
-        policy = _skilled(start, questions, held_out)
-        success = _unlearn(policy, start, questions)
-    finally:
-        torch.set_num_threads(threads)
-    _save(policy, start.folder, success)
+    with _locked(start.seed):
+        kept = measured_success(start)
+        if kept is not None:
+            return kept
+        questions, held_out = start.task.questions(start.questions, start.held_out, start.seed)
+        # How sums are split among threads changes their last bits.
+        torch.set_num_threads(1)
+        try:
+            policy = _skilled(start, questions, held_out)
+            success = _unlearn(policy, start, questions)
+        finally:
+            torch.set_num_threads(threads)
+        _save(policy, start.folder, success)
     return success
 
 
-def success_rate(policy: Policy, task: Task, questions: list[Question], seed: int) -> float:
-    """Share of right answers at temperature 1, one answer per question."""
+@contextlib.contextmanager
+def _locked(seed: int) -> Iterator[None]:
+    """Let one process at a time make the policies of a seed; the others wait for it."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / f".seed{seed}.lock").open("w")
+    except OSError as error:
+        raise DataError(f"{folder}: cannot write: {error.strerror}") from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def success_rate(
+    policy: Policy, task: Task, questions: list[Question], stream: tuple[int, ...]
+) -> float:
+    """Share of right answers at temperature 1, one answer per question.
+
+    Args:
+        policy: To sample from.
+        task: Whose reward counts.
+        questions: To answer.
+        stream: Seed of the sampling, to which each question adds its place.
+    """
     prompts = policy.encode([question.messages for question in questions])
-    seeds = [(seed, i) for i in range(len(questions))]
+    seeds = [(*stream, i) for i in range(len(questions))]
     responses = sample(policy, prompts, noise(seeds, task.max_response_length))
     texts = policy.tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
     rewards = [
@@ -122,33 +155,51 @@ def success_rate(policy: Policy, task: Task, questions: list[Question], seed: in
 
 
 def _skilled(start: WarmStart, questions: list[Question], held_out: list[Question]) -> Policy:
+    """The skilled policy of a task and seed, made if it is not there."""
     task, seed = start.task, start.seed
     keys: set[Any] = set()
-    if task.name == "countdown3":
+    if task.worked is None:
         keys = {puzzle_key(question.ground_truth) for question in held_out}
-    folder = start.folder.with_name(f"{task.name}-skilled-seed{seed}-{len(keys)}")
+    tiny = cache_folder() / f"tiny-seed{seed}-{tiny_policy.puzzles_digest(keys)[:10]}"
     try:
-        tiny_policy.check(folder, seed, keys)
+        tiny_policy.check(tiny, seed, keys)
     except DataError:
-        shutil.rmtree(folder, ignore_errors=True)
-        tiny_policy.make_policy(folder, seed, keys, _SKILLED_SCHEDULE)
-    policy = Policy.load(folder)
-    if task.worked is not None:
-        rng = random.Random(seed)  # noqa: S311 - no secret
-        hidden = {json.dumps(question.messages) for question in held_out}
+        shutil.rmtree(tiny, ignore_errors=True)
+        tiny_policy.make_policy(tiny, seed, keys, _SKILLED_SCHEDULE)
+    if task.worked is None:
+        return Policy.load(tiny)
+    folder = start.folder.with_name(f"{task.name}-skilled-{start.folder.name.split('-', 2)[2]}")
+    if _kept_success(folder) is None:
+        policy = Policy.load(tiny)
+        _teach(policy, task, questions, held_out, seed)
+        _save(policy, folder, success_rate(policy, task, questions[:_MEASURED], (seed,)))
+    return Policy.load(folder)
 
-        def draw() -> Demonstration:
-            while True:
-                shown = task.worked(rng, questions)  # pyright: ignore[reportOptionalCall]
-                if json.dumps(shown.messages) not in hidden:
-                    return shown
 
-        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_SKILL_LEARNING_RATE)
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, _SKILL_STEPS)
-        for _ in range(_SKILL_STEPS):
-            imitate(policy, optimizer, [draw() for _ in range(_SKILL_BATCH)])
-            scheduler.step()
-    return policy
+def _teach(
+    policy: Policy, task: Task, questions: list[Question], held_out: list[Question], seed: int
+) -> None:
+    """Imitate the working author of a task that the tiny policy does not know."""
+    rng = random.Random(seed)  # noqa: S311 - no secret
+    hidden = {_identity(question.messages) for question in held_out}
+
+    def draw() -> Demonstration:
+        assert task.worked is not None  # noqa: S101 - for the type checker
+        while True:
+            shown = task.worked(rng, questions)
+            if _identity(shown.messages) not in hidden:
+                return shown
+
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_SKILL_LEARNING_RATE)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, _SKILL_STEPS)
+    for _ in range(_SKILL_STEPS):
+        imitate(policy, optimizer, [draw() for _ in range(_SKILL_BATCH)])
+        scheduler.step()
+
+
+def _identity(messages: list[dict[str, str]]) -> str:
+    """A question up to the order of its words, so that a puzzle has one identity."""
+    return " ".join(sorted(messages[-1]["content"].split()))
 
 
 def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> float:
@@ -156,20 +207,22 @@ def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> flo
     rng = random.Random(start.seed)  # noqa: S311 - no secret
     shown = rng.choices(questions, k=_MEASURED)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_HABIT_LEARNING_RATE)
-    success = success_rate(policy, start.task, shown, start.seed)
-    if success < start.level:
+    where = f"warm start {start.task.name}, seed {start.seed}"
+    success = success_rate(policy, start.task, shown, (start.seed,))
+    if success < _NEAR * start.level:
         raise DataError(
-            f"warm start {start.task.name}, seed {start.seed}: the skilled policy's success is "
-            f"{success:.1%}, below the level {start.level:.1%}; choose a lower warm start"
+            f"{where}: the skilled policy's success is {success:.1%}, below the level "
+            f"{start.level:.1%}; choose a lower one"
         )
     for _ in range(_HABIT_STEPS):
         if success <= start.level:
             return success
-        imitate(policy, optimizer, [start.task.careless(rng, questions) for _ in range(_HABIT_BATCH)])
-        success = success_rate(policy, start.task, shown, start.seed)
+        careless = [start.task.careless(rng, questions) for _ in range(_HABIT_BATCH)]
+        imitate(policy, optimizer, careless)
+        success = success_rate(policy, start.task, shown, (start.seed,))
     raise DataError(
-        f"warm start {start.task.name}, seed {start.seed}: after {_HABIT_STEPS} careless batches "
-        f"the success is still {success:.1%}, above the level {start.level:.1%}"
+        f"{where}: after {_HABIT_STEPS} careless batches the success is still {success:.1%}, "
+        f"above the level {start.level:.1%}"
     )
 
 
