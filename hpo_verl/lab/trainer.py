@@ -81,8 +81,10 @@ def run_cell(cell: Cell, device: str = "cpu") -> Outcome:
     except Diverged:
         status = "diverged"
         # A run that is lost counts as one without success, to the end of its budget.
-        done = len(rows)
-        rows += [{"step": float(s), "success": 0.0} for s in range(done, cell.training.steps + 1)]
+        rows += [
+            {"step": float(step), "success": 0.0 if trainer.is_measured(step) else math.nan}
+            for step in range(len(rows), cell.training.steps + 1)
+        ]
     return Outcome(
         rows,
         {
@@ -138,9 +140,13 @@ class Trainer:
         self.sampled += rollout.sampled
         row["responses_sampled"] = float(self.sampled)
         row["seconds"] = time.perf_counter() - started
-        if step % self.cell.evaluation.every == 0 or step == self.cell.training.steps:
+        if self.is_measured(step):
             row["success"] = self._success(step)
         return row
+
+    def is_measured(self, step: int) -> bool:
+        """Whether success is measured after a step."""
+        return step % self.cell.evaluation.every == 0 or step == self.cell.training.steps
 
     def _success(self, step: int) -> float:
         stream = (self.cell.seed, _EVALUATION, step)
