@@ -59,7 +59,9 @@ def run(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"), console=console, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
-        task = bar.add_task(study, total=total, completed=total - len(cells), left="no estimate yet")
+        task = bar.add_task(
+            study, total=total, completed=total - len(cells), left="no estimate yet"
+        )
 
         def report(finished: Finished) -> None:
             estimate.update(finished)

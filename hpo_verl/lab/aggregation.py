@@ -1,8 +1,8 @@
 """From a loss per token to the loss of a mini-batch, in verl's modes.
 
-    token-mean                sum_it l_it / sum_i |y_i|                  HPO, DAPO
-    seq-mean-token-mean       (1/N) sum_i (1/|y_i|) sum_t l_it           GRPO (arXiv 2402.03300)
-    seq-mean-token-sum-norm   (1/N) sum_i (1/C) sum_t l_it               Dr. GRPO (arXiv 2503.20783)
+token-mean                sum_it l_it / sum_i |y_i|                  HPO, DAPO
+seq-mean-token-mean       (1/N) sum_i (1/|y_i|) sum_t l_it           GRPO (arXiv 2402.03300)
+seq-mean-token-sum-norm   (1/N) sum_i (1/C) sum_t l_it               Dr. GRPO (arXiv 2503.20783)
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Comparison:
         return self._runs.get((regime, variant), [])
 
     def rows(self, regimes: Sequence[Regime]) -> list[Row]:
-        """Table over regimes; several are pooled, as strata. Variants without a run are left out."""
+        """Table over regimes, several pooled as strata; variants without a run are left out."""
         return [
             self._row(variant, regimes)
             for variant in self.variants
@@ -142,6 +142,7 @@ class Comparison:
             for regime in regimes
             if (pair := _paired(self.runs(regime, variant), self.runs(regime, BASELINE)))[0]
         ]
+        ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         compared = _COMPARED if variant != BASELINE and pairs else ()
         return Row(
             variant=variant,
@@ -152,13 +153,11 @@ class Comparison:
             responses=float(np.mean([_responses_per_step(run.result) for run in every])),
             measures={name: interquartile_interval(_values(strata, name)) for name in MEASURES},
             differences={
-                name: paired_difference(*(_values(side, name) for side in zip(*pairs, strict=True)))
+                name: paired_difference(_values(ours, name), _values(theirs, name))
                 for name in compared
             },
             improvement={
-                name: improvement_probability(
-                    *(_values(side, name) for side in zip(*pairs, strict=True))
-                )
+                name: improvement_probability(_values(ours, name), _values(theirs, name))
                 for name in compared
             },
         )
@@ -166,9 +165,9 @@ class Comparison:
     def _best_rate(self, variant: str, results: Sequence[Result]) -> float:
         areas: defaultdict[float, list[float]] = defaultdict(list)
         for result in results:
-            if result.cell["variant"] == variant:
-                if not self.tuned or result.cell["seed"] in self.tuned:
-                    areas[result.cell["learning_rate"]].append(_run(result).measures["area"])
+            cell = result.cell
+            if cell["variant"] == variant and (not self.tuned or cell["seed"] in self.tuned):
+                areas[cell["learning_rate"]].append(_run(result).measures["area"])
         if not areas:
             return next(r.cell["learning_rate"] for r in results if r.cell["variant"] == variant)
         return max(areas, key=lambda rate: float(np.mean(areas[rate])))

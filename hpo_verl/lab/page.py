@@ -41,7 +41,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
 table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right;
   white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back) }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--back) }
 .wide { overflow-x: auto } img { max-width: 100%; height: auto }
 figure { margin: 1.5rem 0 } figcaption, .note { font-size: 13px }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: 12px }
@@ -222,12 +223,13 @@ def _page(sections: Sequence[str], results: Sequence[Result]) -> str:
 <h1>Comparison of algorithms</h1>
 <p>Interquartile mean over seeds with 95 % percentile bootstrap intervals ({RESAMPLES} resamples,
 stratified by regime), paired differences from {BASELINE} by seed, and probability of improvement
-(<a href="https://arxiv.org/abs/2108.13264">arXiv 2108.13264</a>), computed with scipy. Final: mean over
-the last {FINAL_SHARE:.0%} of the budget. Area: under the success curve, divided by the budget.
-Threshold: {THRESHOLD_FACTOR:g} times the warm start's success; a run that never reaches it counts with
-the whole budget. Collapsed: final success below {COLLAPSE_FRACTION:.0%} of the first one, or diverged;
-such runs are in every number. A method that drops groups samples more responses per step: see the
-last column. Small policies and synthetic tasks; nothing here is a statement about large models.</p>
+(<a href="https://arxiv.org/abs/2108.13264">arXiv 2108.13264</a>), computed with scipy.
+Final: mean over the last {FINAL_SHARE:.0%} of the budget. Area: under the success curve, divided
+by the budget. Threshold: {THRESHOLD_FACTOR:g} times the warm start's success; a run that never
+reaches it counts with the whole budget. Collapsed: final success below {COLLAPSE_FRACTION:.0%} of
+the first one, or diverged; such runs are in every number. A method that drops groups samples more
+responses per step: see the last column. Small policies and synthetic tasks: nothing here is a
+statement about large models.</p>
 {"".join(sections)}
 <h2>How it was made</h2><pre>{escape(json.dumps(manifest, indent=2))}</pre>
 </html>

@@ -65,7 +65,9 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
     """Draw every picture that the runs of a study have something for."""
     pictures = []
     for name, caption, draw in _plans(comparison):
-        paths = {theme.name: _save(draw, theme, folder / f"{name}-{theme.name}") for theme in THEMES}
+        paths = {
+            theme.name: _save(draw, theme, folder / f"{name}-{theme.name}") for theme in THEMES
+        }
         pictures.append(Picture(name, caption, paths))
     return pictures
 
@@ -125,7 +127,7 @@ def _bind(draw: Callable[..., Figure], *arguments: Any) -> Draw:
 
 
 def _save(draw: Draw, theme: Theme, stem: Path) -> Path:
-    settings = {
+    settings: dict[Any, Any] = {
         "figure.facecolor": theme.background, "axes.facecolor": theme.background,
         "savefig.facecolor": theme.background, "text.color": theme.text,
         "axes.labelcolor": theme.text, "axes.edgecolor": theme.text, "xtick.color": theme.text,

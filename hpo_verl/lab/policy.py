@@ -75,7 +75,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.device = model.device
         self.heads: int = config.num_attention_heads
-        self.kv_heads: int = config.num_key_value_heads
+        self.kv_heads: int = config.num_key_value_heads or self.heads
         self.head_dim = config.hidden_size // self.heads
         self.eps: float = config.rms_norm_eps
         self.end: int = tokenizer.eos_token_id

@@ -31,7 +31,8 @@ class Result(NamedTuple):
     Attributes:
         facts: The cell's settings (`cell`), `status`, `seconds`, `warm_start_success`, and
             `environment`: commit, versions, machine, time.
-        columns: Values by step: `step`, `success` (NaN where not measured), statistics of the batch.
+        columns: Values by step: `step`, `success` (NaN where not measured), statistics of
+            the batch.
     """
 
     facts: dict[str, Any]

@@ -68,7 +68,9 @@ def measures(steps: ArrayLike, success: ArrayLike, threshold: float) -> dict[str
     return {
         "final": float(y[x > (1 - FINAL_SHARE) * budget].mean()),
         "area": float(np.trapezoid(y, x) / budget),
-        **{f"at_{share:.0%}".rstrip("%"): float(np.interp(share * budget, x, y)) for share in EARLY},
+        **{
+            f"at_{share:.0%}".rstrip("%"): float(np.interp(share * budget, x, y)) for share in EARLY
+        },
         "steps_to_threshold": crossing,
         "reached": float(len(above) > 0),
     }

@@ -122,9 +122,7 @@ def _run_and_write(cell: Cell, folder: Path, device: str) -> Finished:
     return Finished(cell, outcome.rows[-1]["success"], facts["seconds"], facts["status"])
 
 
-def _in_parallel(
-    cells: list[Cell], folder: Path, workers: int, device: str
-) -> Iterator[Finished]:
+def _in_parallel(cells: list[Cell], folder: Path, workers: int, device: str) -> Iterator[Finished]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
@@ -155,4 +153,3 @@ def _start_worker() -> None:
             os._exit(1)
 
         threading.Thread(target=end_with_parent, daemon=True).start()
-

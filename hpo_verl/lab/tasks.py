@@ -106,7 +106,7 @@ def _countdown_score(response: str, ground_truth: Any) -> float:
 
 
 def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
-    """Any numbers of the puzzle in a row, drawn with replacement: wrong ones more often than not."""
+    """Numbers of the puzzle in a row, drawn with replacement, so that most answers are wrong."""
     question = rng.choice(questions)
     drawn = rng.choices(question.ground_truth["numbers"], k=len(question.ground_truth["numbers"]))
     text = str(drawn[0]) + "".join(f"{rng.choice('+-*/')}{number}" for number in drawn[1:])

@@ -226,9 +226,7 @@ def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> flo
     )
 
 
-def imitate(
-    policy: Policy, optimizer: torch.optim.Optimizer, shown: list[Demonstration]
-) -> float:
+def imitate(policy: Policy, optimizer: torch.optim.Optimizer, shown: list[Demonstration]) -> float:
     """Take one step on demonstrations and return the loss, nats per token."""
     prompts = policy.encode([demonstration.messages for demonstration in shown])
     rows = [
@@ -263,5 +261,3 @@ def _save(policy: Policy, folder: Path, success: float) -> None:
         raise DataError(f"{folder}: cannot write the policy: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-

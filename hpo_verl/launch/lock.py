@@ -14,9 +14,7 @@ LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(
-    folder: Path, remedy: str = "choose another with hydra.run.dir="
-) -> Iterator[None]:
+def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> Iterator[None]:
     """Hold the folder's lock; the system releases it when this process ends.
 
     Args:
