@@ -114,7 +114,7 @@ def make(start: WarmStart) -> float:
             success = _unlearn(policy, start, questions)
         finally:
             torch.set_num_threads(threads)
-        _save(policy, start.folder, success)
+        save(policy, start.folder, success)
     return success
 
 
@@ -172,7 +172,7 @@ def _skilled(start: WarmStart, questions: list[Question], held_out: list[Questio
     if _kept_success(folder) is None:
         policy = Policy.load(tiny)
         _teach(policy, task, questions, held_out, seed)
-        _save(policy, folder, success_rate(policy, task, questions[:_MEASURED], (seed,)))
+        save(policy, folder, success_rate(policy, task, questions[:_MEASURED], (seed,)))
     return Policy.load(folder)
 
 
@@ -247,7 +247,12 @@ def imitate(policy: Policy, optimizer: torch.optim.Optimizer, shown: list[Demons
     return loss.item()
 
 
-def _save(policy: Policy, folder: Path, success: float) -> None:
+def save(policy: Policy, folder: Path, success: float) -> None:
+    """Keep a policy under a folder's name, with its success; there whole or not at all.
+
+    Raises:
+        DataError: The folder cannot be written.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         policy.model.save_pretrained(temporary)
