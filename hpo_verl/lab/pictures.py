@@ -140,6 +140,8 @@ def _save(draw: Draw, theme: Theme, stem: Path) -> Path:
         figure = draw(theme)
         svg = stem.with_name(f"{stem.name}.svg")
         figure.savefig(svg, metadata={"Date": None})
+        # The layout that was found for one file serves the other.
+        figure.set_layout_engine("none")
         figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=150)
     return svg
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from hpo_verl.errors import DataError
 
@@ -91,6 +92,8 @@ class Policy:
         Raises:
             DataError: The folder holds no Qwen2 policy.
         """
+        # A bar for each of hundreds of small files tells nobody anything.
+        disable_progress_bar()
         try:
             model = Qwen2ForCausalLM.from_pretrained(
                 str(folder), dtype=torch.float32, local_files_only=True

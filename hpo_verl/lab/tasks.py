@@ -106,9 +106,11 @@ def _countdown_score(response: str, ground_truth: Any) -> float:
 
 
 def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
-    """Numbers of the puzzle in a row, drawn with replacement, so that most answers are wrong."""
+    """Numbers of the puzzle in a row, one of them twice in the place of another."""
     question = rng.choice(questions)
-    drawn = rng.choices(question.ground_truth["numbers"], k=len(question.ground_truth["numbers"]))
+    numbers = question.ground_truth["numbers"]
+    drawn = rng.sample(numbers, len(numbers))
+    drawn[0] = drawn[1]
     text = str(drawn[0]) + "".join(f"{rng.choice('+-*/')}{number}" for number in drawn[1:])
     return Demonstration(question.messages, f"<answer>{text}</answer>")
 

@@ -228,7 +228,8 @@ class Trainer:
             norms.append(norm)
             for key, value in part_sums.items():
                 sums[key] = sums.get(key, 0.0) + value
-        return row | token_means(sums) | {"gradient_norm": sum(norms) / len(norms)}
+        row["gradient_norm"] = sum(norms) / len(norms)
+        return row | (token_means(sums) if sums else {})
 
     def _mini_batch(
         self, rollout: Rollout, advantages: torch.Tensor, prompts: torch.Tensor

@@ -38,13 +38,13 @@ def test_the_comparators_and_the_paper_are_supported():
 
 
 def make_batch(policy, generator):
-    """Four prompts with four responses: two groups are mixed, one all right, one all wrong."""
+    """Four prompts with four responses: two groups are mixed (alpha = 2/6), two are not."""
     prompt_lengths = torch.tensor([3, 5, 4, 5])
     prompts = torch.randint(0, VOCABULARY, (4, 5), generator=generator)
     lengths = torch.tensor([9, 2, 5, 7, 1, 4, 6, 3, 8, 2, 9, 5, 4, 4, 6, 1])
     mask = torch.arange(WIDTH) < lengths[:, None]
     responses = torch.randint(0, VOCABULARY, (16, WIDTH), generator=generator)
-    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0])
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0])
     with torch.no_grad():
         log_prob = policy.response_log_probs(Prompts(prompts, prompt_lengths), responses, mask)
     # Ratios on both sides of every clip; one sequence as a whole close to 1, within GSPO's.
@@ -123,7 +123,6 @@ def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
 def test_the_algorithms_differ_on_this_batch(compared):
     """Equality above would mean little if the batch could not tell the algorithms apart."""
     _, _, verl = compared
-    # On complete batches DAPO differs from token-mean GRPO by its upper clip alone.
     flat = {
         name: torch.cat([g.flatten() for g in verl[name]["gradients"].values()])
         for name in SUPPORTED

@@ -35,7 +35,9 @@ def random_model(vocabulary=32, seed=0, std=0.3):
 
 
 def random_policy(vocabulary=32, seed=0):
-    return Policy(random_model(vocabulary, seed), SimpleNamespace(eos_token_id=END, pad_token_id=PAD))
+    return Policy(
+        random_model(vocabulary, seed), SimpleNamespace(eos_token_id=END, pad_token_id=PAD)
+    )
 
 
 def keep_warm_starts(study):
