@@ -1,4 +1,4 @@
-"""The lab's forward passes against transformers', and sampling against the policy's distribution."""
+"""Forward passes against transformers', and sampling against the policy's distribution."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
 """From made-up runs to the tables, the pictures and the page."""
 
 import dataclasses
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from lab_policies import made_up_result
 from scipy import stats
 
+from hpo_verl import cli
 from hpo_verl.errors import ConfigError
+from hpo_verl.lab import pictures as pictures_module
 from hpo_verl.lab.comparison import Comparison, Regime
 from hpo_verl.lab.page import write_report
-from hpo_verl.lab.pictures import draw_all
+from hpo_verl.lab.pictures import DARK, draw_all
 from hpo_verl.lab.results import long_table, read_long_table, write_result
 from hpo_verl.lab.settings import read_study
 from hpo_verl.lab.trainer import Outcome
@@ -141,10 +144,17 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_else_and_says_what_was_measured(tmp_path):
+def test_the_page_needs_nothing_else_and_says_what_was_measured(tmp_path, monkeypatch, capsys):
     study = study_of("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
     write_all(study, tmp_path / "runs", results_of(study))
-    path = write_report([tmp_path / "runs"], tmp_path / "report")
+    out = str(tmp_path / "report")
+    arguments = ["hpo-verl", "lab", "report", str(tmp_path / "runs"), "--out", out]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    path = tmp_path / "report" / "index.html"
+    assert str(path) in capsys.readouterr().out
     page = Page()
     page.feed(path.read_text())
     inside = [link for link in page.links if not link.startswith("https://arxiv.org/")]
@@ -164,13 +174,14 @@ def test_the_page_needs_nothing_else_and_says_what_was_measured(tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_the_ablation_of_alpha_is_drawn(tmp_path):
+def test_the_ablation_of_alpha_is_drawn(tmp_path, monkeypatch):
     names = ("a_hpo", "alpha_0.0", "alpha_0.4", "alpha_1.0")
     results = [
         made_up_result(dataclasses.asdict(cell), curve(cell.seed, 0.03))
         for cell in study_of("alpha").cells()
         if cell.variant in names
     ]
+    monkeypatch.setattr(pictures_module, "THEMES", (DARK,))
     pictures = {picture.name for picture in draw_all(Comparison("alpha", results), tmp_path)}
     assert "alpha-countdown3-0.05-ablation" in pictures
     # Without the baseline there are no differences to draw.
@@ -185,7 +196,7 @@ def test_a_folder_without_results_and_runs_that_differ_are_refused(study, tmp_pa
     other = study_of("sparse", "tasks=[countdown3]", "training.prompts_per_step=32")
     write_all(study, tmp_path / "a", results_of(study))
     write_all(other, tmp_path / "b", results_of(other))
-    with pytest.raises(ConfigError, match="training.prompts_per_step = 64 and 32"):
+    with pytest.raises(ConfigError, match=r"training\.prompts_per_step = 64 and 32"):
         write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
 
 

@@ -246,7 +246,7 @@ def hpo_verl_lab(*arguments):
 
 
 @pytest.mark.timeout(300)
-def test_the_command_goes_on_after_a_kill_and_reports(tmp_path, monkeypatch, capsys):
+def test_the_command_goes_on_after_a_kill(tmp_path):
     chosen = [*QUICK, "seeds=1", "training.steps=8"]
     keep_warm_starts(quick_study("telelogs", "seeds=1", "training.steps=8", "warm_starts=[0.05]"))
     out = tmp_path / "runs"
@@ -262,19 +262,12 @@ def test_the_command_goes_on_after_a_kill_and_reports(tmp_path, monkeypatch, cap
     _, error = process.communicate()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert before, error[-2000:]
+    command[-1] = "1"
     finished = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     after = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(after) == 7
     assert before.items() <= after.items()
-    page = tmp_path / "report"
-    monkeypatch.setattr(sys, "argv", ["hpo-verl", "lab", "report", str(out), "--out", str(page)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    assert str(page / "index.html") in capsys.readouterr().out
-    assert (page / "index.html").stat().st_size > 10_000
-    assert len(read_long_table(page / "results.parquet")) == 7
 
 
 @pytest.mark.parametrize(

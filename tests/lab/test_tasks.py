@@ -116,7 +116,7 @@ def test_a_level_above_the_skill_is_refused(start, skilled, monkeypatch):
 def test_a_level_that_is_not_reached_is_an_error(start, skilled, monkeypatch):
     monkeypatch.setattr(warm_start, "_HABIT_STEPS", 2)
     measured(monkeypatch, [0.5] * 4)
-    with pytest.raises(DataError, match="still 50.0%"):
+    with pytest.raises(DataError, match=r"still 50\.0%"):
         warm_start.make(start)
 
 
