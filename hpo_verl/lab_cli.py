@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ def run(
     Examples:
       hpo-verl lab run sparse
 
-      hpo-verl lab run sparse 'tasks=[countdown3]' 'warm_starts=[0.05]' seeds=4
+      hpo-verl lab run sparse 'warm_starts=[0.05]' seeds=4
 
       hpo-verl lab run alpha training.steps=40 --out runs/lab/alpha-short
     """
@@ -73,7 +74,8 @@ def run(
                 f"success {finished.success:.1%}  {finished.seconds:.0f} s  {left}"
             )
 
-        run_study(chosen, folder, count, device, report)
+        command = shlex.join(["hpo-verl", "lab", "run", study, *(overrides or [])])
+        run_study(chosen, folder, count, device, report, command)
     console.print(f"finished; a report: hpo-verl lab report {folder}")
 
 

@@ -21,6 +21,7 @@ from hpo_verl.lab.results import (
     read_long_table,
     read_results,
     require_same_settings,
+    thinned,
 )
 from hpo_verl.lab.settings import read_study, study_names
 from hpo_verl.lab.statistics import (
@@ -77,7 +78,7 @@ def write_report(
         if not results:
             raise ConfigError(f"{source}: holds no finished run; hpo-verl lab run makes them")
         for result in results:
-            by_study.setdefault(result.cell["study"], []).append(result)
+            by_study.setdefault(result.cell["study"], []).append(thinned(result))
     for study, results in by_study.items():
         require_same_settings(Path(study), [result.cell for result in results])
     every = [result for results in by_study.values() for result in results]

@@ -201,12 +201,12 @@ def _differences(theme: Theme, comparison: Comparison) -> Figure:
     for panel, name in zip(panels[:2], ("final", "area"), strict=True):
         panel.axvline(0.0, color=theme.baseline, linewidth=1)
         _forest(theme, panel, [(row.variant, row.differences[name]) for row in rows])
-        panel.set_title(f"{_TITLES[name]}, difference")
+        panel.set_title(f"{_TITLES[name]},\ndifference")
     for panel, name in zip(panels[2:], ("final", "area"), strict=True):
         panel.axvline(0.5, color=theme.baseline, linewidth=1)
         _forest(theme, panel, [(row.variant, row.improvement[name]) for row in rows])
         panel.set_xlim(-0.02, 1.02)
-        panel.set_title(f"P(better), {_TITLES[name]}")
+        panel.set_title(f"P(better),\n{_TITLES[name]}")
     return figure
 
 

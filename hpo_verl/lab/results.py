@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +23,7 @@ from hpo_verl.lab.trainer import Outcome
 from hpo_verl.launch.outputs import package_versions
 
 _KEY = b"hpo_verl_lab"
+_SETTINGS = ("training", "evaluation")
 _IDENTITY = ("study", "task", "warm_start", "variant", "algorithm", "learning_rate", "seed")
 
 
@@ -44,13 +46,14 @@ class Result(NamedTuple):
         return self.facts["cell"]
 
 
-def environment() -> dict[str, str]:
-    """What else a result may depend on: commit, versions, machine, time."""
+def environment(command: str) -> dict[str, str]:
+    """What else a result may depend on: commit, versions, machine, command, time."""
     return {
         "commit": _commit(),
         "versions": json.dumps(package_versions()),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),
+        "command": command,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -60,8 +63,14 @@ def cell_path(folder: Path, cell: Cell) -> Path:
     return folder / f"{cell.name}.parquet"
 
 
-def write_result(folder: Path, cell: Cell, outcome: Outcome) -> Path:
+def write_result(folder: Path, cell: Cell, outcome: Outcome, command: str = "") -> Path:
     """Write a finished cell; a killed process leaves no part of it.
+
+    Args:
+        folder: Made if missing.
+        cell: Which.
+        outcome: Of `run_cell`.
+        command: That asked for it.
 
     Raises:
         DataError: The file cannot be written.
@@ -71,7 +80,7 @@ def write_result(folder: Path, cell: Cell, outcome: Outcome) -> Path:
     facts = {
         "cell": dataclasses.asdict(cell),
         **outcome.facts,
-        "environment": environment(),
+        "environment": environment(command),
     }
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(facts)})
     path = cell_path(folder, cell)
@@ -110,7 +119,7 @@ def require_same_settings(folder: Path, settings: Iterable[dict[str, Any]]) -> N
     for cell in settings:
         if first is None:
             first = cell
-        for section in ("training", "evaluation"):
+        for section in _SETTINGS:
             for key, value in cell[section].items():
                 # The cell's own learning rate counts, not the study's default.
                 if key != "learning_rate" and value != first[section][key]:
@@ -121,22 +130,60 @@ def require_same_settings(folder: Path, settings: Iterable[dict[str, Any]]) -> N
                     )
 
 
-def long_table(results: list[Result]) -> pa.Table:
-    """All results as one table: a row per cell and step, with the cell's identity.
+def thinned(result: Result) -> Result:
+    """Keep the steps at which success was measured, and the first one, in single precision.
 
-    Metadata `hpo_verl_lab` holds the manifest: every cell's facts.
+    What lies between repeats itself; a file that is kept in the repository must be small.
+    """
+    columns = result.columns
+    kept = [
+        i
+        for i, (step, success) in enumerate(zip(columns["step"], columns["success"], strict=True))
+        if step <= 1 or not math.isnan(success)
+    ]
+    return Result(
+        result.facts,
+        {
+            name: np.asarray(values, np.float32)[kept].astype(float).tolist()
+            for name, values in columns.items()
+        },
+    )
+
+
+def long_table(results: list[Result]) -> pa.Table:
+    """Thinned results as one table: a row per cell and step, with the cell's identity.
+
+    Metadata `hpo_verl_lab` holds the manifest: `shared`, facts that many cells have in
+    common, and `cells`, the facts of each with places in `shared`.
     """
     names = sorted({name for result in results for name in result.columns})
     columns: dict[str, list[Any]] = {name: [] for name in (*_IDENTITY, "status", *names)}
+    shared: list[dict[str, Any]] = []
+    cells = []
+
+    def place(facts: dict[str, Any]) -> int:
+        if facts not in shared:
+            shared.append(facts)
+        return shared.index(facts)
+
     for result in results:
-        length = len(result.columns["step"])
+        rows = len(result.columns["step"])
         for key in _IDENTITY:
-            columns[key] += [result.cell[key]] * length
-        columns["status"] += [result.facts["status"]] * length
+            columns[key] += [result.cell[key]] * rows
+        columns["status"] += [result.facts["status"]] * rows
         for name in names:
-            columns[name] += result.columns.get(name, [math.nan] * length)
-    manifest = [result.facts for result in results]
-    return pa.table(columns).replace_schema_metadata({_KEY: json.dumps(manifest)})
+            columns[name] += result.columns.get(name, [math.nan] * rows)
+        cell = {k: place(v) if k in _SETTINGS else v for k, v in result.cell.items()}
+        environment = dict(result.facts["environment"])
+        finished = environment.pop("finished", "")
+        common = {"cell": cell, "environment": place(environment), "finished": finished}
+        cells.append({**result.facts, **common, "rows": rows})
+    manifest = json.dumps({"shared": shared, "cells": cells})
+    table = pa.table(columns)
+    for i, name in enumerate(table.column_names):
+        if name in names:
+            table = table.set_column(i, name, table[name].cast(pa.float32()))
+    return table.replace_schema_metadata({_KEY: manifest})
 
 
 def read_long_table(path: Path) -> list[Result]:
@@ -147,10 +194,14 @@ def read_long_table(path: Path) -> list[Result]:
     """
     table, manifest = _read_table(path)
     columns: dict[str, list[Any]] = table.to_pydict()
-    results, start = [], 0
     statistics = [name for name in columns if name not in (*_IDENTITY, "status")]
-    for facts in manifest:
-        end = start + facts["cell"]["training"]["steps"] + 1
+    results, start = [], 0
+    for facts in manifest["cells"]:
+        end = start + facts.pop("rows")
+        places = facts.pop("finished"), manifest["shared"][facts["environment"]]
+        facts["environment"] = {**places[1], "finished": places[0]}
+        for key in _SETTINGS:
+            facts["cell"][key] = manifest["shared"][facts["cell"][key]]
         results.append(Result(facts, {name: columns[name][start:end] for name in statistics}))
         start = end
     return results

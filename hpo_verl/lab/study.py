@@ -56,7 +56,12 @@ def missing_cells(study: Study, folder: Path) -> list[Cell]:
 
 
 def run_study(
-    study: Study, folder: Path, workers: int, device: str, report: Callable[[Finished], None]
+    study: Study,
+    folder: Path,
+    workers: int,
+    device: str,
+    report: Callable[[Finished], None],
+    command: str = "",
 ) -> None:
     """Run the missing cells of a study.
 
@@ -66,6 +71,7 @@ def run_study(
         workers: Processes, one cell each at a time; 1 stays in this process.
         device: `cpu` or a CUDA device.
         report: Told of every cell as it is finished.
+        command: That asked for the study; kept with the results.
 
     Raises:
         EnvironmentCheckError: Another process runs a study in this folder, or a worker was killed.
@@ -74,9 +80,9 @@ def run_study(
         cells = missing_cells(study, folder)
         if workers == 1:
             for cell in cells:
-                report(_run_and_write(cell, folder, device))
+                report(_run_and_write(cell, folder, device, command))
             return
-        for finished in _in_parallel(cells, folder, workers, device):
+        for finished in _in_parallel(cells, folder, workers, device, command):
             report(finished)
 
 
@@ -116,19 +122,21 @@ def _kind(cell: Cell) -> tuple[str, str]:
     return cell.task, cell.algorithm
 
 
-def _run_and_write(cell: Cell, folder: Path, device: str) -> Finished:
+def _run_and_write(cell: Cell, folder: Path, device: str, command: str) -> Finished:
     started = time.monotonic()
     outcome = run_cell(cell, device)
-    write_result(folder, cell, outcome)
+    write_result(folder, cell, outcome, command)
     seconds = time.monotonic() - started
     return Finished(cell, outcome.rows[-1]["success"], seconds, outcome.facts["status"])
 
 
-def _in_parallel(cells: list[Cell], folder: Path, workers: int, device: str) -> Iterator[Finished]:
+def _in_parallel(
+    cells: list[Cell], folder: Path, workers: int, device: str, command: str
+) -> Iterator[Finished]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
-            futures = [pool.submit(_run_and_write, cell, folder, device) for cell in cells]
+            futures = [pool.submit(_run_and_write, cell, folder, device, command) for cell in cells]
             for future in as_completed(futures):
                 yield future.result()
         except BaseException as error:

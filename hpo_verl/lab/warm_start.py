@@ -39,8 +39,6 @@ _HABIT_STEPS = 200
 _HABIT_LEARNING_RATE = 1e-4
 _HABIT_BATCH = 32
 _MEASURED = 1024
-# A skilled policy whose success is this share of the level serves as it is.
-_NEAR = 0.8
 
 
 class WarmStart(NamedTuple):
@@ -98,8 +96,7 @@ def make(start: WarmStart) -> float:
     """Make a policy if it is not there, and return its success.
 
     Raises:
-        DataError: The skilled policy is less successful than the level asks for, or imitating
-            careless answers does not bring it down that far.
+        DataError: Imitating careless answers does not bring the success down to the level.
     """
     threads = torch.get_num_threads()
     with _locked(start.seed):
@@ -203,17 +200,14 @@ def _identity(messages: list[dict[str, str]]) -> str:
 
 
 def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> float:
-    """Imitate careless answers until success has fallen to the level; return the success."""
+    """Imitate careless answers until success has fallen to the level; return the success.
+
+    A skilled policy below the level stays as it is; the success is what was measured.
+    """
     rng = random.Random(start.seed)  # noqa: S311 - no secret
     shown = rng.choices(questions, k=_MEASURED)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_HABIT_LEARNING_RATE)
-    where = f"warm start {start.task.name}, seed {start.seed}"
     success = success_rate(policy, start.task, shown, (start.seed,))
-    if success < _NEAR * start.level:
-        raise DataError(
-            f"{where}: the skilled policy's success is {success:.1%}, below the level "
-            f"{start.level:.1%}; choose a lower one"
-        )
     for _ in range(_HABIT_STEPS):
         if success <= start.level:
             return success
@@ -221,8 +215,8 @@ def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> flo
         imitate(policy, optimizer, careless)
         success = success_rate(policy, start.task, shown, (start.seed,))
     raise DataError(
-        f"{where}: after {_HABIT_STEPS} careless batches the success is still {success:.1%}, "
-        f"above the level {start.level:.1%}"
+        f"warm start {start.task.name}, seed {start.seed}: after {_HABIT_STEPS} careless batches "
+        f"the success is still {success:.1%}, above the level {start.level:.1%}"
     )
 
 

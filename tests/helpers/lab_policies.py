@@ -61,7 +61,7 @@ def made_up_result(cell, success, status="finished", **columns):
     values["step"] = [float(i) for i in range(steps)]
     values["success"] = list(success)
     values["responses_sampled"] = [math.nan, *(512.0 * i for i in range(1, steps))]
-    environment = {"commit": "abc", "versions": "{}", "machine": "test", "python": "3"}
+    environment = {"commit": "abc", "versions": "{}", "machine": "test", "finished": "now"}
     facts = {
         "cell": cell, "status": status, "seconds": 1.0, "warm_start_success": success[0],
         "environment": environment,

@@ -1,10 +1,12 @@
 """From made-up runs to the tables, the pictures and the page."""
 
 import dataclasses
+import math
 import sys
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from lab_policies import made_up_result
 from scipy import stats
@@ -15,7 +17,7 @@ from hpo_verl.lab import pictures as pictures_module
 from hpo_verl.lab.comparison import Comparison, Regime
 from hpo_verl.lab.page import write_report
 from hpo_verl.lab.pictures import DARK, draw_all
-from hpo_verl.lab.results import long_table, read_long_table, write_result
+from hpo_verl.lab.results import long_table, read_long_table, thinned, write_result
 from hpo_verl.lab.settings import read_study
 from hpo_verl.lab.trainer import Outcome
 
@@ -200,13 +202,36 @@ def test_a_folder_without_results_and_runs_that_differ_are_refused(study, tmp_pa
         write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
 
 
-def test_a_long_table_keeps_every_value(study, tmp_path):
-    import pyarrow.parquet as pq
-
+def test_a_long_table_keeps_what_was_measured_and_the_first_step(study, tmp_path):
     results = results_of(study)
-    pq.write_table(long_table(results), tmp_path / "all.parquet")
+    results[0].columns["success"][1:3] = [math.nan, math.nan]
+    pq.write_table(long_table([thinned(r) for r in results]), tmp_path / "all.parquet")
     again = read_long_table(tmp_path / "all.parquet")
+    # Step 2 was neither measured nor the first.
+    assert again[0].columns["step"] == [0.0, 1.0, 3.0, 4.0]
+    assert again[1].columns["step"] == [0.0, 1.0, 2.0, 3.0, 4.0]
     for result, other in zip(results, again, strict=True):
         assert result.facts == other.facts
+        rows = [int(step) for step in other.columns["step"]]
         for name, values in result.columns.items():
-            np.testing.assert_array_equal(values, other.columns[name])
+            expected = np.asarray(values, dtype=np.float32)[rows]
+            np.testing.assert_array_equal(expected, np.asarray(other.columns[name], np.float32))
+
+
+def test_the_table_of_a_whole_study_is_small(tmp_path):
+    study = read_study("sparse", ["seeds=2"])
+    steps = range(study.training.steps + 1)
+    rng = np.random.default_rng(0)
+
+    def made_up(cell):
+        result = made_up_result(dataclasses.asdict(cell), rng.random(len(steps)).tolist())
+        result.columns["success"] = [
+            v if s % study.evaluation.every == 0 else math.nan
+            for s, v in zip(steps, result.columns["success"], strict=True)
+        ]
+        return result
+
+    results = [made_up(cell) for cell in study.cells()]
+    pq.write_table(long_table([thinned(result) for result in results]), tmp_path / "all.parquet")
+    # 144 of its 720 cells; the repository's limit for the whole is 2 MB.
+    assert (tmp_path / "all.parquet").stat().st_size < 400_000
