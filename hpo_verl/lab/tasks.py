@@ -25,6 +25,8 @@ from hpo_verl.rewards.telelogs import CAUSES
 
 Messages = list[dict[str, str]]
 _MAX_ATTEMPTS = 3
+# How often the working author shows one, two or three attempts.
+_ATTEMPT_WEIGHTS = (2, 3, 5)
 
 
 class Question(NamedTuple):
@@ -127,7 +129,7 @@ def _countdown_worked(
     while True:
         drawn = [rng.randint(ranges.min_number, ranges.max_number) for _ in range(numbers)]
         attempts: dict[int, tuple[str, str]] = {}
-        wanted = rng.randint(1, _MAX_ATTEMPTS)
+        (wanted,) = rng.choices(range(1, _MAX_ATTEMPTS + 1), _ATTEMPT_WEIGHTS)
         for _ in range(4 * wanted):
             attempt = _attempt(rng, drawn)
             if attempt is not None and len(attempts) < wanted:

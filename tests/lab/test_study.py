@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -246,25 +247,29 @@ def hpo_verl_lab(*arguments):
 
 
 @pytest.mark.timeout(300)
-def test_the_command_goes_on_after_a_kill(tmp_path):
-    chosen = [*QUICK, "seeds=1", "training.steps=8"]
-    keep_warm_starts(quick_study("telelogs", "seeds=1", "training.steps=8", "warm_starts=[0.05]"))
+def test_a_killed_command_leaves_its_finished_cells_and_no_process(tmp_path):
+    changes = ["seeds=1", "training.steps=8", "warm_starts=[0.05]"]
+    chosen = quick_study("telelogs", *changes)
+    keep_warm_starts(chosen)
     out = tmp_path / "runs"
-    command = hpo_verl_lab(
-        "run", "telelogs", *chosen, "warm_starts=[0.05]", "--out", str(out), "--workers", "2"
-    )
+    command = [
+        sys.executable, "-c", "from hpo_verl.cli import main; main()", "lab", "run", "telelogs",
+        *QUICK, *changes, "--out", str(out), "--workers", "2",
+    ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not list(out.glob("*.parquet")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     _, error = process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert before, error[-2000:]
-    command[-1] = "1"
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert len(missing_cells(chosen, out)) == 7 - len(before)
+    run_study(chosen, out, 1, "cpu", lambda finished: None)
     after = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(after) == 7
     assert before.items() <= after.items()
