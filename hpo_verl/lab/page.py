@@ -122,7 +122,8 @@ def _section(comparison: Comparison, results: Sequence[Result], pictures: list[P
         f"{training['mini_batches']} optimizer steps (AdamW, gradient norm clipped to "
         f"{training['max_grad_norm']:g}) per step; success on {evaluation['questions']} held-out "
         f"questions every {evaluation['every']} steps. {_rates(comparison)} "
-        "Clip range, aggregation and the like are those of recipes/algo, changed where a method's name says so.</p>",
+        "Clip range, aggregation and the like are those of recipes/algo, changed where a method's "
+        "name says so.</p>",
     ]
     tables = [(regime.title, [regime]) for regime in comparison.regimes]
     if len(tables) > 1:
