@@ -1,8 +1,8 @@
 """The lab's tasks: questions, the real reward functions, and texts for the warm start.
 
-A task's texts come from two authors, as in `data_prep.tiny_demos`. The one works before it
-answers, and takes a varying number of tokens for it; the other answers at once and almost always
-wrongly. A policy that imitates both is seldom right, yet can do better.
+The tiny policy works before it answers, and takes a varying number of tokens for it. Careless
+texts answer at once and almost always wrongly. A policy that imitates both is seldom right, yet
+can do better.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from data_prep.telelogs import synthetic_rows
 from hpo_verl.errors import ConfigError
 from hpo_verl.launch.recipes import nearest, recipes_directory
 from hpo_verl.rewards import countdown, telelogs
-from hpo_verl.rewards.telelogs import CAUSES
 
 Messages = list[dict[str, str]]
 _MAX_ATTEMPTS = 3
@@ -49,19 +48,21 @@ class Task:
 
     Attributes:
         name: Key of `TASKS`.
+        policy: The tiny policy's task that a warm start begins with.
         max_response_length: Tokens, the end token included.
         questions: From sizes and seed to training and held-out questions.
         score: Reward of a response, 0.0 or 1.0.
-        worked: Draws a text of the working author; None where the tiny policy has the skill.
-        careless: Draws a text of the other author.
+        careless: Draws an answer that is almost always wrong.
+        worked: Draws an answer that works before it ends; None where the tiny policy has the skill.
     """
 
     name: str
+    policy: str
     max_response_length: int
     questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
     score: Callable[[str, Any], float]
-    worked: Callable[[random.Random, list[Question]], Demonstration] | None
     careless: Callable[[random.Random, list[Question]], Demonstration]
+    worked: Callable[[random.Random, list[Question]], Demonstration] | None = None
 
 
 def find_task(name: str) -> Task:
@@ -172,16 +173,6 @@ def _telelogs_score(response: str, ground_truth: Any) -> float:
     return float(telelogs.compute_score("telelogs_synthetic", response, ground_truth)["score"])
 
 
-def _telelogs_worked(rng: random.Random, questions: list[Question]) -> Demonstration:
-    """Copy some of the features, in order, then name a cause: the right one every second time."""
-    question = rng.choice(questions)
-    features = question.messages[-1]["content"]
-    chosen = sorted(rng.sample(range(len(features)), rng.randint(2, len(features))))
-    cause = question.ground_truth if rng.random() < 0.5 else rng.choice(CAUSES)
-    notes = "".join(features[i] for i in chosen)
-    return Demonstration(question.messages, f"{notes}\n\\boxed{{{cause}}}")
-
-
 def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
     """Put a feature into the box, which is no cause."""
     question = rng.choice(questions)
@@ -193,17 +184,16 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "countdown3", 24, functools.partial(_countdown_questions, numbers=3),
-            _countdown_score, None, _countdown_careless,
+            "countdown3", "countdown", 24, functools.partial(_countdown_questions, numbers=3),
+            _countdown_score, _countdown_careless,
         ),
         Task(
-            "countdown4", 36, functools.partial(_countdown_questions, numbers=4),
-            _countdown_score, functools.partial(_countdown_worked, numbers=4),
-            _countdown_careless,
+            "countdown4", "countdown", 36, functools.partial(_countdown_questions, numbers=4),
+            _countdown_score, _countdown_careless,
+            functools.partial(_countdown_worked, numbers=4),
         ),
         Task(
-            "telelogs", 24, _telelogs_questions, _telelogs_score, _telelogs_worked,
-            _telelogs_careless,
+            "telelogs", "telelogs", 24, _telelogs_questions, _telelogs_score, _telelogs_careless
         ),
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Warm starts: policies that are right in a given share of their answers.
 
-Every seed has one skilled policy: `data_prep.tiny_policy`, taught the task's form by a second
-warm start where it has not learnt it. From there it imitates careless answers until its success,
+Every seed has one skilled policy: that of `data_prep.tiny_policy`, taught the task by a second
+warm start where it does not know it. From there it imitates careless answers until its success,
 measured on training questions, has fallen to the level wanted. So all levels of a seed share
 their skill and differ in how seldom they use it.
 """
@@ -16,13 +16,13 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from data_prep import tiny_policy
-from data_prep.tiny_training import Schedule
 from hpo_verl.errors import DataError
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.sampling import noise, sample
@@ -31,7 +31,8 @@ from hpo_verl.lab.tasks import Demonstration, Question, Task, puzzle_key
 # To be raised by every change after which a seed gives another policy.
 VERSION = 1
 FACTS = "lab.json"
-_SKILLED_SCHEDULE = Schedule(habit_direct_share=0.1)
+# Share of guesses that the tiny policy is shown at the end: few, so that it keeps its skill.
+_GUESSES = 0.1
 _SKILL_STEPS = 600
 _SKILL_LEARNING_RATE = 2e-3
 _SKILL_BATCH = 64
@@ -155,14 +156,16 @@ def _skilled(start: WarmStart, questions: list[Question], held_out: list[Questio
     """The skilled policy of a task and seed, made if it is not there."""
     task, seed = start.task, start.seed
     keys: set[Any] = set()
-    if task.worked is None:
+    if task.name == "countdown3":
         keys = {puzzle_key(question.ground_truth) for question in held_out}
-    tiny = cache_folder() / f"tiny-seed{seed}-{tiny_policy.puzzles_digest(keys)[:10]}"
+    digest = tiny_policy.puzzles_digest(keys)[:10]
+    tiny = cache_folder() / f"tiny-{task.policy}-seed{seed}-{digest}"
     try:
         tiny_policy.check(tiny, seed, keys)
     except DataError:
         shutil.rmtree(tiny, ignore_errors=True)
-        tiny_policy.make_policy(tiny, seed, keys, _SKILLED_SCHEDULE)
+        schedule = replace(tiny_policy.SCHEDULES[task.policy], habit_direct_share=_GUESSES)
+        tiny_policy.make_policy(tiny, seed, keys, schedule, task=task.policy)
     if task.worked is None:
         return Policy.load(tiny)
     folder = start.folder.with_name(f"{task.name}-skilled-{start.folder.name.split('-', 2)[2]}")
