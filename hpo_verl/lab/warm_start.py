@@ -156,7 +156,7 @@ def _skilled(start: WarmStart, questions: list[Question], held_out: list[Questio
     """The skilled policy of a task and seed, made if it is not there."""
     task, seed = start.task, start.seed
     keys: set[Any] = set()
-    if task.name == "countdown3":
+    if task.policy == "countdown":
         keys = {puzzle_key(question.ground_truth) for question in held_out}
     digest = tiny_policy.puzzles_digest(keys)[:10]
     tiny = cache_folder() / f"tiny-{task.policy}-seed{seed}-{digest}"
