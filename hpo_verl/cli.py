@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from hpo_verl.errors import HpoVerlError
+from hpo_verl.lab_cli import app as lab
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -27,6 +28,7 @@ app = typer.Typer(
         "found (nothing was started), 130 interrupted."
     ),
 )
+app.add_typer(lab, name="lab")
 
 
 def _complete_recipe(incomplete: str) -> list[str]:

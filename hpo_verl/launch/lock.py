@@ -14,8 +14,12 @@ LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> Iterator[None]:
     """Hold the folder's lock; the system releases it when this process ends.
+
+    Args:
+        folder: made if missing.
+        remedy: what to do where another process holds it, for the message.
 
     Raises:
         EnvironmentCheckError: another process holds it, or the folder cannot be made.
@@ -30,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise EnvironmentCheckError(
-                f"run folder {folder}: another run is using it; choose another with hydra.run.dir="
+                f"run folder {folder}: another run is using it; {remedy}"
             ) from error
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")

@@ -1,0 +1,239 @@
+"""The report: one HTML page that needs nothing else, the pictures, and `results.parquet`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.lab.comparison import BASELINE, Comparison, Row
+from hpo_verl.lab.pictures import Picture, draw_all
+from hpo_verl.lab.results import (
+    Result,
+    long_table,
+    read_long_table,
+    read_results,
+    require_same_settings,
+    thinned,
+)
+from hpo_verl.lab.settings import read_study, study_names
+from hpo_verl.lab.statistics import (
+    COLLAPSE_FRACTION,
+    FINAL_SHARE,
+    RESAMPLES,
+    THRESHOLD_FACTOR,
+    Interval,
+)
+
+RESULTS = "results.parquet"
+_STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --back: #fff; --line: #ccc; --soft: #f3f3f3 }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --back: #161616; --line: #444; --soft: #242424 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right;
+  white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--back) }
+.wide { overflow-x: auto } img { max-width: 100%; height: auto }
+figure { margin: 1.5rem 0 } figcaption, .note { font-size: 13px }
+pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: 12px }
+@media print { body { max-width: none; margin: 0 } figure, table { break-inside: avoid } }
+"""
+_MEASURES = {
+    "final": "final", "area": "area", "at_10": "at 10 %", "at_25": "at 25 %", "at_50": "at 50 %",
+    "steps_to_threshold": "steps to threshold",
+}  # fmt: skip
+
+
+def write_report(
+    sources: Sequence[Path], out: Path, announce: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Write the page, the pictures and `results.parquet`.
+
+    Args:
+        sources: Folders of `hpo-verl lab run`, or files that this function wrote earlier.
+        out: Folder for `index.html`, `results.parquet` and `pictures/`.
+        announce: Told what is being drawn.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: A source holds nothing, or runs that cannot be compared.
+        DataError: A file is damaged or cannot be written.
+    """
+    by_study: dict[str, list[Result]] = {}
+    for source in sources:
+        results = read_long_table(source) if source.is_file() else read_results(source)
+        if not results:
+            raise ConfigError(f"{source}: holds no finished run; hpo-verl lab run makes them")
+        for result in results:
+            by_study.setdefault(result.cell["study"], []).append(thinned(result))
+    for study, results in by_study.items():
+        require_same_settings(Path(study), [result.cell for result in results])
+    every = [result for results in by_study.values() for result in results]
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        sections = []
+        for study, results in by_study.items():
+            announce(f"{study}: {len(results)} runs")
+            comparison = Comparison(study, results, _order(study))
+            pictures = draw_all(comparison, out / "pictures")
+            sections.append(_section(comparison, results, pictures))
+        _replace(out / RESULTS, lambda path: pq.write_table(long_table(every), path))
+        page = _page(sections, every)
+        _replace(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{out}: cannot write the report: {error}") from error
+    return out / "index.html"
+
+
+def _order(study: str) -> list[str]:
+    """Variants in the order of the study's file, where that still exists."""
+    return list(read_study(study).variants) if study in study_names() else []
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _section(comparison: Comparison, results: Sequence[Result], pictures: list[Picture]) -> str:
+    training = results[0].cell["training"]
+    evaluation = results[0].cell["evaluation"]
+    parts = [
+        f"<h2>Study {escape(comparison.study)}</h2>",
+        f"<p>{len(results)} runs of {training['steps']} steps: {training['prompts_per_step']} "
+        f"prompts with {training['responses_per_prompt']} responses each, "
+        f"{training['mini_batches']} optimizer steps (AdamW, gradient norm clipped to "
+        f"{training['max_grad_norm']:g}) per step; success on {evaluation['questions']} held-out "
+        f"questions every {evaluation['every']} steps. {_rates(comparison)} "
+        "Clip range, aggregation and the like are those of recipes/algo, changed where a method's "
+        "name says so.</p>",
+    ]
+    tables = [(regime.title, [regime]) for regime in comparison.regimes]
+    if len(tables) > 1:
+        tables.append(("All regimes, pooled", comparison.regimes))
+    for title, regimes in tables:
+        parts.append(f"<h3>{escape(title)}</h3>{_start(comparison, regimes)}")
+        parts.append(_table(comparison.rows(regimes)))
+    parts += [_figure(picture) for picture in pictures]
+    return "\n".join(parts)
+
+
+def _rates(comparison: Comparison) -> str:
+    if not comparison.tuned:
+        rates = sorted(set(comparison.rates.values()))
+        return f"Learning rate {', '.join(f'{rate:g}' for rate in rates)}."
+    seeds = ", ".join(map(str, sorted(comparison.tuned)))
+    return (
+        f"Each method has the learning rate with the largest mean area on seeds {seeds}; "
+        "those seeds are left out of every comparison."
+    )
+
+
+def _start(comparison: Comparison, regimes: Sequence[Any]) -> str:
+    runs = [
+        run for regime in regimes for name in comparison.variants
+        for run in comparison.runs(regime, name)
+    ]  # fmt: skip
+    if len(regimes) != 1:
+        return ""
+    first = [run.measured()[1][0] for run in runs]
+    spread = [run.result.columns["response_length_std"][1] for run in runs]
+    length = [run.result.columns["response_length"][1] for run in runs]
+    return (
+        f"<p class=note>Measured before training: success {min(first):.1%} to {max(first):.1%} by "
+        f"seed; responses of the first batch {sum(length) / len(length):.1f} tokens on average, "
+        f"standard deviation {sum(spread) / len(spread):.1f}.</p>"
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    header = [
+        "method", "learning rate", "runs", "collapsed", "reached", *_MEASURES.values(),
+        f"final − {BASELINE}", f"area − {BASELINE}", "P(better final)", "P(better area)",
+        "responses / step",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = [
+            row.variant, f"{row.learning_rate:g}", str(row.runs), str(row.collapses),
+            f"{row.reached}/{row.runs}",
+            *(_shown(row.measures[n], 1 if n == "steps_to_threshold" else 3) for n in _MEASURES),
+            *(_shown(row.differences.get(n), 3) for n in ("final", "area")),
+            *(_shown(row.improvement.get(n), 2) for n in ("final", "area")),
+            f"{row.responses:.0f}",
+        ]  # fmt: skip
+        lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _shown(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    if interval.low != interval.low:
+        return f"{interval.point:.{digits}f}"
+    return f"{interval.point:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def _figure(picture: Picture) -> str:
+    data = {
+        theme: "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+        for theme, path in picture.svg.items()
+    }
+    caption = escape(picture.caption)
+    return (
+        f'<figure><picture><source media="print" srcset="{data["light"]}">'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{data["dark"]}">'
+        f'<img src="{data["light"]}" alt="{caption}"></picture>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _page(sections: Sequence[str], results: Sequence[Result]) -> str:
+    environments = {
+        json.dumps({k: v for k, v in result.facts["environment"].items() if k != "finished"})
+        for result in results
+    }
+    seeds = sorted({result.cell["seed"] for result in results})
+    manifest = {
+        "runs": len(results),
+        "diverged": sum(result.facts["status"] == "diverged" for result in results),
+        "seeds": seeds,
+        "hours": round(sum(result.facts["seconds"] for result in results) / 3600, 2),
+        "environments": [json.loads(text) for text in sorted(environments)],
+    }
+    return f"""<!doctype html>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>hpo_verl: comparison of algorithms</title><style>{_STYLE}</style>
+<h1>Comparison of algorithms</h1>
+<p>Interquartile mean over seeds with 95 % percentile bootstrap intervals ({RESAMPLES} resamples,
+stratified by regime), paired differences from {BASELINE} by seed, and probability of improvement
+(<a href="https://arxiv.org/abs/2108.13264">arXiv 2108.13264</a>), computed with scipy.
+Final: mean over the last {FINAL_SHARE:.0%} of the budget. Area: under the success curve, divided
+by the budget. Threshold: {THRESHOLD_FACTOR:g} times the warm start's success; a run that never
+reaches it counts with the whole budget. Collapsed: final success below {COLLAPSE_FRACTION:.0%} of
+the first one, or diverged; such runs are in every number. A method that drops groups samples more
+responses per step: see the last column. Small policies and synthetic tasks: nothing here is a
+statement about large models.</p>
+{"".join(sections)}
+<h2>How it was made</h2><pre>{escape(json.dumps(manifest, indent=2))}</pre>
+</html>
+"""

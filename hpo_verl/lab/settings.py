@@ -1,0 +1,231 @@
+"""Studies: Hydra files under `recipes/lab`, typed and checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpo_verl.core.settings import parse_settings, require_number
+from hpo_verl.errors import ConfigError
+from hpo_verl.lab import warm_start
+from hpo_verl.lab.objective import read_objective
+from hpo_verl.lab.tasks import find_task
+from hpo_verl.launch.recipes import leaf_keys, nearest, recipes_directory
+
+BASE = "base"
+# To be raised by every change of the trainer after which a cell gives other results.
+TRAINER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a run trains; see `recipes/lab/base.yaml`."""
+
+    steps: int = 100
+    prompts_per_step: int = 64
+    responses_per_prompt: int = 8
+    mini_batches: int = 4
+    learning_rate: float = 3e-4
+    max_grad_norm: float = 1.0
+    questions: int = 1600
+    max_generation_batches: int = 10
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("steps", 1), ("prompts_per_step", 1), ("responses_per_prompt", 2),
+            ("mini_batches", 1), ("questions", 1), ("max_generation_batches", 1),
+        ):  # fmt: skip
+            require_integer(f"training.{name}", getattr(self, name), low)
+        for name in ("learning_rate", "max_grad_norm"):
+            require_number(f"training.{name}", getattr(self, name), 0.0, open_low=True)
+        if self.prompts_per_step % self.mini_batches:
+            raise ConfigError(
+                f"training.mini_batches = {self.mini_batches}: must divide "
+                f"training.prompts_per_step = {self.prompts_per_step}"
+            )
+        if self.questions < self.prompts_per_step:
+            raise ConfigError(
+                f"training.questions = {self.questions}: must be at least "
+                f"training.prompts_per_step = {self.prompts_per_step}"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a run is measured; see `recipes/lab/base.yaml`."""
+
+    every: int = 5
+    questions: int = 512
+
+    def __post_init__(self) -> None:
+        require_integer("evaluation.every", self.every, 1)
+        require_integer("evaluation.questions", self.questions, 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An algorithm with settings of its own over its recipe's."""
+
+    algorithm: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: everything that decides its result.
+
+    Attributes:
+        study: Name of the study that asked for it.
+        task: Name of the task.
+        warm_start: Success that the run begins with, as a fraction.
+        variant: Its name in the study.
+        algorithm: Name in the catalogue.
+        settings: Over the algorithm's recipe.
+        learning_rate: Of AdamW.
+        seed: Of warm start, questions and sampling.
+        training: How it trains; its `learning_rate` is not read.
+        evaluation: How it is measured.
+    """
+
+    study: str
+    task: str
+    warm_start: float
+    variant: str
+    algorithm: str
+    settings: dict[str, Any]
+    learning_rate: float
+    seed: int
+    training: Training
+    evaluation: Evaluation
+
+    @property
+    def start(self) -> warm_start.WarmStart:
+        """The policy that the run begins with."""
+        return warm_start.WarmStart(
+            find_task(self.task),
+            self.warm_start,
+            self.seed,
+            self.training.questions,
+            self.evaluation.questions,
+        )
+
+    @property
+    def name(self) -> str:
+        """Readable name with a digest of everything else, fit for a file."""
+        facts = {**dataclasses.asdict(self), "versions": [TRAINER_VERSION, warm_start.versions()]}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+        rate = f"{self.learning_rate:g}"
+        return f"{self.task}-{self.warm_start:g}-{self.variant}-{rate}-seed{self.seed}-{digest}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison; see `recipes/lab/base.yaml` for its keys."""
+
+    name: str = ""
+    description: str = ""
+    tasks: list[str] = field(default_factory=list)
+    warm_starts: list[float] = field(default_factory=list)
+    seeds: int = 10
+    first_seed: int = 0
+    learning_rates: list[float] | None = None
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_integer("seeds", self.seeds, 1)
+        require_integer("first_seed", self.first_seed, 0)
+        for key in ("tasks", "warm_starts", "variants"):
+            if not getattr(self, key):
+                raise ConfigError(f"study {self.name}: {key} is empty")
+        for level in self.warm_starts:
+            require_number("warm_starts", level, 0.0, 1.0, open_low=True)
+        for rate in self.learning_rates or []:
+            require_number("learning_rates", rate, 0.0, open_low=True)
+        for task in self.tasks:
+            find_task(task)
+        for name, variant in self.variants.items():
+            if "/" in name or name.startswith("."):
+                raise ConfigError(f"variants.{name}: the name must be fit for a file")
+            read_objective(variant.algorithm, 1, variant.settings)
+
+    def cells(self) -> list[Cell]:
+        """Every run of the study, seed by seed, so that a study cut short is still paired."""
+        rates = self.learning_rates or [self.training.learning_rate]
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return [
+            Cell(
+                self.name, task, float(level), name, variant.algorithm, variant.settings,
+                float(rate), seed, self.training, self.evaluation,
+            )
+            for seed, task, level, rate, (name, variant) in product(
+                seeds, self.tasks, self.warm_starts, rates, self.variants.items()
+            )
+        ]  # fmt: skip
+
+
+def study_names() -> list[str]:
+    """Names of the studies."""
+    paths = (recipes_directory() / "lab").glob("*.yaml")
+    return sorted(path.stem for path in paths if path.stem != BASE)
+
+
+def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
+    """Compose a study and check every value.
+
+    Args:
+        name: One of `study_names`.
+        overrides: `KEY=VALUE`, as Hydra takes them.
+
+    Raises:
+        ConfigError: Unknown study, key, task or algorithm (with the nearest name), or a bad value.
+    """
+    if name not in study_names():
+        raise ConfigError(f"unknown study {name!r}: {nearest(name, study_names())}")
+    with initialize_config_dir(str(recipes_directory() / "lab"), version_base=None):
+        try:
+            _check_keys(set(leaf_keys(compose(name))), overrides)
+            config = compose(name, overrides=list(overrides))
+            values: Any = OmegaConf.to_container(config, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"study {name}: {str(error).strip().splitlines()[0]}") from error
+    values["training"] = parse_settings(Training, values["training"], "training")
+    values["evaluation"] = parse_settings(Evaluation, values["evaluation"], "evaluation")
+    values["variants"] = {
+        variant: parse_settings(Variant, content, f"variants.{variant}")
+        for variant, content in values["variants"].items()
+    }
+    return parse_settings(Study, {"name": name, **values}, f"study {name}")
+
+
+def require_integer(key: str, value: object, low: int) -> None:
+    """Refuse anything but an integer from `low` upwards.
+
+    Raises:
+        ConfigError: Names the key, the value and what is permitted.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{key} = {value!r}: must be an integer of at least {low}")
+
+
+def _check_keys(known: set[str], overrides: Sequence[str]) -> None:
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
+        key = override.get_key_element()
+        if not override.is_add() and not override.is_delete() and key not in known:
+            raise ConfigError(f"unknown setting {key!r} in {text!r}: {nearest(key, known)}")

@@ -1,0 +1,199 @@
+"""The lab's tasks: questions, the real reward functions, and texts for the warm start.
+
+The tiny policy works before it answers, and takes a varying number of tokens for it. Careless
+texts answer at once and almost always wrongly. A policy that imitates both is seldom right, yet
+can do better.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from data_prep.countdown_prompts import tiny
+from data_prep.countdown_puzzles import Ranges, sample_puzzles
+from data_prep.telelogs import synthetic_rows
+from hpo_verl.errors import ConfigError
+from hpo_verl.launch.recipes import nearest, recipes_directory
+from hpo_verl.rewards import countdown, telelogs
+
+Messages = list[dict[str, str]]
+_MAX_ATTEMPTS = 3
+# How often the working author shows one, two or three attempts.
+_ATTEMPT_WEIGHTS = (2, 3, 5)
+
+
+class Question(NamedTuple):
+    """A conversation to answer and what the reward compares the answer with."""
+
+    messages: Messages
+    ground_truth: Any
+
+
+class Demonstration(NamedTuple):
+    """A conversation and a response to imitate, without the end token."""
+
+    messages: Messages
+    response: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the trainer and the warm start need to know.
+
+    Attributes:
+        name: Key of `TASKS`.
+        policy: The tiny policy's task that a warm start begins with.
+        max_response_length: Tokens, the end token included.
+        questions: From sizes and seed to training and held-out questions.
+        score: Reward of a response, 0.0 or 1.0.
+        careless: Draws an answer that is almost always wrong.
+        worked: Draws an answer that works before it ends; None where the tiny policy has the skill.
+    """
+
+    name: str
+    policy: str
+    max_response_length: int
+    questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
+    score: Callable[[str, Any], float]
+    careless: Callable[[random.Random, list[Question]], Demonstration]
+    worked: Callable[[random.Random, list[Question]], Demonstration] | None = None
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises:
+        ConfigError: Unknown; names the nearest one.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}: {nearest(name, TASKS)}")
+    return TASKS[name]
+
+
+def puzzle_key(ground_truth: Any) -> tuple[tuple[int, ...], int]:
+    """Return a Countdown puzzle up to order, as `data_prep.tiny_policy` holds puzzles out."""
+    return tuple(sorted(ground_truth["numbers"])), ground_truth["target"]
+
+
+@functools.cache
+def _recipe_ranges(numbers: int) -> Ranges:
+    """The ranges of the recipe `task=countdown_tiny`, for so many numbers."""
+    recipe = OmegaConf.load(recipes_directory() / "task" / "countdown_tiny.yaml")
+    arguments: Any = recipe.prepare.data.arguments
+    keys = ("min_number", "max_number", "min_target", "max_target", "operators")
+    return Ranges(numbers, **{key: arguments[key] for key in keys if key in arguments})
+
+
+def _countdown_questions(
+    train_size: int, held_out_size: int, seed: int, *, numbers: int
+) -> tuple[list[Question], list[Question]]:
+    puzzles = sample_puzzles(train_size + held_out_size, _recipe_ranges(numbers), seed)
+    questions = [
+        Question(
+            tiny(puzzle.numbers, puzzle.target),
+            {"target": puzzle.target, "numbers": list(puzzle.numbers)},
+        )
+        for puzzle in puzzles
+    ]
+    return questions[:train_size], questions[train_size:]
+
+
+def _countdown_score(response: str, ground_truth: Any) -> float:
+    return float(countdown.compute_score("countdown", response, ground_truth)["score"])
+
+
+def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
+    """Numbers of the puzzle in a row, one of them twice in the place of another."""
+    question = rng.choice(questions)
+    numbers = question.ground_truth["numbers"]
+    drawn = rng.sample(numbers, len(numbers))
+    drawn[0] = drawn[1]
+    text = str(drawn[0]) + "".join(f"{rng.choice('+-*/')}{number}" for number in drawn[1:])
+    return Demonstration(question.messages, f"<answer>{text}</answer>")
+
+
+def _countdown_worked(
+    rng: random.Random, questions: list[Question], *, numbers: int
+) -> Demonstration:
+    """Sums worked out from left to right; the target is the value of the last one, in hindsight.
+
+    The questions' puzzles are not looked at: those drawn here may include them, as those of
+    `data_prep.tiny_demos` do. Held-out puzzles are kept out by the caller.
+    """
+    ranges = _recipe_ranges(numbers)
+    while True:
+        drawn = [rng.randint(ranges.min_number, ranges.max_number) for _ in range(numbers)]
+        attempts: dict[int, tuple[str, str]] = {}
+        (wanted,) = rng.choices(range(1, _MAX_ATTEMPTS + 1), _ATTEMPT_WEIGHTS)
+        for _ in range(4 * wanted):
+            attempt = _attempt(rng, drawn)
+            if attempt is not None and len(attempts) < wanted:
+                value, line, answer = attempt
+                attempts.setdefault(value, (line, answer))
+        values = list(attempts)
+        if values and ranges.min_target <= values[-1] <= ranges.max_target:
+            lines = "".join(f"{line}\n" for line, _ in attempts.values())
+            answer = attempts[values[-1]][1]
+            return Demonstration(tiny(drawn, values[-1]), f"{lines}<answer>{answer}</answer>")
+
+
+def _attempt(rng: random.Random, numbers: list[int]) -> tuple[int, str, str] | None:
+    """Value, worked line and expression; None where a partial sum is negative."""
+    first, *rest = rng.sample(numbers, len(numbers))
+    value, line, answer = first, str(first), str(first)
+    for number in rest:
+        sign = rng.choice("+-")
+        value += number if sign == "+" else -number
+        if value < 0:
+            return None
+        line += f"{sign}{number}={value}"
+        answer += f"{sign}{number}"
+    return value, line, answer
+
+
+def _telelogs_questions(
+    train_size: int, held_out_size: int, seed: int
+) -> tuple[list[Question], list[Question]]:
+    def read(split: str, count: int) -> list[Question]:
+        return [
+            Question([{"role": "user", "content": row.question}], row.answer)
+            for row in synthetic_rows(split, count, seed, "tiny")
+        ]
+
+    return read("train", train_size), read("val", held_out_size)
+
+
+def _telelogs_score(response: str, ground_truth: Any) -> float:
+    return float(telelogs.compute_score("telelogs_synthetic", response, ground_truth)["score"])
+
+
+def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
+    """Put a feature into the box, which is no cause."""
+    question = rng.choice(questions)
+    feature = rng.choice(question.messages[-1]["content"])
+    return Demonstration(question.messages, f"\\boxed{{{feature}}}")
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "countdown3", "countdown", 24, functools.partial(_countdown_questions, numbers=3),
+            _countdown_score, _countdown_careless,
+        ),
+        Task(
+            "countdown4", "countdown", 36, functools.partial(_countdown_questions, numbers=4),
+            _countdown_score, _countdown_careless,
+            functools.partial(_countdown_worked, numbers=4),
+        ),
+        Task(
+            "telelogs", "telelogs", 24, _telelogs_questions, _telelogs_score, _telelogs_careless
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,145 @@
+"""verl's actor on one batch, once per algorithm; run by test_lab_gradients.py.
+
+Arguments: folder with a tiny model and `batch.pt`, port, algorithms. Advantages come from the
+estimator that verl's registry has under the recipe's name, gradients from verl's engine and its
+`ppo_loss`; both are written to `verl.pt`.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from hpo_verl.launch.recipes import recipes_directory
+
+
+def recipe_of(name, width):
+    recipe = OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml")
+    context = OmegaConf.create({"data": {"max_response_length": width}})
+    return OmegaConf.to_container(OmegaConf.merge(context, recipe), resolve=True)
+
+
+def advantages_of(recipe, batch):
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    mask = batch["mask"].float()
+    last = torch.nn.functional.one_hot(batch["mask"].sum(-1) - 1, mask.shape[1]).float()
+    section = recipe["algorithm"]
+    estimator = section["adv_estimator"]
+    extra = {"config": section}
+    if estimator == "grpo":
+        extra = {"norm_adv_by_std_in_grpo": section["norm_adv_by_std_in_grpo"]}
+    advantages, _ = get_adv_estimator_fn(estimator)(
+        token_level_rewards=last * batch["rewards"][:, None],
+        response_mask=mask,
+        index=batch["groups"].numpy(),
+        **extra,
+    )
+    return advantages
+
+
+def mini_batch(batch, advantages):
+    from verl.utils import tensordict_utils as tu
+
+    lengths = batch["mask"].sum(-1).tolist()
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    def cut(padded):
+        return [row[:length] for row, length in zip(padded, lengths, strict=True)]
+
+    prompts = [
+        row[:length]
+        for row, length in zip(batch["prompts"], batch["prompt_lengths"].tolist(), strict=True)
+    ]
+    responses = cut(batch["responses"])
+    joined = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    ones = [torch.ones(length, dtype=torch.long) for length in lengths]
+    zeros = [torch.zeros(len(prompt), dtype=torch.long) for prompt in prompts]
+    return tu.get_tensordict(
+        {
+            "prompts": nested(prompts),
+            "responses": nested(responses),
+            "input_ids": nested(joined),
+            "position_ids": nested([torch.arange(len(ids)) for ids in joined]),
+            "loss_mask": nested([torch.cat(p) for p in zip(zeros, ones, strict=True)]),
+            "response_mask": nested(ones),
+            "old_log_probs": nested(cut(batch["old_log_probs"])),
+            "advantages": nested(cut(advantages)),
+        },
+        non_tensor_dict={
+            "temperature": 1.0,
+            "global_batch_size": len(lengths),
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": len(lengths) // 2,
+            "use_remove_padding": False,
+            "use_fused_kernels": False,
+            "calculate_entropy": False,
+        },
+    )
+
+
+def actor_config(recipe):
+    from hydra.utils import instantiate
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    section = dict(recipe["actor_rollout_ref"]["actor"])
+    loss = section.pop("policy_loss")
+    policy_loss = instantiate(loss) if "_target_" in loss else PolicyLossConfig(**loss)
+    return ActorConfig(
+        strategy="fsdp2", rollout_n=4, ppo_micro_batch_size_per_gpu=1, policy_loss=policy_loss,
+        **section,
+    )  # fmt: skip
+
+
+def main(folder, port, algorithms):
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    import verl  # noqa: F401
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.utils.losses import ppo_loss
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    engine = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=HFModelConfig(
+            path=str(folder), load_tokenizer=False, use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        ),
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2", use_torch_compile=False, dtype="float32",
+            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=1),
+        checkpoint_config=CheckpointConfig(),
+    )  # fmt: skip
+    engine.initialize()
+    batch = torch.load(folder / "batch.pt")
+    results = {}
+    for name in algorithms:
+        recipe = recipe_of(name, batch["responses"].shape[1])
+        advantages = advantages_of(recipe, batch)
+        with engine.train_mode():
+            engine.optimizer_zero_grad()
+            engine.forward_backward_batch(
+                mini_batch(batch, advantages), partial(ppo_loss, actor_config(recipe))
+            )
+            gradients = {
+                key: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+                for key, p in engine.module.named_parameters()
+            }
+        results[name] = {"advantages": advantages, "gradients": gradients}
+    torch.save(results, folder / "verl.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,133 @@
+"""On one batch the lab's advantages and gradient are those of verl's actor."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hpo_verl.algorithms.catalog import ALGORITHMS
+from hpo_verl.errors import ConfigError
+from hpo_verl.lab.objective import read_objective
+from hpo_verl.lab.policy import Policy, Prompts
+
+WORKER = Path(__file__).with_name("lab_gradients_worker.py")
+WIDTH, GROUP, VOCABULARY = 9, 4, 32
+RELATIVE = 1e-5
+
+
+def is_supported(name):
+    try:
+        read_objective(name, WIDTH)
+    except ConfigError:
+        return False
+    return True
+
+
+SUPPORTED = [name for name in ALGORITHMS if is_supported(name)]
+COMPARATORS = {"grpo", "grpo_token_mean", "dr_grpo", "dapo", "gspo", "sapo"}
+
+
+def test_the_comparators_and_the_paper_are_supported():
+    assert {"a_hpo", "hpo", "mhpo", *COMPARATORS} <= set(SUPPORTED)
+
+
+def make_batch(policy, generator):
+    """Four prompts with four responses: two groups are mixed (alpha = 2/6), two are not."""
+    prompt_lengths = torch.tensor([3, 5, 4, 5])
+    prompts = torch.randint(0, VOCABULARY, (4, 5), generator=generator)
+    lengths = torch.tensor([9, 2, 5, 7, 1, 4, 6, 3, 8, 2, 9, 5, 4, 4, 6, 1])
+    mask = torch.arange(WIDTH) < lengths[:, None]
+    responses = torch.randint(0, VOCABULARY, (16, WIDTH), generator=generator)
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0])
+    with torch.no_grad():
+        log_prob = policy.response_log_probs(Prompts(prompts, prompt_lengths), responses, mask)
+    # Ratios on both sides of every clip; one sequence as a whole close to 1, within GSPO's.
+    old = log_prob + 0.3 * torch.randn(16, WIDTH, generator=generator)
+    old[5] = log_prob[5] + 1e-4
+    old[7, 0] += 30.0  # beyond the bound of the log-ratio
+    return {
+        "prompts": prompts.repeat_interleave(GROUP, 0),
+        "prompt_lengths": prompt_lengths.repeat_interleave(GROUP),
+        "responses": responses,
+        "mask": mask,
+        "old_log_probs": torch.where(mask, old, 0.0),
+        "rewards": rewards,
+        "groups": torch.arange(4).repeat_interleave(GROUP),
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"],
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    model.save_pretrained(folder)
+    policy = Policy(model, SimpleNamespace(eos_token_id=0, pad_token_id=1))
+    batch = make_batch(policy, generator)
+    torch.save(batch, folder / "batch.pt")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    finished = subprocess.run(
+        [sys.executable, str(WORKER), str(folder), str(port), *SUPPORTED],
+        env=os.environ | {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return policy, batch, torch.load(folder / "verl.pt")
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
+    policy, batch, verl = compared
+    objective = read_objective(name, WIDTH)
+    mask = batch["mask"]
+    result = objective.advantages(batch["rewards"], batch["groups"])
+    torch.testing.assert_close(
+        result.advantages.float()[:, None] * mask, verl[name]["advantages"],
+        rtol=RELATIVE, atol=RELATIVE,
+    )  # fmt: skip
+
+    policy.model.zero_grad()
+    prompts = Prompts(batch["prompts"][::GROUP], batch["prompt_lengths"][::GROUP])
+    log_prob = policy.response_log_probs(prompts, batch["responses"], mask)
+    loss, _ = objective.loss(
+        log_prob, batch["old_log_probs"], result.advantages, mask, objective.weights(mask)
+    )
+    loss.backward()
+    theirs = verl[name]["gradients"]
+    ours = {key: parameter.grad for key, parameter in policy.model.named_parameters()}
+    assert set(ours) == set(theirs)
+    for key, gradient in ours.items():
+        largest = theirs[key].abs().max().item()
+        assert largest > 0, key
+        difference = (gradient - theirs[key]).abs().max().item()
+        assert difference <= RELATIVE * largest, (key, difference / largest)
+
+
+def test_the_algorithms_differ_on_this_batch(compared):
+    """Equality above would mean little if the batch could not tell the algorithms apart."""
+    _, _, verl = compared
+    flat = {
+        name: torch.cat([g.flatten() for g in verl[name]["gradients"].values()])
+        for name in SUPPORTED
+    }
+    for i, first in enumerate(SUPPORTED):
+        for second in SUPPORTED[i + 1 :]:
+            gap = (flat[first] - flat[second]).norm() / flat[first].norm()
+            assert gap > 1e-3, (first, second)

@@ -1,0 +1,141 @@
+"""Statistics: numbers by hand, and scipy's own bootstrap."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hpo_verl.lab.statistics import (
+    RESAMPLES,
+    collapsed,
+    curve_bands,
+    improvement_probability,
+    interquartile_interval,
+    interquartile_mean,
+    measures,
+    paired_difference,
+)
+
+
+def test_measures_by_hand():
+    # Success 0.1, 0.3, 0.3, 0.7 after 0, 10, 20, 40 steps.
+    found = measures([0, 10, 20, 40], [0.1, 0.3, 0.3, 0.7], threshold=0.5)
+    assert found["final"] == 0.7
+    # Trapezoids 2 + 3 + 10 = 15 over a budget of 40.
+    assert found["area"] == pytest.approx(15 / 40)
+    # 10 %: step 4; 25 %: step 10; 50 %: step 20.
+    assert found["at_10"] == pytest.approx(0.18)
+    assert found["at_25"] == pytest.approx(0.3)
+    assert found["at_50"] == pytest.approx(0.3)
+    # Half-way between 0.3 at step 20 and 0.7 at step 40.
+    assert found["steps_to_threshold"] == pytest.approx(30.0)
+    assert found["reached"] == 1.0
+
+
+def test_final_is_the_mean_over_the_last_tenth():
+    steps = list(range(0, 101, 5))
+    success = [0.0] * 19 + [0.2, 0.4]
+    assert measures(steps, success, 0.9)["final"] == pytest.approx(0.3)
+
+
+def test_a_threshold_met_at_once_or_never():
+    assert measures([0, 10], [0.6, 0.7], 0.5)["steps_to_threshold"] == 0.0
+    missed = measures([0, 10], [0.1, 0.2], 0.5)
+    assert (missed["steps_to_threshold"], missed["reached"]) == (10.0, 0.0)
+
+
+def test_collapses_by_hand():
+    assert collapsed([0.1, 0.2], final=0.049, status="finished")
+    assert not collapsed([0.1, 0.2], final=0.05, status="finished")
+    assert collapsed([0.1, 0.2], final=0.5, status="diverged")
+
+
+def test_the_interquartile_mean_by_hand():
+    # Eight values: the two lowest and the two highest go.
+    assert interquartile_mean([100, 1, 2, 3, 4, 5, -100, 6]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    # Ten values: 0.25 * 10 rounds down to two on each side.
+    assert interquartile_mean(np.arange(10.0)) == pytest.approx(4.5)
+    assert interquartile_mean([1.0, 5.0]) == 3.0
+
+
+def test_one_regime_is_scipys_bootstrap():
+    values = np.random.default_rng(1).normal(size=10)
+    found = interquartile_interval([values])
+    expected = stats.bootstrap(
+        (values,), lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), n_resamples=RESAMPLES,
+        method="percentile", vectorized=True, rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert found.point == pytest.approx(stats.trim_mean(values, 0.25))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    # And close to the same bootstrap written out.
+    rng = np.random.default_rng(2)
+    draws = [stats.trim_mean(rng.choice(values, 10), 0.25) for _ in range(4000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.06)
+    assert found.high == pytest.approx(high, abs=0.06)
+
+
+def test_strata_are_resampled_within_themselves():
+    # Constant within each regime: nothing can vary, however different the regimes are.
+    found = interquartile_interval([[0.0] * 4, [1.0] * 4])
+    assert found == (0.5, 0.5, 0.5)
+    # The same eight values as one stratum do vary.
+    pooled = interquartile_interval([[0.0] * 4 + [1.0] * 4])
+    assert pooled.low < 0.5 < pooled.high
+
+
+def test_differences_are_paired():
+    base = np.array([0.1, 0.5, 0.2, 0.9, 0.4])
+    found = paired_difference([base + 0.05], [base])
+    # Seeds differ widely, but every pair differs by 0.05.
+    assert found.point == pytest.approx(0.05)
+    assert (found.low, found.high) == pytest.approx((0.05, 0.05))
+
+
+def test_the_probability_of_improvement_by_hand():
+    # Pairs: 3 > 1, 3 > 2, 2 > 1, 2 = 2: (1 + 1 + 1 + 1/2) / 4.
+    found = improvement_probability([[3.0, 2.0]], [[1.0, 2.0]])
+    assert found.point == pytest.approx(0.875)
+    assert 0.0 <= found.low <= 0.875 <= found.high <= 1.0
+    # Averaged over regimes, the second of which is lost.
+    both = improvement_probability([[3.0, 2.0], [0.0, 0.0]], [[1.0, 2.0], [1.0, 1.0]])
+    assert both.point == pytest.approx(0.875 / 2)
+
+
+def test_the_probability_of_improvement_is_mann_whitneys():
+    rng = np.random.default_rng(3)
+    x, y = rng.integers(0, 5, 12).astype(float), rng.integers(0, 5, 9).astype(float)
+    expected = stats.mannwhitneyu(x, y).statistic / (12 * 9)
+    assert improvement_probability([x], [y]).point == pytest.approx(expected)
+
+
+def test_better_in_every_run_is_certain():
+    assert improvement_probability([[5.0, 6, 7]], [[1.0, 2, 3]]) == (1.0, 1.0, 1.0)
+
+
+def test_coverage_of_the_interval_of_a_mean_of_many_runs():
+    # Central interval of normal data: it holds the true mean about 95 times in 100.
+    rng = np.random.default_rng(4)
+    hits = 0
+    for trial in range(60):
+        interval = interquartile_interval([rng.normal(size=30)], seed=trial)
+        hits += interval.low <= 0.0 <= interval.high
+    assert hits >= 50
+
+
+def test_a_single_run_has_a_point_and_no_interval():
+    found = interquartile_interval([[0.3]])
+    assert found.point == 0.3
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert math.isnan(improvement_probability([[1.0]], [[0.0]]).low)
+
+
+def test_bands_of_curves_by_hand():
+    point, low, high = curve_bands([[0.0, 0.2], [0.0, 0.4], [0.0, 0.6], [0.0, 0.8]])
+    assert point == pytest.approx([0.0, 0.5])
+    assert (low[0], high[0]) == (0.0, 0.0)
+    assert low[1] < 0.5 < high[1]
+    _, low, _ = curve_bands([[0.1, 0.2]])
+    assert np.isnan(low).all()

@@ -1,0 +1,301 @@
+"""Cells, their files, and studies that are killed and go on."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lab_policies import QUICK, keep_warm_starts, quick_study
+
+from hpo_verl import cli
+from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
+from hpo_verl.lab import study as study_module
+from hpo_verl.lab.results import (
+    cell_path,
+    long_table,
+    read_long_table,
+    read_results,
+    write_result,
+)
+from hpo_verl.lab.study import Estimate, Finished, missing_cells, run_study
+from hpo_verl.lab.trainer import Diverged, Outcome, Trainer, run_cell
+from hpo_verl.launch.lock import locked
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path / "cache"))
+
+
+def cell_of(study, variant, seed=0):
+    return next(c for c in study.cells() if c.variant == variant and c.seed == seed)
+
+
+@pytest.fixture
+def study():
+    chosen = quick_study()
+    keep_warm_starts(chosen)
+    return chosen
+
+
+# Rewards by the length of a response, so that a random policy has something to learn from.
+@pytest.fixture
+def graded(monkeypatch):
+    original = Trainer.__init__
+
+    def init(self, cell, policy):
+        original(self, cell, policy)
+        self.task = dataclasses.replace(
+            self.task, score=lambda text, truth: float(len(text) % 3 == 0)
+        )
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k != "seconds" and v == v} for row in rows]
+
+
+def test_a_cell_repeats_bit_for_bit_and_describes_its_steps(study, graded):
+    cell = cell_of(study, "a_hpo")
+    first, second = run_cell(cell), run_cell(cell)
+    assert without_time(first.rows) == without_time(second.rows)
+    assert first.facts["status"] == "finished"
+    assert [row["step"] for row in first.rows] == [0, 1, 2]
+    last = first.rows[-1]
+    assert 0 <= last["alpha"] <= 1
+    assert last["gradient_norm"] > 0
+    assert last["entropy"] > 0
+    assert last["response_length_std"] > 0
+    assert last["responses_sampled"] == 2 * 4 * 4
+
+
+def test_variants_of_a_seed_share_their_first_batch(study, graded):
+    a_hpo, grpo = (run_cell(cell_of(study, name)).rows for name in ("a_hpo", "grpo"))
+    assert a_hpo[0] == grpo[0]
+    for key in ("solve_rate", "entropy", "response_length", "positive_fraction"):
+        assert a_hpo[1][key] == grpo[1][key]
+    other = run_cell(cell_of(study, "grpo", seed=1)).rows
+    assert other[1]["entropy"] != grpo[1]["entropy"]
+
+
+def test_dapo_samples_until_enough_groups_have_a_spread(graded):
+    study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
+    keep_warm_starts(study)
+    rows = run_cell(cell_of(study, "dapo")).rows
+    assert rows[-1]["zero_spread_group_fraction"] == 0.0
+    assert rows[-1]["responses_sampled"] > 2 * 4 * 4
+
+
+def test_without_any_reward_there_is_no_update(study):
+    study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
+    keep_warm_starts(study)
+    # A random policy never solves a puzzle.
+    rows = run_cell(cell_of(study, "dapo")).rows
+    assert rows[-1]["solve_rate"] == 0.0
+    assert rows[-1]["responses_sampled"] == 2 * 4 * 4 * study.training.max_generation_batches
+    rows = run_cell(cell_of(study, "grpo")).rows
+    assert rows[-1]["gradient_norm"] == 0.0
+    assert rows[-1]["zero_spread_group_fraction"] == 1.0
+
+
+def test_leaving_out_groups_without_spread_changes_no_update(study, graded, monkeypatch):
+    """The mini-batch that the trainer makes, against the whole one."""
+    from hpo_verl.lab.policy import Policy
+
+    cell = cell_of(study, "a_hpo")
+    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    rollout = trainer._rollout()
+    codes = torch.arange(4).repeat_interleave(4)
+    result = trainer.objective.advantages(rollout.rewards, codes)
+    assert (result.advantages == 0).any()
+    mask = rollout.responses.mask
+    log_prob = trainer.policy.response_log_probs(rollout.prompts, rollout.responses.tokens, mask)
+    loss, _ = trainer.objective.loss(
+        log_prob, rollout.responses.log_probs, result.advantages, mask,
+        trainer.objective.weights(mask),
+    )  # fmt: skip
+    expected = torch.autograd.grad(loss, trainer.parameters)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    trainer._mini_batch(rollout, result.advantages, torch.arange(4))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in expected))
+    scale = min(1.0, cell.training.max_grad_norm / (norm + 1e-6))
+    for parameter, gradient in zip(trainer.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * scale, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_diverges_counts_as_one_without_success(study, monkeypatch):
+    def step(self, number):
+        raise Diverged("gradient")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    outcome = run_cell(cell_of(study, "grpo"))
+    assert outcome.facts["status"] == "diverged"
+    assert [row["success"] for row in outcome.rows[1:]] == [0.0, 0.0]
+
+
+def test_a_weight_that_is_not_finite_is_a_divergence(study, graded):
+    from hpo_verl.lab.policy import Policy
+
+    cell = cell_of(study, "grpo")
+    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    rollout = trainer._rollout()
+    with torch.no_grad():
+        trainer.parameters[0].fill_(torch.nan)
+    with pytest.raises(Diverged):
+        trainer._update(rollout)
+
+
+def outcome_of(cell):
+    rows = [
+        {
+            "step": float(s),
+            "success": 0.1 * s,
+            "responses_sampled": math.nan if s == 0 else 16.0 * s,
+        }
+        for s in range(cell.training.steps + 1)
+    ]
+    return Outcome(rows, {"status": "finished", "seconds": 1.0, "warm_start_success": 0.05})
+
+
+def test_results_come_back_as_they_were_written(study, tmp_path):
+    cells = study.cells()[:3]
+    for cell in cells:
+        write_result(tmp_path, cell, outcome_of(cell))
+    results = read_results(tmp_path)
+    assert {result.cell["variant"] for result in results} == {cell.variant for cell in cells}
+    assert results[0].columns["success"] == pytest.approx([0.0, 0.1, 0.2])
+    assert results[0].facts["environment"]["commit"]
+    path = tmp_path / "all.parquet"
+    pq.write_table(long_table(results), path)
+    again = read_long_table(path)
+    assert [result.facts for result in again] == [result.facts for result in results]
+    assert [r.columns["step"] for r in again] == [r.columns["step"] for r in results]
+    path.write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"all\.parquet: is no result"):
+        read_results(tmp_path)
+
+
+def test_a_result_is_there_whole_or_not_at_all(study, tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(DataError, match="cannot write"):
+        write_result(tmp_path, study.cells()[0], outcome_of(study.cells()[0]))
+    assert list(tmp_path.glob("*.parquet*")) == []
+    assert list(tmp_path.glob(".*parquet*")) == []
+
+
+def test_a_finished_cell_is_never_run_again(study, tmp_path, monkeypatch):
+    ran = []
+
+    def run(cell, device):
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        ran.append(cell.name)
+        return outcome_of(cell)
+
+    monkeypatch.setattr(study_module, "run_cell", run)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, tmp_path, 1, "cpu", lambda finished: None)
+    first = list(ran)
+    ran.clear()
+    monkeypatch.setattr(
+        study_module, "run_cell", lambda cell, device: ran.append(cell.name) or outcome_of(cell)
+    )
+    reports = []
+    run_study(study, tmp_path, 1, "cpu", reports.append)
+    assert sorted(first + ran) == sorted(cell.name for cell in study.cells())
+    assert len(reports) == len(ran)
+    assert missing_cells(study, tmp_path) == []
+
+
+def test_runs_that_trained_differently_do_not_share_a_folder(study, tmp_path):
+    write_result(tmp_path, study.cells()[0], outcome_of(study.cells()[0]))
+    other = quick_study("alpha", "training.steps=3")
+    with pytest.raises(ConfigError, match=r"training.steps = 2 and 3.*--out"):
+        missing_cells(other, tmp_path)
+
+
+def test_two_studies_do_not_run_in_one_folder_at_once(study, tmp_path):
+    with locked(tmp_path), pytest.raises(EnvironmentCheckError, match="--out"):
+        run_study(study, tmp_path, 1, "cpu", lambda finished: None)
+
+
+def test_the_estimate_by_hand():
+    sparse = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]", "seeds=3")
+    cells = [c for c in sparse.cells() if c.variant in ("grpo", "dapo")]
+    estimate = Estimate(cells, workers=2)
+    assert estimate.seconds() is None
+    estimate.update(Finished(cells[0], 0.1, 10.0, "finished"))
+    # Two more of grpo's at 10 s, three of dapo's, not seen yet, at the slowest known; 2 at a time.
+    assert estimate.seconds() == pytest.approx(25.0)
+    estimate.update(Finished(cells[1], 0.1, 40.0, "finished"))
+    assert estimate.seconds() == pytest.approx((2 * 10 + 2 * 40) / 2)
+
+
+def hpo_verl_lab(*arguments):
+    return [sys.executable, "-c", "from hpo_verl.cli import main; main()", "lab", *arguments]
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_command_leaves_its_finished_cells_and_no_process(tmp_path):
+    changes = ["seeds=1", "training.steps=8", "warm_starts=[0.05]"]
+    chosen = quick_study("telelogs", *changes)
+    keep_warm_starts(chosen)
+    out = tmp_path / "runs"
+    command = [
+        sys.executable, "-c", "from hpo_verl.cli import main; main()", "lab", "run", "telelogs",
+        *QUICK, *changes, "--out", str(out), "--workers", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(out.glob("*.parquet")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    _, error = process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert before, error[-2000:]
+    assert len(missing_cells(chosen, out)) == 7 - len(before)
+    run_study(chosen, out, 1, "cpu", lambda finished: None)
+    after = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert len(after) == 7
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "sparce"], "did you mean sparse"),
+        (["run", "sparse", "sede=1"], "did you mean seeds"),
+        (["run", "sparse", "--device", "tpu"], "--device tpu"),
+        (["report", "/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_wrong_input_ends_with_two_and_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "lab", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == cli.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cells_file_has_its_name(study, tmp_path):
+    cell = study.cells()[0]
+    assert cell_path(tmp_path, cell).name == f"{cell.name}.parquet"
