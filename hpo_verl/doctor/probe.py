@@ -27,6 +27,7 @@ from hpo_verl.doctor.plugin import plugin_state
 from hpo_verl.doctor.versions import installed
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.launch.outputs import package_versions
+from hpo_verl.launch.submit import job_environment, staged_code
 
 MARK = "hpo_verl.doctor.probe: "
 LOCAL = "local"
@@ -127,7 +128,11 @@ def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
     client = JobSubmissionClient(address)
     command = ["python3", "-m", "hpo_verl.doctor.probe", "--address", AUTO]
     command += [part for path in paths for part in ("--path", path)]
-    job = client.submit_job(entrypoint=shlex.join(command))
+    with staged_code() as code:
+        job = client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={"working_dir": str(code), "env_vars": job_environment()},
+        )
     try:
         deadline = time.monotonic() + ANSWER_SECONDS
         while not client.get_job_status(job).is_terminal():
