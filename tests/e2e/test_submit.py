@@ -71,7 +71,7 @@ def test_a_job_trains_bit_for_bit_like_a_run_of_its_own(submit, cluster, trained
     assert job.returncode == 0, output + errors
     assert output.startswith("job: raysubmit_")
     assert "success on held-out puzzles:" in output
-    assert repeatable(read_metrics(folder)) == repeatable(read_metrics(trained[0]))
+    assert repeatable(read_metrics(folder)) == repeatable(read_metrics(trained.folder))
     for name in ("summary.json", "curve.png", "policy/model.safetensors"):
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").glob("events.*"))

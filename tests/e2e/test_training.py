@@ -27,8 +27,8 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def test_last_lines_tell_what_was_reached_and_where_it_is(trained):
-    folder, output, _ = trained
-    lines = output.strip().splitlines()
+    folder = trained.folder
+    lines = trained.output.strip().splitlines()
     assert "success on held-out puzzles:" in lines[-4]
     assert lines[-3] == f"picture: {folder}/curve.png"
     assert lines[-2].split() == ["policy:", f"{folder}/policy"]
@@ -36,7 +36,7 @@ def test_last_lines_tell_what_was_reached_and_where_it_is(trained):
 
 
 def test_run_folder_holds_everything(trained):
-    folder, _, _ = trained
+    folder = trained.folder
     assert list((folder / "tensorboard").glob("events.*"))
     assert (folder / "checkpoints" / f"global_step_{STEPS}").is_dir()
     for name in ("config.yaml", "train.log", "curve.png", "policy/config.json"):
@@ -57,8 +57,7 @@ def test_run_folder_holds_everything(trained):
 
 
 def test_alpha_and_signs_are_logged_on_every_step(trained):
-    folder, _, _ = trained
-    metrics = read_metrics(folder)
+    metrics = read_metrics(trained.folder)
     for step in range(1, STEPS + 1):
         data = metrics[step]
         positives, negatives = data["hpo/positive_fraction"], data["hpo/negative_fraction"]
@@ -67,7 +66,7 @@ def test_alpha_and_signs_are_logged_on_every_step(trained):
 
 
 def test_weights_moved_and_the_server_has_them(trained, cache):
-    folder, _, _ = trained
+    folder = trained.folder
     before = load_file(cache / "tiny-policy-countdown-0" / "model.safetensors")
     after = load_file(folder / "policy" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -80,32 +79,19 @@ def test_weights_moved_and_the_server_has_them(trained, cache):
 
 
 def test_only_loopback_listens(trained):
-    _, _, addresses = trained
-    assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert trained.addresses
+    assert trained.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def test_stock_verl_repeats_the_run_bit_for_bit(trained, cache, tmp_path):
-    folder, _, _ = trained
-    again = tmp_path / "stock"
-    recipes = Path(__file__).parents[2] / "recipes"
-    process = start(
-        [
-            *(sys.executable, "-m", "verl.trainer.main_ppo"),
-            *("--config-dir", recipes, "--config-name", "countdown-tiny"),
-            *SMALL,
-            f"hydra.run.dir={again}",
-        ],
-        cache,
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    assert process.wait() == 0
-    first, second = repeatable(read_metrics(folder)), repeatable(read_metrics(again))
-    assert first == second
+def test_a_run_takes_less_than_8_gibibytes(trained):
+    assert 2**30 < trained.peak_memory < 8 * 2**30
+
+
+def test_stock_verl_beside_it_repeats_the_run_bit_for_bit(trained):
+    first, second = read_metrics(trained.folder), read_metrics(trained.beside)
+    assert repeatable(first) == repeatable(second)
     saved = f"checkpoints/global_step_{STEPS}/actor/huggingface/model.safetensors"
-    assert (folder / saved).read_bytes() == (again / saved).read_bytes()
+    assert (trained.folder / saved).read_bytes() == (trained.beside / saved).read_bytes()
 
 
 @pytest.mark.parametrize(

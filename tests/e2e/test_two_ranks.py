@@ -39,7 +39,7 @@ def two_ranks(trained, cache, tmp_path_factory):
 
 
 def test_losses_and_gradients_equal_those_of_one_rank(trained, two_ranks):
-    one, two = read_metrics(trained[0]), read_metrics(two_ranks)
+    one, two = read_metrics(trained.folder), read_metrics(two_ranks)
     assert one.keys() == two.keys() == set(range(STEPS + 1))
     for step, metrics in one.items():
         compared = {

@@ -65,6 +65,17 @@ def listening_addresses(processes):
     return addresses
 
 
+def memory_bytes(processes):
+    """Memory of all of them; what they share is counted once."""
+    total = 0
+    for process in processes.values():
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
 def wait_for_step(folder, step, process, seconds=240):
     deadline = time.monotonic() + seconds
     while True:
