@@ -13,24 +13,35 @@ SHOWN = {
              ("actor/bapo_positive_share", 0.0, 1.0)],
     "hapo": [("actor/entropy", 0.01, 5.0)],
     "aepo_advantage": [("actor/entropy", 0.01, 5.0)],
+    "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def folders(trained, cache, tmp_path_factory):
+    """Run folders of all of them, which ran at the same time."""
+    place = tmp_path_factory.mktemp("neighbours")
+    processes = {}
+    for algorithm in SHOWN:
+        with (place / f"{algorithm}.txt").open("w") as output:
+            processes[algorithm] = start(
+                [
+                    *(BIN / "hpo-verl", "train", "countdown-tiny", f"algo={algorithm}", *SMALL),
+                    *("trainer.val_before_train=false", "trainer.save_freq=-1"),
+                    *("trainer.test_freq=-1", f"hydra.run.dir={place}/{algorithm}"),
+                ],
+                cache,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+    codes = {algorithm: process.wait() for algorithm, process in processes.items()}
+    return {algorithm: (place / algorithm, code) for algorithm, code in codes.items()}
+
+
 @pytest.mark.parametrize("algorithm", SHOWN)
-def test_three_steps(trained, cache, tmp_path, algorithm):
-    folder = tmp_path / algorithm
-    with (tmp_path / "output").open("w") as output:
-        process = start(
-            [
-                *(BIN / "hpo-verl", "train", "countdown-tiny", f"algo={algorithm}", *SMALL),
-                *("trainer.val_before_train=false", "trainer.save_freq=-1", "trainer.test_freq=-1"),
-                f"hydra.run.dir={folder}",
-            ],
-            cache,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        assert process.wait(300) == 0, (tmp_path / "output").read_text()
+def test_three_steps(folders, algorithm):
+    folder, code = folders[algorithm]
+    assert code == 0, folder.with_suffix(".txt").read_text()
     metrics = read_metrics(folder)
     assert set(metrics) == set(range(1, STEPS + 1))
     for data in metrics.values():
@@ -39,3 +50,13 @@ def test_three_steps(trained, cache, tmp_path, algorithm):
         for key, low, high in SHOWN[algorithm]:
             assert low <= data[key] <= high
     assert max(data["hpo/gradient_weight_positive"] for data in metrics.values()) > 0
+
+
+def test_d3s_keeps_more_from_step_to_step(folders):
+    metrics = read_metrics(folders["d3s"][0])
+    steps = [metrics[step] for step in range(1, STEPS + 1)]
+    assert [data["hpo/d3s_response_fraction"] for data in steps] == [0.25, 0.375, 0.5]
+    tokens = [data["hpo/d3s_token_fraction"] for data in steps]
+    assert tokens == sorted(tokens)
+    for data in steps:
+        assert data["hpo/positive_fraction"] + data["hpo/negative_fraction"] <= 0.5
