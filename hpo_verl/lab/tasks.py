@@ -1,7 +1,7 @@
 """The lab's tasks: questions, the real reward functions, and texts for the warm start.
 
 The tiny policy works before it answers, and takes a varying number of tokens for it. Careless
-texts answer at once and almost always wrongly. A policy that imitates both is seldom right, yet
+texts answer at once and wrongly. A policy that imitates both is seldom right, yet
 can do better.
 """
 
@@ -52,7 +52,7 @@ class Task:
         max_response_length: Tokens, the end token included.
         questions: From sizes and seed to training and held-out questions.
         score: Reward of a response, 0.0 or 1.0.
-        careless: Draws an answer that is almost always wrong.
+        careless: Draws an answer that is wrong.
         worked: Draws an answer that works before it ends; None where the tiny policy has the skill.
     """
 
@@ -109,11 +109,10 @@ def _countdown_score(response: str, ground_truth: Any) -> float:
 
 
 def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
-    """Numbers of the puzzle in a row, one of them twice in the place of another."""
+    """All numbers of the puzzle but one in a row, which is never right."""
     question = rng.choice(questions)
     numbers = question.ground_truth["numbers"]
-    drawn = rng.sample(numbers, len(numbers))
-    drawn[0] = drawn[1]
+    drawn = rng.sample(numbers, len(numbers) - 1)
     text = str(drawn[0]) + "".join(f"{rng.choice('+-*/')}{number}" for number in drawn[1:])
     return Demonstration(question.messages, f"<answer>{text}</answer>")
 

@@ -43,7 +43,7 @@ def test_texts_fit_the_longest_response_and_differ_in_length(task):
     assert len(authors) == 1 or max(lengths) - min(lengths) >= 5
 
 
-def test_the_working_author_is_right_and_the_careless_one_seldom(task):
+def test_the_working_author_is_right_and_the_careless_one_never(task):
     train, _ = task.questions(*SIZES, 0)
     rng = random.Random(0)
     truths = {question.messages[-1]["content"]: question.ground_truth for question in train}
@@ -60,7 +60,7 @@ def test_the_working_author_is_right_and_the_careless_one_seldom(task):
             scores.append(task.score(shown.response, truth))
         return sum(scores) / len(scores)
 
-    assert success(task.careless) < 0.02
+    assert success(task.careless) == 0.0
     if task.name == "countdown4":
         assert success(task.worked) == 1.0
 
