@@ -55,9 +55,11 @@ def check_with_verl(config: DictConfig) -> None:
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
     from hpo_verl.verl_plugin.checks import check_algorithm, check_trainer_mode
+    from hpo_verl.verl_plugin.reward_guard import guard_settings
 
     check_algorithm(config)
     check_trainer_mode(config)
+    guard_settings(config)
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_REGISTRY:
         raise ConfigError(
