@@ -160,10 +160,7 @@ class GuardedRewardManager(NaiveRewardManager):
         """What verl's reward workers return; the keys are those of a reward that worked."""
         for result, problem in answers:
             if not problem:
-                self._blank = {
-                    key: 0.0 if isinstance(value, int | float) else ""
-                    for key, value in result.items()
-                }
+                self._blank = {k: "" if isinstance(v, str) else 0.0 for k, v in result.items()}
                 break
         outputs = []
         for result, problem in answers:

@@ -23,7 +23,6 @@ from hpo_verl.verl_plugin.reward_guard import GuardedRewardManager, guard_settin
 
 FAULTS = """
 import math, os, re, sys, time
-import numpy, torch
 
 class Silent(Exception):
     def __str__(self):
@@ -33,6 +32,10 @@ class LoadsNowhere:
     def __reduce__(self):
         raise TypeError("cannot be sent")
 
+# Loaded where they are needed: torch takes seconds.
+def tensor():
+    import torch
+    return torch.tensor(1.0)
 def silent(): raise Silent
 def hang(): time.sleep(600)
 # Holds the interpreter's lock for hours: no thread of this process would run.
@@ -46,8 +49,8 @@ FAULTS = {
     "nan": lambda: math.nan,
     "infinite": lambda: {"score": -math.inf, "acc": 0.0, "note": ""},
     "huge": lambda: 10**400,
-    "tensor": lambda: torch.tensor(1.0),
-    "tensor score": lambda: {"score": torch.tensor(1.0), "acc": 1.0, "note": ""},
+    "tensor": tensor,
+    "tensor score": lambda: {"score": tensor(), "acc": 1.0, "note": ""},
     "text": lambda: "1.0",
     "list": lambda: [1.0],
     "no score": lambda: {"acc": 1.0},
@@ -62,7 +65,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonu
     if solution_str in FAULTS:
         return FAULTS[solution_str]()
     score = float(solution_str == ground_truth) + bonus
-    return {"score": score, "acc": numpy.float32(score), "note": data_source}
+    return {"score": score, "acc": score, "note": data_source}
 
 async def score_later(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):
     import asyncio
