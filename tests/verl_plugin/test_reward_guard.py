@@ -364,7 +364,7 @@ def test_above_the_threshold_the_run_ends_with_the_offender_in_a_file(step, tmp_
         "step": 4,
         "sample": "u_1_0",
         "response": response[:2000],
-        "response_characters": 5003,
+        "response_characters": 5006,
     }
 
 
