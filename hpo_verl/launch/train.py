@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks, cluster, outputs
+from hpo_verl.launch.code_origin import own_files
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.manifest import record_run
 from hpo_verl.launch.metrics import MetricsFile
@@ -131,6 +132,8 @@ def compose_and_check(
         HpoVerlError: names the key or file, its value and what is permitted.
     """
     config = compose_alone(recipe, overrides)
+    for text in own_files(config):
+        announce(text)
     if not missing(config):
         checks.check_files(config)
     check_with_verl(config)
