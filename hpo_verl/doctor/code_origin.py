@@ -10,7 +10,6 @@ from hpo_verl.launch.code_origin import (
     strange_code,
     strange_targets,
     targets,
-    trusted_remotes,
 )
 
 
@@ -41,11 +40,9 @@ def check_code(config: Any) -> Finding:
     """
     strange, files = strange_code(config)
     missing = [f"{key}={path}" for key, path in files if not path.is_file()]
-    trusted = trusted_remotes(config)
-    if strange or missing or trusted:
+    if strange or missing:
         text = [f"{one}: not code of verl or hpo_verl" for one in strange]
         text += [f"{one}: no such file" for one in missing]
-        text += [f"{key}=True: executes code out of a model's folder" for key in trusted]
         return error(
             "code",
             "; ".join(text),

@@ -90,7 +90,7 @@ class RewardErrors:
         data = tq.kv_batch_get(
             keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"]
         )
-        texts = reward_errors(data["extra_fields"].tolist())
+        texts = reward_errors(data.pop("extra_fields").tolist())
         failed = [row for row, text in enumerate(texts) if text]
         fraction = len(failed) / max(len(texts), 1)
         metrics[METRIC] = fraction

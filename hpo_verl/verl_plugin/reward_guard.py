@@ -88,6 +88,13 @@ def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
 class GuardedRewardManager(NaiveRewardManager):
     """verl's `naive` reward manager with bounded time and no exceptions."""
 
+    # Set by the parent, which verl's decorator hides from a type checker.
+    tokenizer: Any
+    compute_score: Any
+    is_async_reward_score: bool
+    reward_router_address: str | None
+    reward_model_tokenizer: Any
+
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **kwargs: Any) -> None:
         super().__init__(config, tokenizer, compute_score, **kwargs)
         self.settings = guard_settings(config)
@@ -105,7 +112,8 @@ class GuardedRewardManager(NaiveRewardManager):
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last sequence of one response, as verl's `naive` does."""
-        return await self._batches.submit(data[-1:])
+        last: Any = data[-1:]
+        return await self._batches.submit(last)
 
     async def _score_batch(self, rows: list[DataProto]) -> list[dict[str, Any]]:
         if self._function is None:
