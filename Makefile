@@ -1,10 +1,10 @@
-# make install | quickstart | test | lint | bench | mutation | fuzz
+# make install | quickstart | test | lint | bench | mutation | fuzz | audit
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint bench mutation fuzz
+.PHONY: install quickstart test lint bench mutation fuzz audit
 
 install: $(STAMP)
 
@@ -36,3 +36,11 @@ mutation: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/fuzz_rewards.py
+
+# What is not installed is named and left out.
+audit: $(STAMP)
+	$(BIN)/ruff check --select S hpo_verl data_prep docker
+	$(BIN)/pip check
+	@if command -v pip-audit; then pip-audit --path $(VENV)/lib/python3*/site-packages; \
+	else echo 'not installed: pip-audit'; fi
+	@if command -v gitleaks; then gitleaks git --no-banner .; else echo 'not installed: gitleaks'; fi

@@ -23,3 +23,7 @@ class EnvironmentCheckError(HpoVerlError, RuntimeError):
 
 class WeightSyncError(HpoVerlError, RuntimeError):
     """The rollout server did not receive the actor's weights."""
+
+
+class RewardError(HpoVerlError, RuntimeError):
+    """The reward function fails on too many responses."""

@@ -151,10 +151,10 @@ def _remote_code(subject: Subject, model: Model) -> Finding:
         if "auto_map" in _json(model.folder / file)
     ]
     if own or named:
-        return warning(
+        return error(
             "remote code",
-            f"{model.folder}: {', '.join(own + named)} bring code of the model's own; "
-            "trust_remote_code is false, so transformers ignores it or refuses the model",
+            f"{model.folder}: {', '.join(own + named)} bring code of the model's own, which "
+            "verl's reward workers would execute",
             "a model whose architecture transformers knows",
         )
     return ok("remote code", "none in the folder, and trust_remote_code is false")

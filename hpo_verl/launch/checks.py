@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
+from hpo_verl.launch.code_origin import check_no_code_in
 from hpo_verl.launch.prepare import preparations
 from hpo_verl.launch.process import SHARED_MEMORY
 
@@ -174,6 +175,7 @@ def check_model_folder(config: DictConfig, path: Path) -> None:
         raise DataError(f"{key}: {path} holds no weights (*.safetensors){hint}")
     for file in weights:
         _check_safetensors(key, file)
+    check_no_code_in(path, key)
 
 
 def _check_safetensors(key: str, file: Path) -> None:

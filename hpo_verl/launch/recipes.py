@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpo_verl.errors import ConfigError
+from hpo_verl.launch.code_origin import refuse_strange_code, refuse_strange_targets
 from hpo_verl.launch.quiet import quiet_imports
 
 VERL_SEARCH_PATH = "pkg://verl.trainer.config"
@@ -76,17 +77,21 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def compose_resolved(recipe: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a recipe quietly and resolve what verl reads of it.
+    """Compose a recipe quietly, see whose code it names, and resolve what verl reads of it.
 
     Raises:
-        ConfigError: names the recipe, group, option or key, and the nearest valid ones.
+        ConfigError: names the recipe, group, option or key, and the nearest valid ones; or
+            the code of others that the recipe would run.
     """
     with quiet_imports():
-        config = without_hydra(compose_recipe(recipe, overrides))
+        whole = compose_recipe(recipe, overrides)
+    refuse_strange_targets(OmegaConf.to_container(whole, resolve=False))
+    config = without_hydra(whole)
     try:
         OmegaConf.resolve(config)
     except Exception as error:
         raise ConfigError(f"recipe {recipe}: {error}") from error
+    refuse_strange_code(OmegaConf.to_container(config))
     return config
 
 

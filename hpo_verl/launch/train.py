@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks, cluster, outputs
+from hpo_verl.launch.code_origin import own_files
 from hpo_verl.launch.lock import locked
+from hpo_verl.launch.manifest import record_run
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import TrainingProcess, last_error
@@ -130,6 +132,8 @@ def compose_and_check(
         HpoVerlError: names the key or file, its value and what is permitted.
     """
     config = compose_alone(recipe, overrides)
+    for text in own_files(config):
+        announce(text)
     if not missing(config):
         checks.check_files(config)
     check_with_verl(config)
@@ -170,7 +174,7 @@ def train(
             config.trainer.default_local_dir = str(
                 config.trainer.default_local_dir or folder / "checkpoints"
             )
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        record_run(config, folder, sys.argv)
         metrics = MetricsFile(folder / "metrics.jsonl")
         log_file = folder / "train.log"
         announce(f"run folder {folder} (full output: {log_file.name})")

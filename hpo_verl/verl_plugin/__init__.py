@@ -34,6 +34,10 @@ def _register_agent_loop(agent_loops: Any) -> None:
     import_module("hpo_verl.verl_plugin.agent_loop")
 
 
+def _register_reward_manager(reward_managers: Any) -> None:
+    import_module("hpo_verl.verl_plugin.reward_guard")
+
+
 def _register_hf_replica(replica: Any) -> None:
     def load() -> type:
         return import_module("hpo_verl.verl_plugin.cpu.server").HFReplica
@@ -52,6 +56,9 @@ def register() -> None:
     register_post_import_hook(_register_engine, "verl.workers.engine")
     register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
     register_post_import_hook(_register_agent_loop, "verl.experimental.agent_loop")
+    register_post_import_hook(
+        _register_reward_manager, "verl.experimental.reward_loop.reward_manager"
+    )
     register_post_import_hook(_register_hf_replica, "verl.workers.rollout.replica")
     register_post_import_hook(bridges.name_hf_rollout, "verl.workers.rollout.base")
     if platform.cpu_is_selected():

@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
 from hpo_verl.errors import ConfigError, HpoVerlError
 from hpo_verl.launch import checks, cluster
+from hpo_verl.launch.manifest import record_run
 from hpo_verl.launch.prepare import check_made
+from hpo_verl.launch.process import MARKER
 from hpo_verl.launch.recipes import without_hydra
 
 EXIT_BAD_INPUT = 2
@@ -55,9 +57,11 @@ def check_with_verl(config: DictConfig) -> None:
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
     from hpo_verl.verl_plugin.checks import check_algorithm, check_trainer_mode
+    from hpo_verl.verl_plugin.reward_guard import guard_settings
 
     check_algorithm(config)
     check_trainer_mode(config)
+    guard_settings(config)
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_REGISTRY:
         raise ConfigError(
@@ -102,13 +106,17 @@ class Preflight(Callback):
             check(without_hydra(config))
             folder = Path(config.hydra.run.dir).absolute()
             checks.check_run_folder(folder)
+            with open_dict(config):
+                if not config.trainer.default_local_dir:
+                    config.trainer.default_local_dir = str(folder / "checkpoints")
+            if MARKER not in os.environ:
+                # Under `hpo-verl train` the run is recorded already.
+                folder.mkdir(parents=True, exist_ok=True)
+                record_run(without_hydra(config), folder, sys.argv)
         except HpoVerlError as error:
             print(f"error: {error}", file=sys.stderr)
             # Hydra turns a callback's exceptions into warnings; this is none.
             raise SystemExit(EXIT_BAD_INPUT) from error
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / "metrics.jsonl"))
         os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
-        with open_dict(config):
-            if not config.trainer.default_local_dir:
-                config.trainer.default_local_dir = str(folder / "checkpoints")
         cluster.forward_environment(config)

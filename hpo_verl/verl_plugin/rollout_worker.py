@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import hydra
 import numpy as np
@@ -33,58 +33,12 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from hpo_verl.errors import ConfigError
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from hpo_verl.verl_plugin.coalescer import Coalescer
 
 SINGLE_TURN = "seeded_single_turn_agent"
 # Of the data set's columns, those that verl's trainer reads after the reward; the
 # others would be copied to every worker at every pass.
 COLUMNS_READ_LATER = ("uid", "data_source", "reward_model")
-# How long a batch stays open for items that finish at about the same time.
-PAUSE_SECONDS = 0.01
-
-
-class Coalescer(Generic[Item, Result]):
-    """Processes items that are submitted together in one call.
-
-    Args:
-        process: called with the items, returns one result or exception for each.
-    """
-
-    def __init__(
-        self, process: Callable[[list[Item]], Awaitable[Sequence[Result | BaseException]]]
-    ) -> None:
-        self._process = process
-        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def submit(self, item: Item) -> Result:
-        """Add an item to the open batch and wait for its result."""
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
-        return await future
-
-    async def _drain(self) -> None:
-        while self._waiting:
-            arrived = 0
-            while arrived != len(self._waiting):
-                arrived = len(self._waiting)
-                await asyncio.sleep(PAUSE_SECONDS)
-            batch, self._waiting = self._waiting, []
-            try:
-                results = await self._process([item for item, _ in batch])
-            except Exception as error:
-                results = [error] * len(batch)
-            for (_, future), result in zip(batch, results, strict=True):
-                if future.done():
-                    continue
-                if isinstance(result, BaseException):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
 
 
 class CoalescingClient(LLMServerClient):

@@ -106,7 +106,7 @@ def test_a_model_that_brings_code(examine, policy):
     edit(policy / "config.json", auto_map={"AutoConfig": "own.Config"})
     (policy / "own.py").write_text("")
     finding = only(examine({PATH: str(policy)}), "remote code")
-    assert finding.status == "warning"
+    assert finding.status == "error"
     assert "own.py, config.json bring code" in finding.detail
 
 

@@ -103,6 +103,7 @@ def test_nothing_answers(monkeypatch):
 
 def test_code_and_recipes_travel_and_nothing_else():
     with submit.staged_code() as folder:
+        assert folder.stat().st_mode & 0o077 == 0
         files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
         assert {file.parts[0] for file in files} == {"hpo_verl", "data_prep", "recipes"}
         assert {file.suffix for file in files} == {".py", ".yaml"}

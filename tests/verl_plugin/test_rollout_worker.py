@@ -8,8 +8,9 @@ from verl.workers.rollout.replica import TokenOutput
 
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.agent_loop import sample_seed
+from hpo_verl.verl_plugin.coalescer import Coalescer
 from hpo_verl.verl_plugin.repeatable import response_order
-from hpo_verl.verl_plugin.rollout_worker import Coalescer, CoalescingClient, reward_batch
+from hpo_verl.verl_plugin.rollout_worker import CoalescingClient, reward_batch
 
 
 def test_items_submitted_together_are_processed_together():

@@ -1,0 +1,196 @@
+"""Whose code a configuration would run.
+
+Hydra calls whatever `_target_` names and verl imports modules and files that
+settings name, so a recipe from a stranger is a program from a stranger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_verl.errors import ConfigError, DataError
+
+OWN_PACKAGES = ("verl.", "hpo_verl.")
+HYDRA_TARGETS = frozenset(
+    {
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "hydra.experimental.callbacks.LogJobReturnCallback",
+        "hydra.experimental.callbacks.PickleJobInfoCallback",
+    }
+)
+# Last part of a key whose value verl imports by its dotted name.
+NAMED_KEYS = frozenset(
+    {
+        "external_lib",
+        "custom_backend_module",
+        "agent_loop_manager_class",
+        "checkpoint_manager_class",
+        "checkpoint_callback_class",
+        "router_class",
+        "worker_extension_cls",
+        "worker_cls",
+    }
+)
+# Ends of keys whose value is a file, or `pkg://` and a module, that verl loads.
+FILE_KEYS = (
+    "custom_cls.path",
+    "custom_reward_function.path",
+    "custom_sampler.path",
+    "reward_manager.module.path",
+    "custom_async_server.path",
+    "reward_loop_module_path",
+    "function_tool_path",
+    "tool_config_path",
+    "agent_loop_config_path",
+    "interaction_config_path",
+    "router_config_path",
+)
+PACKAGE_PREFIX = "pkg://"
+PERMITTED = f"permitted is code below {' and '.join(OWN_PACKAGES)}, or a file for a function"
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested dictionaries and lists."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from leaves(value, f"{prefix}.{index}")
+    else:
+        yield prefix, node
+
+
+def targets(whole: Any) -> list[tuple[str, str]]:
+    """Key and value of every `_target_` in plain containers."""
+    return [
+        (key, str(value)) for key, value in leaves(whole) if key.rsplit(".", 1)[-1] == "_target_"
+    ]
+
+
+def strange_targets(whole: Any) -> list[str]:
+    """Those `_target_` entries that are neither verl's, nor this package's, nor Hydra's own.
+
+    Args:
+        whole: the composed configuration as plain containers, Hydra's part included.
+
+    Returns:
+        `key=value` of each.
+    """
+    return [
+        f"{key}={value}"
+        for key, value in targets(whole)
+        if value not in HYDRA_TARGETS and not _of_ours(value)
+    ]
+
+
+def strange_code(config: Any) -> tuple[list[str], list[tuple[str, Path]]]:
+    """Modules and files that verl would load besides its own and this package's.
+
+    Args:
+        config: the configuration as plain containers.
+
+    Returns:
+        `key=value` of every module, and key and path of every file.
+    """
+    strange: list[str] = []
+    files: list[tuple[str, Path]] = []
+    for key, value in leaves(config):
+        if not isinstance(value, str) or not value:
+            continue
+        # A list of modules ends in its index.
+        name = [part for part in key.split(".") if not part.isdigit()]
+        if name[-1] in NAMED_KEYS and not _of_ours(value):
+            strange.append(f"{key}={value}")
+        elif ".".join(name).endswith(FILE_KEYS):
+            if not value.startswith(PACKAGE_PREFIX):
+                files.append((key, Path(value.removeprefix("file://")).expanduser()))
+            elif not _of_ours(value.removeprefix(PACKAGE_PREFIX).replace("/", ".")):
+                strange.append(f"{key}={value}")
+    return strange, files
+
+
+def trusted_remotes(config: Any) -> list[str]:
+    """Keys that would let a model folder run its own code."""
+    return [
+        key
+        for key, value in leaves(config)
+        if key.rsplit(".", 1)[-1] == "trust_remote_code" and value not in (None, False)
+    ]
+
+
+def refuse_strange_targets(whole: Any) -> None:
+    """Refuse `_target_` entries of others; to be made before anything is instantiated.
+
+    Args:
+        whole: the composed configuration as plain containers, unresolved, Hydra's part
+            included. An entry that is an interpolation is refused too.
+
+    Raises:
+        ConfigError: names the keys, their values and what is permitted.
+    """
+    if strange := strange_targets(whole):
+        raise ConfigError(f"{'; '.join(strange)}: would be called; {PERMITTED}")
+
+
+def refuse_strange_code(config: Any) -> None:
+    """Refuse modules of others, and models that run their own code.
+
+    A file that the configuration names is permitted: see `own_files`.
+
+    Args:
+        config: the resolved configuration as plain containers.
+
+    Raises:
+        ConfigError: names the keys, their values and what is permitted.
+    """
+    if strange := strange_code(config)[0]:
+        raise ConfigError(f"{'; '.join(strange)}: would be executed; {PERMITTED}")
+    if trusted := trusted_remotes(config):
+        raise ConfigError(
+            f"{trusted[0]}=True: would execute code out of a model's folder; must be False"
+        )
+
+
+def own_files(config: DictConfig) -> list[str]:
+    """What to tell the user of the files of code that a configuration names.
+
+    Raises:
+        DataError: a file does not exist.
+    """
+    files = strange_code(OmegaConf.to_container(config, resolve=True))[1]
+    for key, path in files:
+        if not path.is_file():
+            raise DataError(f"{key}: {path} does not exist")
+    return [f"{key}={path} will be executed" for key, path in files]
+
+
+def check_no_code_in(folder: Path, key: str) -> None:
+    """Refuse a model folder that brings code of its own.
+
+    verl's reward workers load the tokenizer with `trust_remote_code=True`, whatever the
+    configuration says, so that the folder's content has to be looked at.
+
+    Raises:
+        DataError: names the file.
+    """
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(file.read_text())
+        except (OSError, ValueError):
+            # What cannot be read is the finding of another check.
+            continue
+        if isinstance(content, dict) and "auto_map" in content:
+            raise DataError(f"{key}: {file} names code to execute (auto_map)")
+    for file in sorted(folder.glob("*.py")):
+        raise DataError(f"{key}: {folder} holds code, {file.name}")
+
+
+def _of_ours(name: str) -> bool:
+    return name.startswith(OWN_PACKAGES) and ".." not in name

@@ -1,0 +1,260 @@
+"""What a run was made of: `manifest.json` in its folder, and beside its checkpoints.
+
+verl goes on from whatever checkpoint its folder holds. The manifest beside the
+checkpoints tells whose they are, so that no run goes on from those of another
+algorithm, policy, tokenizer, data file or number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_verl.errors import DataError
+from hpo_verl.launch.checks import data_files
+from hpo_verl.launch.outputs import TRACKER, package_versions
+
+FILE_NAME = "manifest.json"
+CONFIG_NAME = "config.yaml"
+MASK = "***"
+# Words of a key, in snake_case or upper case, whose text is nobody else's business.
+SECRET_WORDS = {"token", "secret", "password", "passwd", "pass", "credential", "credentials"}
+SECRET_ENDINGS = {("api", "key"), ("access", "key"), ("private", "key"), ("auth", "key")}
+# Keys of well-known services, by their prefix, and passwords inside URLs.
+SECRET_TEXT = re.compile(
+    r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{8,}"
+    r"|(?<=://)[^/@\s:]{1,100}:[^/@\s]{1,200}(?=@)"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key's last part names something secret, such as `HF_TOKEN` or `api_key`."""
+    words = key.rsplit(".", 1)[-1].lower().replace("-", "_").split("_")
+    return bool(SECRET_WORDS & set(words)) or tuple(words[-2:]) in SECRET_ENDINGS
+
+
+def masked(value: Any, key: str = "") -> Any:
+    """Plain containers with secret texts replaced by `***`; everything else as it is."""
+    if isinstance(value, dict):
+        return {name: masked(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [masked(entry, key) for entry in value]
+    if isinstance(value, str) and value:
+        return MASK if is_secret(key) else SECRET_TEXT.sub(MASK, value)
+    return value
+
+
+def masked_command(command: Sequence[str]) -> list[str]:
+    """A command line whose `key=value` arguments are masked where the key is secret."""
+    shown = []
+    for text in command:
+        key, sign, value = text.partition("=")
+        shown.append(key + sign + masked(value, key) if sign else masked(text))
+    return shown
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_sha256(files: Sequence[Path]) -> str:
+    """SHA-256 over the names and contents of files, whatever their order."""
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda file: file.name):
+        digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def _policy(config: DictConfig) -> tuple[str, str | None]:
+    """Name and SHA-256 of the policy; None for a hub's id."""
+    name = str(config.actor_rollout_ref.model.path)
+    folder = _local(name)
+    return name, folder_sha256([f for f in folder.iterdir() if f.is_file()]) if folder else None
+
+
+def _tokenizer(config: DictConfig) -> str:
+    """SHA-256 of the tokenizer's files, or the hub's id."""
+    model = config.actor_rollout_ref.model
+    name = str(model.get("tokenizer_path") or model.path)
+    folder = _local(name)
+    if folder is None:
+        return name
+    return folder_sha256([folder / file for file in TOKENIZER_FILES if (folder / file).is_file()])
+
+
+def _seeds(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        name = f"{prefix}{key}"
+        if str(key).endswith("seed") and not isinstance(value, dict):
+            yield name, value
+        yield from _seeds(value, f"{name}.")
+
+
+def _commit() -> dict[str, Any] | None:
+    """Commit of the repository that this code lies in, and whether files differ from it."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    here = Path(__file__).resolve().parent
+
+    def ask(*arguments: str) -> str:
+        done = subprocess.run(  # noqa: S603
+            [git, *arguments], cwd=here, capture_output=True, text=True, timeout=30, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # Not a repository around an installed package.
+        ask("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = bool(ask("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": ask("rev-parse", "HEAD"), "changed": changed}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What must stay the same for a run to go on from a checkpoint."""
+    policy = manifest["policy"]
+    return {
+        "algorithm": manifest["algorithm"],
+        "model": policy["sha256"] or policy["path"],
+        "tokenizer": manifest["tokenizer"],
+        **{
+            key: [file["sha256"] for file in manifest["data"] if file["key"] == key]
+            for key in ("data.train_files", "data.val_files")
+        },
+        "world size": manifest["world_size"],
+    }
+
+
+def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -> dict[str, Any]:
+    """Gather a manifest; reads every data file and the policy once.
+
+    Args:
+        config: the resolved configuration, without Hydra's own part.
+        config_text: what `config.yaml` holds.
+        command: the command line.
+    """
+    name, sha256 = _policy(config)
+    actor = config.actor_rollout_ref.actor
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": masked_command(command),
+        "git": _commit(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "configuration": {
+            "file": CONFIG_NAME,
+            "sha256": hashlib.sha256(config_text.encode()).hexdigest(),
+        },
+        "algorithm": {
+            "adv_estimator": str(config.algorithm.adv_estimator),
+            "loss_mode": str(actor.policy_loss.loss_mode),
+            "loss_agg_mode": str(actor.loss_agg_mode),
+        },
+        "policy": {"path": name, "sha256": sha256},
+        "tokenizer": _tokenizer(config),
+        "data": [
+            {"key": key, "path": str(path), "sha256": file_sha256(path)}
+            for key, path in data_files(config)
+        ],
+        "world_size": config.trainer.nnodes * config.trainer.n_gpus_per_node,
+        "seeds": dict(_seeds(OmegaConf.to_container(config, resolve=True))),
+    }
+
+
+def check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a folder with checkpoints of another run.
+
+    Args:
+        folder: where verl looks for checkpoints, and writes them.
+        manifest: of the run that is about to start.
+
+    Raises:
+        DataError: names what differs; or the folder has checkpoints and no manifest.
+    """
+    if not (folder / TRACKER).exists():
+        return
+    way_out = "choose another folder with trainer.default_local_dir="
+    path = folder / FILE_NAME
+    try:
+        recorded = identity(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} holds checkpoints and no {FILE_NAME}: they are no run's of ours, and verl "
+            f"would execute them (pickle); {way_out}"
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {way_out}") from error
+    for key, now in identity(manifest).items():
+        if recorded[key] != now:
+            raise DataError(
+                f"{folder} holds checkpoints of a run with another {key}: {recorded[key]}, "
+                f"now {now}; {way_out}"
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, even if the machine stops."""
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def record_run(config: DictConfig, folder: Path, command: Sequence[str]) -> None:
+    """Write `config.yaml` and `manifest.json` before a run starts.
+
+    Args:
+        config: the resolved configuration, without Hydra's own part;
+            `trainer.default_local_dir` is where verl looks for checkpoints.
+        folder: the run's folder, which exists.
+        command: the command line.
+
+    Raises:
+        DataError: the checkpoints there are another run's. Nothing is written then.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=True))))
+    manifest = describe_run(config, text, command)
+    checkpoints = Path(config.trainer.default_local_dir).expanduser()
+    if config.trainer.get("resume_mode") == "resume_path":
+        check_checkpoints(Path(config.trainer.resume_from_path).expanduser().parent, manifest)
+    check_checkpoints(checkpoints, manifest)
+    shown = json.dumps(manifest, indent=2) + "\n"
+    write_atomically(folder / CONFIG_NAME, text)
+    write_atomically(folder / FILE_NAME, shown)
+    if not (checkpoints / TRACKER).exists():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(checkpoints / FILE_NAME, shown)

@@ -1,0 +1,131 @@
+"""A process that calls a reward function, so that a call that never returns can be ended.
+
+Run as `python -m hpo_verl.rewards.scoring_process FD PATH NAME`. A thread would
+not do: it cannot be stopped, and a hanging C call such as a backtracking regular
+expression keeps the interpreter's lock, and with it whoever watches.
+
+Over the connection FD come pickled lists of pickled keyword arguments, or of the
+texts that say why there are none; for each response one pickled `(result, error)`
+goes back at once, so that what was answered before a hang is kept. The pickles
+come from, and go to, the parent only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import math
+import numbers
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+PACKAGE_PREFIX = "pkg://"
+ERROR_CHARACTERS = 500
+READY = ({}, "")
+_PR_SET_PDEATHSIG = 1
+
+
+def load_function(path: str, name: str) -> Callable[..., Any]:
+    """Load a reward function as verl does.
+
+    Args:
+        path: `pkg://package.module`, or a Python file.
+        name: of the function in it.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        module = importlib.import_module(path.removeprefix(PACKAGE_PREFIX).replace("/", "."))
+        return getattr(module, name)
+    spec = importlib.util.spec_from_file_location("custom_reward_function", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def checked_result(value: object) -> dict[str, Any]:
+    """What a reward returned, as verl stores it.
+
+    Args:
+        value: a finite number, or a mapping with one under `score`.
+
+    Returns:
+        The mapping with a float `score`; for a plain number `acc` alone, as verl stores it.
+
+    Raises:
+        TypeError, ValueError: it is anything else.
+    """
+    if not isinstance(value, Mapping):
+        return {"acc": finite_number(value)}
+    if "score" not in value:
+        raise ValueError("the reward's dict has no key 'score'")
+    score = finite_number(value["score"])
+    return {**{str(key): entry for key, entry in value.items()}, "score": score}
+
+
+def finite_number(value: object) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError, ValueError: it is no number, or NaN or infinite.
+    """
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"the reward is of type {type(value).__name__}, not a number")
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"the reward is {number}")
+    return number
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an exception, on one line of bounded length."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = "(its message cannot be read)"
+    return f"{type(error).__name__}: {message}"[:ERROR_CHARACTERS]
+
+
+def answer(function: Callable[..., Any], arguments: bytes | str) -> bytes:
+    """Score one response; every exception becomes the error's text."""
+    if isinstance(arguments, str):
+        return pickle.dumps(({}, arguments))
+    try:
+        result = checked_result(function(**pickle.loads(arguments)))  # noqa: S301
+        return pickle.dumps((result, ""))
+    except BaseException as error:  # a reward that calls sys.exit() is a broken reward
+        return pickle.dumps(({}, describe(error)))
+
+
+def serve(connection: Connection, function: Callable[..., Any]) -> None:
+    """Answer batches until the parent hangs up."""
+    connection.send(READY)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            for arguments in connection.recv():
+                connection.send_bytes(answer(function, arguments))
+
+
+def main(descriptor: str, path: str, name: str) -> None:
+    """Load the function and serve; what fails to load is the first answer."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Ctrl-C reaches the whole terminal; the parent decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(int(descriptor))
+    try:
+        function = load_function(path, name)
+    except BaseException as error:
+        connection.send(({}, describe(error)))
+        return
+    serve(connection, function)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,139 @@
+"""Calls a reward function in a process of its own, within a time limit per response."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from hpo_verl.errors import DataError
+from hpo_verl.rewards.scoring_process import describe
+
+START_SECONDS = 120.0
+# So many responses may run into the time limit whatever the batch's size.
+FREE_HANGS = 3
+
+Answer = tuple[dict[str, Any], str]
+"""The reward's result and "", or an empty mapping and what was wrong."""
+
+
+class GuardedFunction:
+    """A reward function behind a process that is ended when a call takes too long.
+
+    Args:
+        path: `pkg://package.module`, or a Python file.
+        name: of the function in it.
+        time_limit: seconds for one response.
+        max_error_fraction: share of a batch that may go wrong before the rest of it is
+            given up, so that a reward that always hangs costs little more than that share.
+
+    Raises:
+        DataError: the function cannot be loaded.
+    """
+
+    def __init__(self, path: str, name: str, time_limit: float, max_error_fraction: float) -> None:
+        self.path, self.name = path, name
+        self.time_limit = time_limit
+        self.max_error_fraction = max_error_fraction
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        if problem := self._start():
+            raise DataError(f"reward function {name} of {path}: {problem}")
+
+    def score(self, calls: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """Call the function for each response, one after the other.
+
+        Args:
+            calls: keyword arguments of each call.
+
+        Returns:
+            An answer for each; no exception of the function's gets out.
+        """
+        answers: list[Answer] = []
+        errors = hangs = 0
+        while len(answers) < len(calls):
+            try:
+                self._send(calls[len(answers) :])
+                while len(answers) < len(calls):
+                    answers.append(self._receive())
+                    errors += bool(answers[-1][1])
+                break
+            except TimeoutError:
+                hangs += 1
+                problem = f"the reward did not return within {self.time_limit:g} s"
+            except (EOFError, OSError):
+                problem = "the reward ended its process"
+            # What was sent after the call that went wrong is sent again.
+            answers.append(({}, problem))
+            errors += 1
+            problem = self._start()
+            if hangs >= FREE_HANGS and errors > self.max_error_fraction * len(calls):
+                problem = f"not called: {hangs} responses of its batch ran into the time limit"
+            if problem:
+                answers += [({}, problem)] * (len(calls) - len(answers))
+        return answers
+
+    def _send(self, calls: Sequence[Mapping[str, Any]]) -> None:
+        if self._connection is None:
+            raise EOFError
+        self._connection.send([_pickled(call) for call in calls])
+
+    def _receive(self) -> Answer:
+        """The next answer.
+
+        Raises:
+            TimeoutError: none within the time limit.
+            EOFError: the process has ended.
+        """
+        if self._connection is None:
+            raise EOFError
+        if not self._connection.poll(self.time_limit):
+            raise TimeoutError
+        return pickle.loads(self._connection.recv_bytes())  # noqa: S301
+
+    def _start(self) -> str:
+        """Start a new process; return what keeps the function from being loaded, or ""."""
+        self.close()
+        ours, its = Pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [
+                    *(sys.executable, "-m", "hpo_verl.rewards.scoring_process"),
+                    *(str(its.fileno()), self.path, self.name),
+                ],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        finally:
+            its.close()
+        self._connection = ours
+        try:
+            if ours.poll(START_SECONDS):
+                return ours.recv()[1]
+            problem = f"not loaded within {START_SECONDS:g} s"
+        except (EOFError, OSError):
+            problem = "its process ended while loading it"
+        self.close()
+        return problem
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = None
+
+
+def _pickled(call: Mapping[str, Any]) -> bytes | str:
+    """A call's arguments, or why they cannot be sent."""
+    try:
+        return pickle.dumps(dict(call))
+    except Exception as error:
+        return describe(error)
