@@ -1,13 +1,7 @@
 """Data, tiny policy and one finished run, which all modules here share."""
 
-import os
-import subprocess
-import time
-
 import pytest
-from real_runs import BIN, SMALL, listening_addresses, run_processes, start
-
-from hpo_verl.launch.process import SHARED_MEMORY
+from real_runs import BIN, SMALL, run_and_watch
 
 
 @pytest.fixture(scope="session")
@@ -19,20 +13,6 @@ def cache(tmp_path_factory):
 def trained(cache, tmp_path_factory):
     """One finished run of the command, and the addresses that its processes listened on."""
     folder = tmp_path_factory.mktemp("run") / "a_hpo"
-    shared_memory = set(os.listdir(SHARED_MEMORY))
-    before = run_processes()
-    process = start(
-        [BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, f"hydra.run.dir={folder}"],
-        cache,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    addresses = set()
-    while process.poll() is None:
-        addresses |= listening_addresses(run_processes())
-        time.sleep(1)
-    output = process.stdout.read()
-    assert process.returncode == 0, output
-    assert set(run_processes()) - set(before) == set()
-    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
+    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, f"hydra.run.dir={folder}"]
+    output, addresses = run_and_watch(command, cache)
     return folder, output, addresses

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from hpo_verl.launch.process import MARKER
+from hpo_verl.launch.process import MARKER, SHARED_MEMORY
 
 BIN = Path(sys.executable).parent
 STEPS = 3
@@ -63,6 +63,25 @@ def listening_addresses(processes):
             continue
         addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     return addresses
+
+
+def run_and_watch(command, cache):
+    """Run to the end: the output, and the addresses that its processes listened on.
+
+    Nothing of the run may remain, neither a process nor shared memory.
+    """
+    shared_memory = set(os.listdir(SHARED_MEMORY))
+    before = run_processes()
+    process = start(command, cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    addresses = set()
+    while process.poll() is None:
+        addresses |= listening_addresses(run_processes())
+        time.sleep(1)
+    output = process.stdout.read()
+    assert process.returncode == 0, output
+    assert set(run_processes()) - set(before) == set()
+    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
+    return output, addresses
 
 
 def wait_for_step(folder, step, process, seconds=240):
