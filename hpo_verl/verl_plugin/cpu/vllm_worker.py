@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import vllm
+import vllm  # pyright: ignore[reportMissingImports]
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase  # pyright: ignore[reportMissingImports]
 
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.launch.checks import VLLM_CPU_VERSIONS
