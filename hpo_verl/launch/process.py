@@ -20,9 +20,10 @@ import psutil
 
 # Every process of a run inherits it, however often it changes parent or group.
 MARKER = "HPO_VERL_RUN"
-# Names of the shared-memory files that verl's weight transfer and Python make.
+# Names of the shared-memory files that verl's weight transfer and Python make; vLLM ends
+# its processes before Python's own tracker has removed their semaphores.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_")
+SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_", "sem.mp-")
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.3
 _PR_SET_PDEATHSIG = 1
@@ -149,8 +150,14 @@ def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
 def _shared_memory_files() -> set[str]:
     if not SHARED_MEMORY.is_dir():
         return set()
-    names = (entry.name for entry in os.scandir(SHARED_MEMORY))
-    return {name for name in names if name.startswith(SHARED_MEMORY_PREFIXES)}
+    found = set()
+    for entry in os.scandir(SHARED_MEMORY):
+        # Others' files are not ours to remove, nor can we see who has mapped them.
+        with contextlib.suppress(FileNotFoundError):
+            ours = entry.stat(follow_symlinks=False).st_uid == os.getuid()
+            if ours and entry.name.startswith(SHARED_MEMORY_PREFIXES):
+                found.add(entry.name)
+    return found
 
 
 def remove_shared_memory(names: set[str]) -> None:

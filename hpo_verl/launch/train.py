@@ -98,6 +98,7 @@ def compose_alone(recipe: str, overrides: Sequence[str]) -> DictConfig:
     config = compose_resolved(recipe, overrides)
     cluster.join(config)
     checks.check_numbers(config)
+    checks.check_engine_package(config)
     return config
 
 

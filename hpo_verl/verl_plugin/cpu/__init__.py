@@ -5,7 +5,8 @@ that bridges what it lacks:
 
 - `platform`: device, memory and random-number functions for "cpu", through
   verl's `PlatformRegistry`;
-- `bridges`: the two places where verl offers no registry;
+- `bridges`: the places where verl offers no hook;
 - `sampling`, `generation`, `server`: the rollout backend `hf`, which generates
-  with transformers behind verl's asynchronous server interface.
+  with transformers behind verl's asynchronous server interface;
+- `vllm_worker`: what vLLM's own workers need, for the rollout backend `vllm`.
 """

