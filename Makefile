@@ -1,10 +1,10 @@
-# make install | quickstart | test | lint | bench | mutation | fuzz | audit
+# make install | quickstart | test | test-all | lint | bench | mutation | fuzz | audit
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint bench mutation fuzz audit
+.PHONY: install quickstart test test-all lint bench mutation fuzz audit
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ quickstart: $(STAMP)
 	$(BIN)/hpo-verl train countdown-tiny
 
 test: $(STAMP) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)

@@ -54,6 +54,7 @@ def test_spo_tracks_prompts_that_come_back(spo):
     assert counts.max() > 1.96
 
 
+@pytest.mark.slow
 def test_spo_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(spo, cache, tmp_path):
     folder, metrics = spo
     again = train(

@@ -99,6 +99,7 @@ def test_a_workers_error_comes_last_with_the_log(submit, cluster, tmp_path):
     wait_until_idle(cluster)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_job_and_leaves_nothing(submit, cluster, tmp_path):
     folder = tmp_path / "run"
     shared_memory = set(os.listdir(SHARED_MEMORY))
@@ -114,6 +115,7 @@ def test_ctrl_c_stops_the_job_and_leaves_nothing(submit, cluster, tmp_path):
     assert not list((cluster.folder / "tmp").glob("hpo-*"))
 
 
+@pytest.mark.slow
 def test_plain_ray_runs_stock_verl(submit, cluster, tmp_path):
     folder = tmp_path / "run"
     job = submit(
