@@ -1,7 +1,9 @@
 """Starts real runs of the trainer, and finds what they leave."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +29,9 @@ NOT_REPEATABLE = ("timing", "perf/", "actor/perf/", "mfu")
 
 def start(command, cache, **options):
     environment = {**os.environ, "HPO_VERL_CACHE": str(cache), "RAY_worker_niceness": "0"}
-    return subprocess.Popen(command, env=environment, text=True, **options)
+    # Tests that were started in the background ignore Ctrl-C; a run that they start must not.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=heed, **options)
 
 
 def read_metrics(folder):
