@@ -10,7 +10,7 @@ SHORT = [*SMALL, "trainer.val_before_train=false", "trainer.test_freq=-1"]
 # Few prompts, so that they come back within three steps.
 FEW = ["algo=spo", "data.train_max_samples=24"]
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def train(cache, folder, *overrides):
@@ -54,7 +54,6 @@ def test_spo_tracks_prompts_that_come_back(spo):
     assert counts.max() > 1.96
 
 
-@pytest.mark.slow
 def test_spo_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(spo, cache, tmp_path):
     folder, metrics = spo
     again = train(

@@ -79,6 +79,7 @@ def test_a_job_trains_bit_for_bit_like_a_run_of_its_own(submit, cluster, trained
     wait_until_idle(cluster)
 
 
+@pytest.mark.slow
 def test_a_workers_error_comes_last_with_the_log(submit, cluster, tmp_path):
     folder = tmp_path / "run"
     job = submit(
