@@ -1,66 +1,50 @@
 """What an algorithm of the catalogue makes of a batch, read from its recipe `algo/<name>.yaml`.
 
 The settings come from the file that verl reads, the functions from `hpo_verl.core` and
-`hpo_verl.algorithms`; losses that are verl's own stand beside this file, one each.
+`hpo_verl.algorithms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.algorithms.catalog import ALGORITHMS
-from hpo_verl.algorithms.hpo import (
-    AHPOSettings,
-    HPOSettings,
-    HystereticAdvantages,
-    hpo_loss,
-    hysteretic_advantages,
-)
-from hpo_verl.algorithms.mhpo import MHPOSettings, mhpo_loss
-from hpo_verl.core.clipping import clipped_surrogate
+from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
+from hpo_verl.algorithms.spo import SPOSettings
 from hpo_verl.core.masking import require_finite
-from hpo_verl.core.ratios import (
-    LOG_RATIO_BOUND,
-    beyond_bound,
-    bound_log_ratio,
-    masked_log_ratio,
-)
-from hpo_verl.core.settings import parse_settings, require_choice, require_number
+from hpo_verl.core.ratios import beyond_bound, bound_log_ratio, masked_log_ratio
+from hpo_verl.core.settings import require_choice, require_number
 from hpo_verl.core.statistics import token_sums
 from hpo_verl.core.surrogate import TokenLoss, attach
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.aggregation import MODES, token_weights
-from hpo_verl.lab.gspo import gspo_loss
-from hpo_verl.lab.sapo import sapo_loss
+from hpo_verl.lab.estimators import ESTIMATORS, Estimator, read_settings
+from hpo_verl.lab.losses import (
+    ACTOR,
+    LOSSES,
+    POLICY_LOSS,
+    Deviation,
+    LossOfTokens,
+    MiniBatch,
+    read_deviation,
+    select,
+)
 from hpo_verl.launch.recipes import leaf_keys, nearest, recipes_directory
 
-ACTOR = "actor_rollout_ref.actor"
-POLICY_LOSS = f"{ACTOR}.policy_loss"
-LossOfTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], TokenLoss]
-
-ESTIMATORS: dict[str, type[HPOSettings] | type[AHPOSettings] | None] = {
-    "grpo": None,
-    "hpo": HPOSettings,
-    "a_hpo": AHPOSettings,
-}
-# The clip of `vanilla` for A < 0 must stay out of reach: no bounded ratio exceeds e^20.
-_OUT_OF_REACH = 2.718281828459045**LOG_RATIO_BOUND
+ROLLOUT_N = "actor_rollout_ref.rollout.n"
 _READ = {
     "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo",
-    "algorithm.hpo.alpha", "algorithm.hpo.alpha_min", "algorithm.hpo.zero_advantage",
     "algorithm.filter_groups.enable", "algorithm.filter_groups.metric",
-    "algorithm.filter_groups.max_inflight_gen_batches",
-    f"{POLICY_LOSS}._target_", f"{POLICY_LOSS}.loss_mode",
-    f"{POLICY_LOSS}.c", f"{POLICY_LOSS}.k_pos", f"{POLICY_LOSS}.k_neg",
-    f"{POLICY_LOSS}.lambda_pos", f"{POLICY_LOSS}.lambda_neg",
+    "algorithm.filter_groups.max_inflight_gen_batches", ROLLOUT_N,
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
     f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high", f"{ACTOR}.clip_ratio_c",
     f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg",
+    # How verl splits and hosts the work; no number depends on it.
+    f"{ACTOR}.use_dynamic_bsz", "ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR",
 }  # fmt: skip
 
 # What a study may add to a recipe that does not set it.
@@ -73,35 +57,25 @@ class Objective:
 
     Attributes:
         algorithm: Name in the catalogue.
-        hysteresis: Settings of the weight; alpha = 1 for algorithms without one.
-        normalize_by_std: Whether advantages are divided by the group's standard deviation.
-        loss_of_tokens: From log-ratio, advantages and mask to loss and slope per token.
+        estimate: From a whole rollout batch to advantages.
+        loss_of_tokens: From a mini-batch to loss and slope per token.
+        deviation: What the loss needs of the rollout batch's entropies; None for most.
         bounds_log_ratio: Whether the log-ratio is bounded to 20 nats before that.
         loss_agg_mode: How a mini-batch's tokens are weighted.
         loss_scale_factor: The constant of `seq-mean-token-sum-norm`, tokens.
         filter_groups: Whether groups of equal rewards are dropped and replaced (DAPO).
+        single_stream: Settings of SPO, whose prompts have one response each; else None.
     """
 
     algorithm: str
-    hysteresis: HPOSettings | AHPOSettings
-    normalize_by_std: bool
+    estimate: Estimator
     loss_of_tokens: LossOfTokens
+    deviation: Deviation | None
     bounds_log_ratio: bool
     loss_agg_mode: str
     loss_scale_factor: float | None
     filter_groups: bool
-
-    def advantages(self, rewards: torch.Tensor, group_codes: torch.Tensor) -> HystereticAdvantages:
-        """Advantages of a whole rollout batch.
-
-        Args:
-            rewards: `[batch]`.
-            group_codes: Prompt of every response, `[batch]` int64.
-        """
-        live = torch.ones_like(rewards, dtype=torch.bool)
-        return hysteretic_advantages(
-            rewards, group_codes, live, self.hysteresis, normalize_by_std=self.normalize_by_std
-        )
+    single_stream: SPOSettings | None
 
     def weights(self, mask: torch.Tensor) -> torch.Tensor:
         """Weight of every token in the loss of a whole mini-batch, `[batch, response]`."""
@@ -114,6 +88,7 @@ class Objective:
         advantages: torch.Tensor,
         mask: torch.Tensor,
         weights: torch.Tensor,
+        deviation: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of the rows of a mini-batch, and what it did to the tokens.
 
@@ -122,9 +97,10 @@ class Objective:
         Args:
             log_prob: `[rows, response]`, nats; the gradient goes here.
             old_log_prob: The same under the policy that sampled.
-            advantages: `[rows]`, one per response.
+            advantages: `[rows, response]`, 0 at masked tokens.
             mask: Bool, `[rows, response]`; every row has a live token.
             weights: These rows of `weights` of the whole mini-batch.
+            deviation: These rows of what `self.deviation` made of the whole rollout batch.
 
         Returns:
             A scalar, and the sums of `hpo_verl.core.statistics.token_sums`.
@@ -135,15 +111,16 @@ class Objective:
         with torch.no_grad():
             log_ratio = masked_log_ratio(log_prob, old_log_prob, mask)
             require_finite("log_ratio", log_ratio, mask)
-            spread = torch.where(mask, advantages.float()[:, None], 0.0)
             bounded = bound_log_ratio(log_ratio)
+            used = bounded if self.bounds_log_ratio else log_ratio
+            token_loss = self.loss_of_tokens(
+                MiniBatch(used, old_log_prob, advantages, mask, deviation)
+            )
             if self.bounds_log_ratio:
-                values, slopes = self.loss_of_tokens(bounded, spread, mask)
-                token_loss = TokenLoss(values, slopes.masked_fill(beyond_bound(log_ratio), 0.0))
-            else:
-                token_loss = self.loss_of_tokens(log_ratio, spread, mask)
+                slopes = token_loss.slopes.masked_fill(beyond_bound(log_ratio), 0.0)
+                token_loss = TokenLoss(token_loss.values, slopes)
             weighted = token_loss.scaled(weights)
-            sums = token_sums(bounded.exp(), spread, weighted.slopes, mask)
+            sums = token_sums(bounded.exp(), advantages, weighted.slopes, mask)
         return attach(log_prob, weighted).sum(), sums
 
 
@@ -164,29 +141,34 @@ def read_objective(
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
     config = _recipe(algorithm, max_response_length, changes or {})
-    estimator = _select(config, "algorithm.adv_estimator")
-    loss_mode = _select(config, f"{POLICY_LOSS}.loss_mode")
+    estimator = select(config, "algorithm.adv_estimator")
+    loss_mode = select(config, f"{POLICY_LOSS}.loss_mode")
     _require_supported(algorithm, "estimator", estimator, ESTIMATORS)
     _require_supported(algorithm, "loss", loss_mode, LOSSES)
+    # Sections of an estimator or a loss are read, or refused, key by key.
+    sections = (f"algorithm.{ESTIMATOR_SECTIONS.get(estimator)}.", f"{POLICY_LOSS}.")
     for key in sorted(set(_leaves(config)) - _READ):
-        raise ConfigError(f"algorithm {algorithm!r} sets {key}, which the lab does not read yet")
-    settings_type = ESTIMATORS[estimator]
-    loss_agg_mode = _select(config, f"{ACTOR}.loss_agg_mode")
+        if not key.startswith(sections):
+            raise ConfigError(
+                f"algorithm {algorithm!r} sets {key}, which the lab does not read yet"
+            )
+    loss_agg_mode = select(config, f"{ACTOR}.loss_agg_mode")
     require_choice(f"{ACTOR}.loss_agg_mode", loss_agg_mode, MODES)
-    loss_scale_factor = _select(config, f"{ACTOR}.loss_scale_factor")
+    loss_scale_factor = select(config, f"{ACTOR}.loss_scale_factor")
     if loss_scale_factor is not None:
         require_number(f"{ACTOR}.loss_scale_factor", loss_scale_factor, 0.0, open_low=True)
+    settings = read_settings(estimator, config["algorithm"])
+    normalize_by_std = bool(select(config, "algorithm.norm_adv_by_std_in_grpo", True))
     return Objective(
         algorithm=algorithm,
-        hysteresis=HPOSettings(alpha=1.0)
-        if settings_type is None
-        else parse_settings(settings_type, config["algorithm"].get("hpo"), "algorithm.hpo"),
-        normalize_by_std=bool(_select(config, "algorithm.norm_adv_by_std_in_grpo", True)),
+        estimate=ESTIMATORS[estimator][1](settings, normalize_by_std),
         loss_of_tokens=LOSSES[loss_mode](config),
+        deviation=read_deviation(loss_mode, config),
         bounds_log_ratio=loss_mode != "gspo",
         loss_agg_mode=loss_agg_mode,
         loss_scale_factor=loss_scale_factor,
-        filter_groups=bool(_select(config, "algorithm.filter_groups.enable", False)),
+        filter_groups=bool(select(config, "algorithm.filter_groups.enable", False)),
+        single_stream=settings if isinstance(settings, SPOSettings) else None,
     )
 
 
@@ -211,15 +193,6 @@ def _leaves(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _select(config: dict[str, Any], key: str, default: Any = None) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return default
-        value = value[part]
-    return value
-
-
 def _require_supported(
     algorithm: str, what: str, name: object, supported: Mapping[str, Any]
 ) -> None:
@@ -228,54 +201,3 @@ def _require_supported(
             f"algorithm {algorithm!r}: the lab does not know its {what} {name!r} yet; "
             f"it knows {', '.join(supported)}"
         )
-
-
-def _clip_range(config: dict[str, Any]) -> tuple[float, float]:
-    low = _select(config, f"{ACTOR}.clip_ratio_low")
-    high = _select(config, f"{ACTOR}.clip_ratio_high")
-    require_number(f"{ACTOR}.clip_ratio_low", low, 0.0, 1.0)
-    require_number(f"{ACTOR}.clip_ratio_high", high, 0.0)
-    return float(low), float(high)
-
-
-def _clipped(config: dict[str, Any]) -> LossOfTokens:
-    low, high = _clip_range(config)
-    dual = _select(config, f"{ACTOR}.clip_ratio_c")
-    if dual is not None:
-        require_number(f"{ACTOR}.clip_ratio_c", dual, _OUT_OF_REACH)
-    return lambda log_ratio, advantages, mask: clipped_surrogate(log_ratio, advantages, low, high)
-
-
-def _hpo(config: dict[str, Any]) -> LossOfTokens:
-    low, high = _clip_range(config)
-    return lambda log_ratio, advantages, mask: hpo_loss(log_ratio, advantages, low, high)
-
-
-def _mhpo(config: dict[str, Any]) -> LossOfTokens:
-    section = _select(config, POLICY_LOSS)
-    given = {key: value for key, value in section.items() if key not in ("_target_", "loss_mode")}
-    settings = parse_settings(MHPOSettings, given, POLICY_LOSS)
-    return lambda log_ratio, advantages, mask: mhpo_loss(log_ratio, advantages, settings)
-
-
-def _gspo(config: dict[str, Any]) -> LossOfTokens:
-    low, high = _clip_range(config)
-    return lambda log_ratio, advantages, mask: gspo_loss(log_ratio, advantages, mask, low, high)
-
-
-def _sapo(config: dict[str, Any]) -> LossOfTokens:
-    tau_pos = _select(config, f"{ACTOR}.tau_pos")
-    tau_neg = _select(config, f"{ACTOR}.tau_neg")
-    require_number(f"{ACTOR}.tau_pos", tau_pos, 0.0, open_low=True)
-    require_number(f"{ACTOR}.tau_neg", tau_neg, 0.0, open_low=True)
-    return lambda log_ratio, advantages, mask: sapo_loss(log_ratio, advantages, tau_pos, tau_neg)
-
-
-LOSSES: dict[str, Callable[[dict[str, Any]], LossOfTokens]] = {
-    "vanilla": _clipped,
-    "hpo": _hpo,
-    "mhpo": _mhpo,
-    "gspo": _gspo,
-    "sapo": _sapo,
-}
-"""From an algorithm's recipe to its loss per token."""

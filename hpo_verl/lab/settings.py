@@ -25,21 +25,26 @@ from hpo_verl.launch.recipes import leaf_keys, nearest, recipes_directory
 
 BASE = "base"
 # To be raised by every change of the trainer after which a cell gives other results.
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Training:
     """How a run trains; see `recipes/lab/base.yaml`."""
 
-    steps: int = 100
+    steps: int = 50
     prompts_per_step: int = 64
     responses_per_prompt: int = 8
     mini_batches: int = 4
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     max_grad_norm: float = 1.0
     questions: int = 1600
     max_generation_batches: int = 10
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses that a step trains on."""
+        return self.prompts_per_step * self.responses_per_prompt
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -65,7 +70,7 @@ class Training:
 class Evaluation:
     """How a run is measured; see `recipes/lab/base.yaml`."""
 
-    every: int = 5
+    every: int = 2
     questions: int = 512
 
     def __post_init__(self) -> None:
@@ -159,7 +164,14 @@ class Study:
         for name, variant in self.variants.items():
             if "/" in name or name.startswith("."):
                 raise ConfigError(f"variants.{name}: the name must be fit for a file")
-            read_objective(variant.algorithm, 1, variant.settings)
+            objective = read_objective(variant.algorithm, 1, variant.settings)
+            training = self.training
+            if objective.single_stream and training.questions < training.responses_per_step:
+                raise ConfigError(
+                    f"training.questions = {training.questions}: {variant.algorithm} takes one "
+                    f"response per prompt; must be at least {training.responses_per_step}, the "
+                    "responses of a step"
+                )
 
     def cells(self) -> list[Cell]:
         """Every run of the study, seed by seed, so that a study cut short is still paired."""

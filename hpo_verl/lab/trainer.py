@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from hpo_verl.core.statistics import batch_statistics, token_means
 from hpo_verl.errors import DataError
 from hpo_verl.lab import warm_start
+from hpo_verl.lab.estimators import Batch
 from hpo_verl.lab.objective import Objective, read_objective
 from hpo_verl.lab.policy import Policy, Prompts
+from hpo_verl.lab.questions import QuestionSource, Shuffled, SingleStream
 from hpo_verl.lab.sampling import Responses, noise, sample
 from hpo_verl.lab.settings import Cell
-from hpo_verl.lab.tasks import Question
 
 # Streams of random numbers that a seed has.
 _ORDER, _SAMPLING, _EVALUATION = 1, 2, 3
@@ -44,6 +43,7 @@ class Rollout(NamedTuple):
     """Responses of one step with their rewards; a prompt's responses stand in a row.
 
     Attributes:
+        questions: Place of every prompt in the training set, `[prompts]`.
         prompts: The step's prompts.
         responses: `[prompts * group, time]` each.
         rewards: `[prompts * group]`.
@@ -51,6 +51,7 @@ class Rollout(NamedTuple):
         solve_rate: Share of right answers among all of them.
     """
 
+    questions: torch.Tensor
     prompts: Prompts
     responses: Responses
     rewards: torch.Tensor
@@ -119,7 +120,15 @@ class Trainer:
             self.parameters, lr=cell.learning_rate, weight_decay=0.0, fused=True
         )
         self.sampled = 0
-        self._order = self._shuffled()
+        single_stream = self.objective.single_stream
+        # Every algorithm has the same number of responses per step.
+        self.group = 1 if single_stream else settings.responses_per_prompt
+        self.prompts = settings.responses_per_step // self.group
+        self.source: QuestionSource = (
+            SingleStream(settings.questions, single_stream, cell.seed)
+            if single_stream
+            else Shuffled(settings.questions, (cell.seed, _ORDER))
+        )
 
     def measured_row(self, step: int) -> Row:
         """The step's number and the success on held-out questions."""
@@ -135,7 +144,7 @@ class Trainer:
         rollout = self._rollout()
         row: Row = {"step": float(step), "success": math.nan}
         if len(rollout.rewards):
-            row |= self._update(rollout)
+            row |= self._update(rollout, (step - 1) / max(self.cell.training.steps - 1, 1))
         row["solve_rate"] = rollout.solve_rate
         self.sampled += rollout.sampled
         row["responses_sampled"] = float(self.sampled)
@@ -152,59 +161,64 @@ class Trainer:
         stream = (self.cell.seed, _EVALUATION, step)
         return warm_start.success_rate(self.policy, self.task, self.held_out, stream)
 
-    def _shuffled(self) -> Iterator[Question]:
-        """Training questions, every epoch in a new order."""
-        epoch = 0
-        while True:
-            order = np.random.default_rng((self.cell.seed, _ORDER, epoch))
-            yield from (self.questions[i] for i in order.permutation(len(self.questions)))
-            epoch += 1
-
     def _rollout(self) -> Rollout:
         """Sample a step's batch; with `filter_groups`, until enough groups have a spread."""
-        settings = self.cell.training
         parts = [self._generate(0)]
         if self.objective.filter_groups:
-            kept = [_with_spread(parts[0], settings.responses_per_prompt)]
+            kept = [_with_spread(parts[0], self.group)]
             while (
-                sum(len(part.prompts.lengths) for part in kept) < settings.prompts_per_step
-                and len(parts) < settings.max_generation_batches
+                sum(len(part.prompts.lengths) for part in kept) < self.prompts
+                and len(parts) < self.cell.training.max_generation_batches
             ):
                 parts.append(self._generate(len(parts)))
-                kept.append(_with_spread(parts[-1], settings.responses_per_prompt))
+                kept.append(_with_spread(parts[-1], self.group))
         else:
             kept = parts
-        whole = _joined(kept, settings.prompts_per_step, settings.responses_per_prompt)
-        return whole._replace(
+        return _joined(kept, self.prompts, self.group)._replace(
             sampled=sum(part.sampled for part in parts),
             solve_rate=sum(part.solve_rate for part in parts) / len(parts),
         )
 
     def _generate(self, batch: int) -> Rollout:
-        settings = self.cell.training
-        group = settings.responses_per_prompt
-        questions = [next(self._order) for _ in range(settings.prompts_per_step)]
+        rows = self.source.draw(self.prompts)
+        questions = [self.questions[row] for row in rows]
         prompts = self.policy.encode([question.messages for question in questions])
-        count = len(questions) * group
+        count = len(questions) * self.group
         first = self.sampled + batch * count
         seeds = [(self.cell.seed, _SAMPLING, first + i) for i in range(count)]
         responses = sample(self.policy, prompts, noise(seeds, self.task.max_response_length))
         texts = self.policy.tokenizer.batch_decode(responses.tokens, skip_special_tokens=True)
         rewards = torch.tensor(
             [
-                self.task.score(text, questions[i // group].ground_truth)
+                self.task.score(text, questions[i // self.group].ground_truth)
                 for i, text in enumerate(texts)
             ]
         )
-        return Rollout(prompts, responses, rewards, count, float(rewards.mean()))
+        return Rollout(
+            torch.tensor(rows), prompts, responses, rewards, count, float(rewards.mean())
+        )
 
-    def _update(self, rollout: Rollout) -> Row:
-        settings = self.cell.training
+    def _update(self, rollout: Rollout, progress: float) -> Row:
+        """Take a step's optimizer steps; `progress` is 0 at the first step, 1 at the last."""
         groups = len(rollout.prompts.lengths)
-        codes = torch.arange(groups).repeat_interleave(settings.responses_per_prompt)
-        result = self.objective.advantages(rollout.rewards, codes)
-        mask = rollout.responses.mask
-        lengths = mask.sum(dim=-1).cpu()
+        mask, entropy = rollout.responses.mask, rollout.responses.entropy
+        batch = Batch(
+            rewards=rollout.rewards,
+            codes=torch.arange(groups).repeat_interleave(self.group),
+            mask=mask.cpu(),
+            entropy=entropy.cpu(),
+            progress=progress,
+            values=self.source.values(rollout.questions),
+        )
+        estimate = self.objective.estimate(batch)
+        deviation = None
+        if self.objective.deviation:
+            deviation = self.objective.deviation(entropy, mask)
+        self.source.observe(
+            self.policy, rollout.questions, rollout.prompts, rollout.responses, rollout.rewards
+        )
+        result = estimate.responses
+        lengths = batch.mask.sum(dim=-1)
         row = batch_statistics(
             alpha=result.alpha,
             positives=result.positives,
@@ -212,19 +226,19 @@ class Trainer:
             zero_spread_groups=result.zero_spread_groups,
             groups=result.groups,
             rewards=rollout.rewards,
-            live=torch.ones(len(codes), dtype=torch.bool),
+            live=torch.ones(len(rollout.rewards), dtype=torch.bool),
             lengths=lengths,
             advantages=result.advantages,
             unweighted=result.unweighted,
         )
-        row["entropy"] = float(rollout.responses.entropy.sum() / mask.sum())
+        row["entropy"] = float(entropy.sum() / mask.sum())
         row["response_length"] = float(lengths.double().mean())
         row["response_length_std"] = float(lengths.double().std())
-        advantages = result.advantages.to(mask.device)
+        advantages = estimate.advantages.to(mask.device)
         sums: dict[str, float] = {}
         norms = []
-        for part in torch.arange(groups).chunk(settings.mini_batches):
-            part_sums, norm = self._mini_batch(rollout, advantages, part)
+        for part in torch.arange(groups).chunk(self.cell.training.mini_batches):
+            part_sums, norm = self._mini_batch(rollout, advantages, deviation, part)
             norms.append(norm)
             for key, value in part_sums.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -232,21 +246,24 @@ class Trainer:
         return row | (token_means(sums) if sums else {})
 
     def _mini_batch(
-        self, rollout: Rollout, advantages: torch.Tensor, prompts: torch.Tensor
+        self,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        deviation: torch.Tensor | None,
+        prompts: torch.Tensor,
     ) -> tuple[dict[str, float], float]:
         """One optimizer step; returns sums over tokens and the gradient's norm before clipping."""
-        group = self.cell.training.responses_per_prompt
-        rows = _rows_of(prompts, group)
+        rows = _rows_of(prompts, self.group)
         weights = self.objective.weights(rollout.responses.mask[rows])
         # Prompts without a spread add nothing to the gradient; their tokens count in `weights`.
-        useful = (advantages[rows].view(-1, group) != 0).any(dim=-1).cpu()
-        kept, kept_weights = prompts[useful], weights.view(len(prompts), group, -1)[useful]
+        useful = (advantages[rows] != 0).view(len(prompts), -1).any(dim=-1).cpu()
+        kept, kept_weights = prompts[useful], weights.view(len(prompts), self.group, -1)[useful]
         # Adam moves on with a gradient of 0 where there is nothing to learn from.
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         sums: dict[str, float] = {}
         if len(kept):
-            rows = _rows_of(kept, group)
+            rows = _rows_of(kept, self.group)
             tokens, mask, old_log_prob, _ = (part[rows] for part in rollout.responses)
             width = int(mask.sum(dim=-1).max())
             tokens, mask, old_log_prob = (x[:, :width] for x in (tokens, mask, old_log_prob))
@@ -254,8 +271,9 @@ class Trainer:
             log_prob = self.policy.response_log_probs(chosen, tokens, mask)
             try:
                 loss, sums = self.objective.loss(
-                    log_prob, old_log_prob, advantages[rows], mask,
+                    log_prob, old_log_prob, advantages[rows, :width], mask,
                     kept_weights.flatten(0, 1)[:, :width],
+                    None if deviation is None else deviation[rows, :width],
                 )  # fmt: skip
             except DataError as error:
                 raise Diverged(str(error)) from error
@@ -295,13 +313,17 @@ def _joined(parts: list[Rollout], most: int, group: int) -> Rollout:
     responses = Responses(
         *(torch.cat(tensors) for tensors in zip(*(p.responses for p in parts), strict=True))
     )
-    whole = Rollout(prompts, responses, torch.cat([part.rewards for part in parts]), 0, 0.0)
+    questions, rewards = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("questions", "rewards")
+    )
+    whole = Rollout(questions, prompts, responses, rewards, 0, 0.0)
     return _chosen(whole, torch.arange(min(most, len(prompts.lengths))), group)
 
 
 def _chosen(rollout: Rollout, prompts: torch.Tensor, group: int) -> Rollout:
     rows = _rows_of(prompts, group)
     return rollout._replace(
+        questions=rollout.questions[prompts],
         prompts=Prompts(rollout.prompts.tokens[prompts], rollout.prompts.lengths[prompts]),
         responses=Responses(*(tensor[rows] for tensor in rollout.responses)),
         rewards=rollout.rewards[rows],

@@ -1,8 +1,9 @@
 """verl's actor on one batch, once per algorithm; run by test_lab_gradients.py.
 
 Arguments: folder with a tiny model and `batch.pt`, port, algorithms. Advantages come from the
-estimator that verl's registry has under the recipe's name, gradients from verl's engine and its
-`ppo_loss`; both are written to `verl.pt`.
+estimator that verl's registry has under the recipe's name, with what a trainer mode of ours lends
+it; gradients from verl's engine, of vendor `hpo` as `algo=bapo` selects it, and the loss function
+that our trainer modes give to the actor. Both are written to `verl.pt`.
 """
 
 import os
@@ -14,7 +15,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
 from hpo_verl.launch.recipes import recipes_directory
+from hpo_verl.verl_plugin.estimator_inputs import lend
+from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics
+from hpo_verl.verl_plugin.losses import ENGINE_VENDOR, ENTROPY_DEVIATION, loss_settings
 
 
 def recipe_of(name, width):
@@ -30,19 +35,22 @@ def advantages_of(recipe, batch):
     last = torch.nn.functional.one_hot(batch["mask"].sum(-1) - 1, mask.shape[1]).float()
     section = recipe["algorithm"]
     estimator = section["adv_estimator"]
+    groups = batch["groups"] if estimator != "spo" else torch.arange(len(mask))
     extra = {"config": section}
     if estimator == "grpo":
         extra = {"norm_adv_by_std_in_grpo": section["norm_adv_by_std_in_grpo"]}
-    advantages, _ = get_adv_estimator_fn(estimator)(
-        token_level_rewards=last * batch["rewards"][:, None],
-        response_mask=mask,
-        index=batch["groups"].numpy(),
-        **extra,
-    )
+    values = dict(enumerate(batch["values"].tolist()))
+    with lend(entropy=batch["entropy"], progress=batch["progress"], values=values):
+        advantages, _ = get_adv_estimator_fn(estimator)(
+            token_level_rewards=last * batch["rewards"][:, None],
+            response_mask=mask,
+            index=groups.numpy(),
+            **extra,
+        )
     return advantages
 
 
-def mini_batch(batch, advantages):
+def mini_batch(batch, advantages, recipe):
     from verl.utils import tensordict_utils as tu
 
     lengths = batch["mask"].sum(-1).tolist()
@@ -61,8 +69,16 @@ def mini_batch(batch, advantages):
     joined = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     ones = [torch.ones(length, dtype=torch.long) for length in lengths]
     zeros = [torch.zeros(len(prompt), dtype=torch.long) for prompt in prompts]
+    policy_loss = recipe["actor_rollout_ref"]["actor"]["policy_loss"]
+    extra = {}
+    if policy_loss["loss_mode"] == "hapo":
+        deviation = entropy_deviation(
+            batch["entropy"], batch["mask"], loss_settings(HAPOSettings, policy_loss)
+        )
+        extra[ENTROPY_DEVIATION] = nested(cut(deviation))
     return tu.get_tensordict(
-        {
+        extra
+        | {
             "prompts": nested(prompts),
             "responses": nested(responses),
             "input_ids": nested(joined),
@@ -99,11 +115,11 @@ def actor_config(recipe):
 
 def main(folder, port, algorithms):
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ[ENGINE_VENDOR] = "hpo"
     import verl  # noqa: F401
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
-    from verl.workers.utils.losses import ppo_loss
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     engine = EngineRegistry.new(
@@ -130,7 +146,8 @@ def main(folder, port, algorithms):
         with engine.train_mode():
             engine.optimizer_zero_grad()
             engine.forward_backward_batch(
-                mini_batch(batch, advantages), partial(ppo_loss, actor_config(recipe))
+                mini_batch(batch, advantages, recipe),
+                partial(loss_with_statistics, config=actor_config(recipe)),
             )
             gradients = {
                 key: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()

@@ -15,7 +15,7 @@ from hpo_verl.lab.settings import read_study
 END, PAD = 0, 1
 QUICK = [
     "seeds=2", "training.steps=2", "training.prompts_per_step=4", "training.mini_batches=2",
-    "training.responses_per_prompt=4", "training.questions=8", "evaluation.questions=8",
+    "training.responses_per_prompt=4", "training.questions=16", "evaluation.questions=8",
     "evaluation.every=1",
 ]  # fmt: skip
 

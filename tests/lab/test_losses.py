@@ -8,6 +8,7 @@ import torch
 from hpo_verl.lab.aggregation import token_weights
 from hpo_verl.lab.gspo import gspo_loss
 from hpo_verl.lab.sapo import sapo_loss
+from hpo_verl.lab.vanilla import vanilla_loss
 
 LOG2 = math.log(2.0)
 
@@ -43,6 +44,18 @@ def test_sapo_by_hand():
     loss = sapo_loss(torch.full((1, 1), LOG2), torch.ones(1, 1), 1.0, 1.6)
     assert loss.values.item() == pytest.approx(-2.924234, abs=1e-5)
     assert loss.slopes.item() == pytest.approx(-1.572895, abs=1e-5)
+
+
+def test_vanilla_by_hand():
+    log_ratio = torch.tensor([[2 * LOG2, LOG2, 0.0, -LOG2]])
+    negative = vanilla_loss(log_ratio, torch.full((1, 4), -2.0), 0.2, 0.2, 3.0)
+    # A = -2: ratio 4 is held at c = 3 and stops; 2 and 1 pass; 1/2 is clipped to 0.8.
+    torch.testing.assert_close(negative.values, torch.tensor([[6.0, 4.0, 2.0, 1.6]]))
+    torch.testing.assert_close(negative.slopes, torch.tensor([[0.0, 4.0, 2.0, 0.0]]))
+    positive = vanilla_loss(log_ratio, torch.ones(1, 4), 0.2, 0.2, 3.0)
+    # A = 1: the second clip does not concern it.
+    torch.testing.assert_close(positive.values, torch.tensor([[-1.2, -1.2, -1.0, -0.5]]))
+    torch.testing.assert_close(positive.slopes, torch.tensor([[0.0, 0.0, -1.0, -0.5]]))
 
 
 def _gspo_equation(log_prob, old, advantages, mask):

@@ -17,6 +17,7 @@ from lab_policies import QUICK, keep_warm_starts, quick_study
 from hpo_verl import cli
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 from hpo_verl.lab import study as study_module
+from hpo_verl.lab.estimators import Batch
 from hpo_verl.lab.results import (
     cell_path,
     long_table,
@@ -86,6 +87,17 @@ def test_variants_of_a_seed_share_their_first_batch(study, graded):
     assert other[1]["entropy"] != grpo[1]["entropy"]
 
 
+@pytest.mark.parametrize("name", ["bapo", "hapo", "aepo_advantage", "d3s", "spo"])
+def test_the_neighbours_train_and_repeat_bit_for_bit(graded, name):
+    study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
+    keep_warm_starts(study)
+    first, second = (run_cell(cell_of(study, name)).rows for _ in range(2))
+    assert without_time(first) == without_time(second)
+    assert first[1]["gradient_norm"] > 0
+    # As many responses as the others have, in groups or alone.
+    assert first[-1]["responses_sampled"] == 2 * 4 * 4
+
+
 def test_dapo_samples_until_enough_groups_have_a_spread(graded):
     study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
     keep_warm_starts(study)
@@ -114,17 +126,18 @@ def test_leaving_out_groups_without_spread_changes_no_update(study, graded, monk
     trainer = Trainer(cell, Policy.load(cell.start.folder))
     rollout = trainer._rollout()
     codes = torch.arange(4).repeat_interleave(4)
-    result = trainer.objective.advantages(rollout.rewards, codes)
-    assert (result.advantages == 0).any()
     mask = rollout.responses.mask
+    batch = Batch(rollout.rewards, codes, mask, rollout.responses.entropy)
+    advantages = trainer.objective.estimate(batch).advantages
+    assert (advantages[mask] == 0).any()
     log_prob = trainer.policy.response_log_probs(rollout.prompts, rollout.responses.tokens, mask)
     loss, _ = trainer.objective.loss(
-        log_prob, rollout.responses.log_probs, result.advantages, mask,
+        log_prob, rollout.responses.log_probs, advantages, mask,
         trainer.objective.weights(mask),
     )  # fmt: skip
     expected = torch.autograd.grad(loss, trainer.parameters)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-    trainer._mini_batch(rollout, result.advantages, torch.arange(4))
+    trainer._mini_batch(rollout, advantages, None, torch.arange(4))
     norm = math.sqrt(sum(float(g.square().sum()) for g in expected))
     scale = min(1.0, cell.training.max_grad_norm / (norm + 1e-6))
     for parameter, gradient in zip(trainer.parameters, expected, strict=True):
