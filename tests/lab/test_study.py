@@ -163,7 +163,7 @@ def test_a_weight_that_is_not_finite_is_a_divergence(study, graded):
     with torch.no_grad():
         trainer.parameters[0].fill_(torch.nan)
     with pytest.raises(Diverged):
-        trainer._update(rollout)
+        trainer._update(rollout, 0.0)
 
 
 def outcome_of(cell):
