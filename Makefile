@@ -1,10 +1,10 @@
-# make install | quickstart | test | test-all | lint | bench | mutation | fuzz | audit
+# make install | quickstart | test | test-all | lint | bench | results | mutation | fuzz | audit
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all lint bench mutation fuzz audit
+.PHONY: install quickstart test test-all lint bench results mutation fuzz audit
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
+
+# RUNS="runs/lab/sparse runs/lab/alpha": folders whose runs are kept from now on.
+results: $(STAMP)
+	$(BIN)/python -m hpo_verl.lab.publish $(RUNS)
 
 mutation: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2

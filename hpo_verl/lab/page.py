@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,24 +11,24 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.errors import DataError
 from hpo_verl.lab.comparison import BASELINE, Comparison, Row
 from hpo_verl.lab.pictures import Picture, draw_all
 from hpo_verl.lab.results import (
     Result,
     long_table,
-    read_long_table,
-    read_results,
+    manifest,
+    read_sources,
     require_same_settings,
-    thinned,
+    write_whole,
 )
-from hpo_verl.lab.settings import read_study, study_names
+from hpo_verl.lab.settings import variant_order
 from hpo_verl.lab.statistics import (
     COLLAPSE_FRACTION,
     FINAL_SHARE,
     RESAMPLES,
     THRESHOLD_FACTOR,
-    Interval,
+    shown,
 )
 
 RESULTS = "results.parquet"
@@ -72,13 +71,7 @@ def write_report(
         ConfigError: A source holds nothing, or runs that cannot be compared.
         DataError: A file is damaged or cannot be written.
     """
-    by_study: dict[str, list[Result]] = {}
-    for source in sources:
-        results = read_long_table(source) if source.is_file() else read_results(source)
-        if not results:
-            raise ConfigError(f"{source}: holds no finished run; hpo-verl lab run makes them")
-        for result in results:
-            by_study.setdefault(result.cell["study"], []).append(thinned(result))
+    by_study = read_sources(sources)
     for study, results in by_study.items():
         require_same_settings(Path(study), [result.cell for result in results])
     every = [result for results in by_study.values() for result in results]
@@ -87,29 +80,15 @@ def write_report(
         sections = []
         for study, results in by_study.items():
             announce(f"{study}: {len(results)} runs")
-            comparison = Comparison(study, results, _order(study))
+            comparison = Comparison(study, results, variant_order(study))
             pictures = draw_all(comparison, out / "pictures")
             sections.append(_section(comparison, results, pictures))
-        _replace(out / RESULTS, lambda path: pq.write_table(long_table(every), path))
+        write_whole(out / RESULTS, lambda path: pq.write_table(long_table(every), path))
         page = _page(sections, every)
-        _replace(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+        write_whole(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{out}: cannot write the report: {error}") from error
     return out / "index.html"
-
-
-def _order(study: str) -> list[str]:
-    """Variants in the order of the study's file, where that still exists."""
-    return list(read_study(study).variants) if study in study_names() else []
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _section(comparison: Comparison, results: Sequence[Result], pictures: list[Picture]) -> str:
@@ -174,23 +153,15 @@ def _table(rows: Sequence[Row]) -> str:
         cells = [
             row.variant, f"{row.learning_rate:g}", str(row.runs), str(row.collapses),
             f"{row.reached}/{row.runs}",
-            *(_shown(row.measures[n], 1 if n == "steps_to_threshold" else 3) for n in _MEASURES),
-            *(_shown(row.differences.get(n), 3) for n in ("final", "area")),
-            *(_shown(row.improvement.get(n), 2) for n in ("final", "area")),
+            *(shown(row.measures[n], 1 if n == "steps_to_threshold" else 3) for n in _MEASURES),
+            *(shown(row.differences.get(n), 3) for n in ("final", "area")),
+            *(shown(row.improvement.get(n), 2) for n in ("final", "area")),
             f"{row.responses:.0f}",
         ]  # fmt: skip
         lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _shown(interval: Interval | None, digits: int) -> str:
-    if interval is None:
-        return ""
-    if interval.low != interval.low:
-        return f"{interval.point:.{digits}f}"
-    return f"{interval.point:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def _figure(picture: Picture) -> str:
@@ -208,18 +179,6 @@ def _figure(picture: Picture) -> str:
 
 
 def _page(sections: Sequence[str], results: Sequence[Result]) -> str:
-    environments = {
-        json.dumps({k: v for k, v in result.facts["environment"].items() if k != "finished"})
-        for result in results
-    }
-    seeds = sorted({result.cell["seed"] for result in results})
-    manifest = {
-        "runs": len(results),
-        "diverged": sum(result.facts["status"] == "diverged" for result in results),
-        "seeds": seeds,
-        "hours": round(sum(result.facts["seconds"] for result in results) / 3600, 2),
-        "environments": [json.loads(text) for text in sorted(environments)],
-    }
     return f"""<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>hpo_verl: comparison of algorithms</title><style>{_STYLE}</style>
@@ -234,6 +193,6 @@ the first one, or diverged; such runs are in every number. A method that drops g
 responses per step: see the last column. Small policies and synthetic tasks: nothing here is a
 statement about large models.</p>
 {"".join(sections)}
-<h2>How it was made</h2><pre>{escape(json.dumps(manifest, indent=2))}</pre>
+<h2>How it was made</h2><pre>{escape(json.dumps(manifest(results), indent=2))}</pre>
 </html>
 """

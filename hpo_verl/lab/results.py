@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,15 +84,10 @@ def write_result(folder: Path, cell: Cell, outcome: Outcome, command: str = "") 
     }
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(facts)})
     path = cell_path(folder, cell)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
+        write_whole(path, lambda temporary: pq.write_table(table, temporary))
     except OSError as error:
         raise DataError(f"{path}: cannot write: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -103,6 +98,52 @@ def read_results(folder: Path) -> list[Result]:
         DataError: A file is damaged or is no result.
     """
     return [_read(path) for path in sorted(folder.glob("*.parquet"))]
+
+
+def read_sources(sources: Sequence[Path]) -> dict[str, list[Result]]:
+    """Read finished cells, thinned, by the study that they belong to.
+
+    Args:
+        sources: Folders of `hpo-verl lab run`, or files that hold a `long_table`.
+
+    Raises:
+        ConfigError: A source holds nothing.
+        DataError: A file is damaged or is no result.
+    """
+    by_study: dict[str, list[Result]] = {}
+    for source in sources:
+        results = read_long_table(source) if source.is_file() else read_results(source)
+        if not results:
+            raise ConfigError(f"{source}: holds no finished run; hpo-verl lab run makes them")
+        for result in results:
+            by_study.setdefault(result.cell["study"], []).append(thinned(result))
+    return by_study
+
+
+def manifest(results: Sequence[Result]) -> dict[str, Any]:
+    """What some results were made with: runs, seeds, hours, commits, versions, machine, command."""
+    environments = {
+        json.dumps({k: v for k, v in result.facts["environment"].items() if k != "finished"})
+        for result in results
+    }
+    return {
+        "runs": len(results),
+        "diverged": sum(result.facts["status"] == "diverged" for result in results),
+        "seeds": sorted({result.cell["seed"] for result in results}),
+        "hours": round(sum(result.facts["seconds"] for result in results) / 3600, 2),
+        "environments": [json.loads(text) for text in sorted(environments)],
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_same_settings(folder: Path, settings: Iterable[dict[str, Any]]) -> None:

@@ -194,6 +194,11 @@ def study_names() -> list[str]:
     return sorted(path.stem for path in paths if path.stem != BASE)
 
 
+def variant_order(study: str) -> list[str]:
+    """Variants in the order of the study's file, where that still exists."""
+    return list(read_study(study).variants) if study in study_names() else []
+
+
 def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
     """Compose a study and check every value.
 

@@ -42,6 +42,15 @@ class Interval(NamedTuple):
     high: float
 
 
+def shown(interval: Interval | None, digits: int) -> str:
+    """A number with its interval, as text; empty without a number."""
+    if interval is None:
+        return ""
+    if math.isnan(interval.low):
+        return f"{interval.point:.{digits}f}"
+    return f"{interval.point:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
 def measures(steps: ArrayLike, success: ArrayLike, threshold: float) -> dict[str, float]:
     """Reduce a learning curve to its measures.
 

@@ -24,10 +24,10 @@ from hpo_verl.lab.trainer import Trainer
 STEPS = 5
 
 
-def seconds_per_step(prompts, tokens):
-    """Median seconds of a step, and tokens sampled and trained on per second."""
-    study = read_study("sparse", [f"training.prompts_per_step={prompts}", "evaluation.every=1000"])
-    cell = next(cell for cell in study.cells() if cell.variant == "a_hpo")
+def untrained_trainer(prompts, tokens, overrides=()):
+    """A trainer of 8 responses per prompt with at most so many tokens."""
+    changes = [f"training.prompts_per_step={prompts}", "evaluation.every=1000", *overrides]
+    cell = next(c for c in read_study("sparse", changes).cells() if c.variant == "a_hpo")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     trainer = Trainer(cell, Policy(build_model(tokenizer).eval(), tokenizer))
@@ -37,6 +37,12 @@ def seconds_per_step(prompts, tokens):
         max_response_length=tokens,
         score=lambda text, truth: float(rng.random() < 0.5),
     )
+    return trainer
+
+
+def seconds_per_step(prompts, tokens):
+    """Median seconds of a step, and tokens sampled and trained on per second."""
+    trainer = untrained_trainer(prompts, tokens)
     trainer.step(1)
     taken = []
     for step in range(2, 2 + STEPS):
