@@ -27,6 +27,9 @@ def run(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings; see recipes/lab/base.yaml."),
     ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A variant to run, again for each; all of them.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; runs/lab/STUDY.")
     ] = None,
@@ -43,12 +46,14 @@ def run(
       hpo-verl lab run sparse 'warm_starts=[0.05]' seeds=4
 
       hpo-verl lab run alpha training.steps=40 --out runs/lab/alpha-short
+
+      hpo-verl lab run sparse --only grpo --only a_hpo
     """
-    from hpo_verl.lab.settings import read_study
+    from hpo_verl.lab.settings import read_study, with_variants
     from hpo_verl.lab.study import Estimate, Finished, missing_cells, run_study
 
     _check_device(device)
-    chosen = read_study(study, overrides or [])
+    chosen = with_variants(read_study(study, overrides or []), only or [])
     folder = (out or RUNS / study).absolute()
     count = workers or (1 if device != "cpu" else os.cpu_count() or 1)
     cells = missing_cells(chosen, folder)
@@ -74,7 +79,8 @@ def run(
                 f"success {finished.success:.1%}  {finished.seconds:.0f} s  {left}"
             )
 
-        command = shlex.join(["hpo-verl", "lab", "run", study, *(overrides or [])])
+        chosen_by = [word for name in only or [] for word in ("--only", name)]
+        command = shlex.join(["hpo-verl", "lab", "run", study, *(overrides or []), *chosen_by])
         run_study(chosen, folder, count, device, report, command)
     console.print(f"finished; a report: hpo-verl lab report {folder}")
 

@@ -227,6 +227,21 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
     return parse_settings(Study, {"name": name, **values}, f"study {name}")
 
 
+def with_variants(study: Study, names: Sequence[str]) -> Study:
+    """The study with some of its variants alone; all of them where none is named.
+
+    Raises:
+        ConfigError: A variant is unknown; names the nearest one.
+    """
+    for name in names:
+        if name not in study.variants:
+            raise ConfigError(
+                f"--only {name}: no variant of study {study.name}: {nearest(name, study.variants)}"
+            )
+    kept = {name: content for name, content in study.variants.items() if name in names}
+    return dataclasses.replace(study, variants=kept or study.variants)
+
+
 def require_integer(key: str, value: object, low: int) -> None:
     """Refuse anything but an integer from `low` upwards.
 

@@ -10,7 +10,7 @@ from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab import objective as objective_module
 from hpo_verl.lab.estimators import Batch
 from hpo_verl.lab.objective import read_objective
-from hpo_verl.lab.settings import Study, Variant, read_study, study_names
+from hpo_verl.lab.settings import Study, Variant, read_study, study_names, with_variants
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -96,6 +96,16 @@ def test_a_variants_name_must_be_fit_for_a_file():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_of_the_catalogue_is_read_from_its_recipe(name):
     assert read_objective(name, 24).loss_agg_mode == ALGORITHMS[name].loss_agg_mode
+
+
+def test_some_variants_may_be_chosen():
+    study = read_study("sparse")
+    chosen = with_variants(study, ["grpo", "a_hpo"])
+    assert list(chosen.variants) == ["a_hpo", "grpo"]
+    assert {cell.name for cell in chosen.cells()} < {cell.name for cell in study.cells()}
+    assert with_variants(study, []) == study
+    with pytest.raises(ConfigError, match="--only a_hop: no variant of study sparse.*a_hpo"):
+        with_variants(study, ["a_hop"])
 
 
 def alpha_of(name, changes=None):
