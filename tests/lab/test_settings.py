@@ -104,7 +104,7 @@ def test_some_variants_may_be_chosen():
     assert list(chosen.variants) == ["a_hpo", "grpo"]
     assert {cell.name for cell in chosen.cells()} < {cell.name for cell in study.cells()}
     assert with_variants(study, []) == study
-    with pytest.raises(ConfigError, match="--only a_hop: no variant of study sparse.*a_hpo"):
+    with pytest.raises(ConfigError, match=r"--only a_hop: no variant of study sparse.*a_hpo"):
         with_variants(study, ["a_hop"])
 
 
