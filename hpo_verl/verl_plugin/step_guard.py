@@ -1,0 +1,348 @@
+"""Updates that must not happen: NaN or infinity, and nothing to learn from.
+
+`guarded_engine` extends verl's engine. Before the optimizer's step of each
+mini-batch, all ranks agree on one of three outcomes:
+
+- Not finite: an input of the loss, the log-probabilities, the loss or a gradient
+  holds NaN or infinity on some rank. There is no optimizer step: weights and
+  optimizer state stay bit for bit. The first such tensor is named, the
+  mini-batch kept for `hpo-verl replay`, and the metrics of this mini-batch are
+  left out of the step's (its loss counts as 0). After `max_not_finite_in_a_row`
+  of them the run ends; an update that is finite starts the count anew.
+- No advantage: every live advantage on every rank is 0, and so is every
+  gradient. No step either, since Adam's momentum and weight decay would still
+  move the weights. With an entropy or KL term the gradient is not 0, and the
+  step is made.
+- Otherwise verl's step. (verl itself skips where the norm of the gradient is not
+  finite, and says so in a line of its log.)
+
+The learning rate follows verl's training steps, whatever was skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from hpo_verl.core.settings import parse_settings, require_number
+from hpo_verl.errors import ConfigError, NotFiniteError
+from hpo_verl.verl_plugin.batch_file import save
+from hpo_verl.verl_plugin.recorded_batch import (
+    COUNTS,
+    MASK,
+    RecordedBatch,
+    Tensors,
+    first_found,
+    first_not_finite,
+    loss_settings_of,
+    loss_tensors,
+    with_tokens,
+)
+
+SECTION = "trainer.guard"
+FILES_KEPT = 20
+NOT_FINITE = "actor/update_not_finite"
+NO_ADVANTAGE = "actor/update_without_advantage"
+COUNTERS = {
+    NOT_FINITE: "hpo/updates_not_finite",
+    NO_ADVANTAGE: "hpo/updates_without_advantage",
+}
+"""Share of a step's updates, as verl averages it -> their number, as it is logged."""
+
+LossFunction = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class StepGuardSettings:
+    """The section `trainer.guard`.
+
+    Attributes:
+        max_not_finite_in_a_row: number of updates (mini-batches) in a row that are not finite, at
+            least 1; the last of them ends the run.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    max_not_finite_in_a_row: int = 3
+
+    def __post_init__(self) -> None:
+        key, value = f"{SECTION}.max_not_finite_in_a_row", self.max_not_finite_in_a_row
+        require_number(key, value, 1)
+        if not isinstance(value, int):
+            raise ConfigError(f"{key} = {value!r}: must be an integer")
+
+
+def step_guard_settings(config: Mapping[str, Any]) -> StepGuardSettings:
+    """Read `trainer.guard` of verl's whole configuration.
+
+    Raises:
+        ConfigError: names the setting, its value and what is permitted.
+    """
+    return parse_settings(StepGuardSettings, config["trainer"].get("guard", None), SECTION)
+
+
+@dataclass(frozen=True)
+class GuardedLoss:
+    """A loss function for verl's workers that tells our engine to guard its updates.
+
+    Any other engine calls it like the function itself.
+
+    Attributes:
+        function: verl's `ppo_loss` or ours, with the actor config bound by `partial`.
+        settings: of the guard.
+        folder: where mini-batches that are not finite are kept.
+    """
+
+    function: partial[tuple[torch.Tensor, dict[str, Any]]]
+    settings: StepGuardSettings
+    folder: Path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+
+@dataclass
+class Update:
+    """What is known of the update at hand.
+
+    Attributes:
+        found: Text on the first tensor that is not finite.
+        in_backward: Whether only the model's backward pass shows it.
+        micro_batches: What the loss read, and the micro-batch itself.
+        losses: Of the micro-batches that were evaluated.
+        settings: Those of the loss.
+        counts: verl's counts of the global mini-batch.
+    """
+
+    found: str | None = None
+    in_backward: bool = False
+    micro_batches: list[tuple[Tensors, Any]] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def evaluate(
+        self,
+        model_output: dict[str, Any],
+        data: Any,
+        dp_group: Any = None,
+        *,
+        function: LossFunction,
+        config: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Evaluate a loss, unless what it reads is not finite.
+
+        Args:
+            model_output: As verl passes it.
+            data: As verl passes it.
+            dp_group: As verl passes it.
+            function: The loss function.
+            config: verl's actor config.
+
+        Returns:
+            Loss and metrics; a loss of 0 and no metrics where an input is not finite.
+        """
+        tensors = loss_tensors(model_output, data)
+        index = len(self.micro_batches)
+        self.micro_batches.append((tensors, data))
+        self.counts = {key: data[key] for key in COUNTS}
+        self.settings = loss_settings_of(config)
+        text = first_not_finite(tensors)
+        if text is None:
+            loss, metrics = function(model_output=model_output, data=data, dp_group=dp_group)
+            self.losses.append(loss.detach())
+            return loss, metrics
+        self.found = self.found or f"micro-batch {index}: {text}"
+        log_probs = model_output["log_probs"]
+        values = log_probs.values() if log_probs.is_nested else log_probs
+        # The backward pass is still made: in it FSDP's ranks wait for one another.
+        return values.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0, {}
+
+    def has_advantage(self) -> bool:
+        """Whether a live advantage of this rank is not 0."""
+        return any(
+            bool(((tensors["advantages"] != 0) & tensors[MASK]).any())
+            for tensors, _ in self.micro_batches
+        )
+
+    def loss_is_finite(self) -> bool:
+        """Whether the losses of all micro-batches that were evaluated are finite."""
+        return not self.losses or bool(torch.isfinite(torch.stack(self.losses)).all())
+
+    def find(self, module: torch.nn.Module) -> None:
+        """Name what is not finite although all that the loss reads is."""
+        try:
+            self.found = first_found(self.recorded())
+        except Exception as error:
+            # Losses of others may need more than is recorded.
+            print(f"WARN: the loss could not be evaluated again: {error}", flush=True)
+        if self.found is None:
+            self.found, self.in_backward = bad_gradients(module), True
+
+    def recorded(self) -> RecordedBatch:
+        """The mini-batch with what is needed to evaluate it again."""
+        packages = {name: version(name) for name in ("hpo-verl", "verl", "torch")}
+        info = {**self.settings, "counts": self.counts, "versions": packages, "found": ""}
+        return RecordedBatch(info, [with_tokens(*pair) for pair in self.micro_batches])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_norm(module: torch.nn.Module) -> float:
+    """Norm of this rank's part of the gradient; 0 without one."""
+    gradients = [_local(p.grad) for p in module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def bad_gradients(module: torch.nn.Module) -> str:
+    """Name the first parameter whose gradient is not finite on this rank, and how many are so."""
+    gradients = {n: _local(p.grad) for n, p in module.named_parameters() if p.grad is not None}
+    bad = {n: int((~torch.isfinite(g)).sum()) for n, g in gradients.items()}
+    names = [name for name, count in bad.items() if count]
+    if not names:
+        return "gradient: finite, but its norm is not"
+    first = names[0]
+    return (
+        f"gradient of {first}: {bad[first]} of {gradients[first].numel()} values are not finite; "
+        f"so in {len(names)} of {len(gradients)} parameters, the last {names[-1]}"
+    )
+
+
+def guarded_engine(parent: type) -> type:
+    """Extend an engine of verl by the guard.
+
+    Args:
+        parent: `FSDPEngineWithLMHead`, or a class made of it.
+    """
+    from verl.utils.device import get_device_id
+
+    class GuardedEngine(parent):
+        """verl's engine; makes no update that is not finite, or has no advantage."""
+
+        _update: Update | None = None
+        _outcome: str | None = None
+        _in_a_row = 0
+        _not_finite = 0
+
+        def train_batch(self, data: Any, loss_function: Any) -> Any:
+            """Follow verl's interface; guards the update of a `GuardedLoss`.
+
+            Raises:
+                NotFiniteError: The last of too many updates in a row that were not finite.
+            """
+            if not isinstance(loss_function, GuardedLoss):
+                return super().train_batch(data, loss_function)
+            self._update, self._outcome = Update(), None
+            inner = loss_function.function
+            config = inner.keywords["config"]
+            watched = partial(self._update.evaluate, function=inner, config=config)
+            try:
+                output = super().train_batch(data, watched)
+                if self._outcome == NOT_FINITE:
+                    self._in_a_row += 1
+                    self._not_finite += 1
+                    self._report(loss_function)
+                    output["metrics"], output["loss"] = {}, [0.0]
+                else:
+                    self._in_a_row = 0
+            finally:
+                self._update = None
+            for name in COUNTERS:
+                output["metrics"][name] = [float(self._outcome == name)]
+            return output
+
+        def optimizer_step(self) -> float:
+            """Make verl's step if all ranks find the update finite and worth it.
+
+            Returns:
+                verl's norm of the gradient; NaN or 0 where there was no step.
+            """
+            update = self._update
+            if update is None:
+                return super().optimizer_step()
+            norm = gradient_norm(self.module)
+            # With a scaler (float16) such gradients are part of its search for a scale.
+            scaled = getattr(self, "scaler", None) is not None
+            bad_gradient = not scaled and not math.isfinite(norm)
+            bad = update.found is not None or bad_gradient or not update.loss_is_finite()
+            learns = norm != 0 or update.has_advantage()
+            flags = torch.tensor([bad, learns], dtype=torch.int32).to(get_device_id())
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            any_bad, any_learns = flags.tolist()
+            if any_bad:
+                if bad and update.found is None:
+                    update.find(self.module)
+                self.optimizer_zero_grad()
+                self._outcome = NOT_FINITE
+                return math.nan
+            if not any_learns:
+                self.optimizer_zero_grad()
+                self._outcome = NO_ADVANTAGE
+                return 0.0
+            total = super().optimizer_step()
+            if not scaled and not math.isfinite(total):
+                # verl has made no step either.
+                update.found = "gradient: finite on each rank, but the norm over all is not"
+                update.in_backward = True
+                self._outcome = NOT_FINITE
+            return total
+
+        def _report(self, loss: GuardedLoss) -> None:
+            """Tell what was not finite, keep the mini-batch, and end a run of too many."""
+            update = self._update
+            assert update is not None  # noqa: S101
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            seen: list[Any] = [None] * ranks
+            torch.distributed.all_gather_object(seen, (update.in_backward, update.found))
+            # A rank that finds it in the backward pass alone may have it from another one.
+            _, source = min((late, r) for r, (late, text) in enumerate(seen) if text is not None)
+            found = seen[source][1] + (f" (rank {source} of {ranks})" if ranks > 1 else "")
+            path = loss.folder / f"not_finite_{self._not_finite:04d}_rank{source}.safetensors"
+            last = self._in_a_row >= loss.settings.max_not_finite_in_a_row
+            kept = last or self._not_finite <= FILES_KEPT
+            if rank == source and kept:
+                batch = update.recorded()
+                batch.info["found"] = found
+                try:
+                    save(path, batch)
+                except OSError as error:
+                    print(f"WARN: {path} could not be written: {error}", flush=True)
+            text = f"{found}; mini-batch: {path if kept else 'not kept'}"
+            if rank == source:
+                print(f"WARN: update {self._in_a_row} in a row not finite: {text}", flush=True)
+            if last:
+                raise NotFiniteError(
+                    f"{self._in_a_row} updates in a row were not finite ({SECTION}."
+                    f"max_not_finite_in_a_row), the last: {text}; see hpo-verl replay"
+                )
+
+    return GuardedEngine
+
+
+def pop_counts(metrics: dict[str, Any], updates: int) -> dict[str, int]:
+    """Take the shares out of a step's metrics and turn them into numbers of updates.
+
+    Args:
+        metrics: Metrics of the actor's update; the shares are removed from it.
+        updates: Number of updates (mini-batches) of the step.
+
+    Returns:
+        Empty if the update brought no shares.
+    """
+    return {
+        shown: round(float(metrics.pop(name)) * updates)
+        for name, shown in COUNTERS.items()
+        if name in metrics
+    }
