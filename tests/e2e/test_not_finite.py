@@ -16,12 +16,12 @@ from wrapt import register_post_import_hook
 
 def spoil(module):
     engine = module.FSDPEngineWithLMHead
-    zero_grad, outputs = engine.optimizer_zero_grad, engine.prepare_model_outputs
+    train, outputs = engine.train_batch, engine.prepare_model_outputs
     first, last = map(int, os.environ["SPOILED_UPDATES"].split("-"))
 
-    def count(self):
+    def count(self, *args, **kwargs):
         self.updates = getattr(self, "updates", 0) + 1
-        zero_grad(self)
+        return train(self, *args, **kwargs)
 
     def with_nan(self, *args, **kwargs):
         import torch
@@ -36,7 +36,7 @@ def spoil(module):
             )
         return found
 
-    engine.optimizer_zero_grad, engine.prepare_model_outputs = count, with_nan
+    engine.train_batch, engine.prepare_model_outputs = count, with_nan
 
 register_post_import_hook(spoil, "verl.workers.engine.fsdp.transformer_impl")
 """
