@@ -69,7 +69,7 @@ class TrainingProcess:
         self._child = subprocess.Popen(  # noqa: S603
             self.command(self._temporary),
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=self._log.fileno(),
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
