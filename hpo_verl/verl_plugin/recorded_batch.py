@@ -233,10 +233,10 @@ def first_found(batch: RecordedBatch) -> str | None:
     return None
 
 
-def with_tokens(tensors: Tensors, data: Any) -> Tensors:
+def with_tokens(tensors: Tensors, tokens: Tensors) -> Tensors:
     """Add the token ids of a micro-batch, and bring everything to the CPU."""
-    tokens = {name: _padded(data[name], -1) for name in TOKENS if name in data}
-    return {name: tensor.detach().cpu() for name, tensor in (tensors | tokens).items()}
+    padded = {name: _padded(ids, -1) for name, ids in tokens.items()}
+    return {name: tensor.detach().cpu() for name, tensor in (tensors | padded).items()}
 
 
 def report(path: Path, batch: RecordedBatch) -> Iterable[str]:

@@ -9,7 +9,7 @@ settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
 they read (`transfer`), errors of rewards are counted (`reward_errors`), updates
-that are not finite are made known (`step_guard`), and algorithms get what verl
+that are not finite are made known (`guarded_engine`), and algorithms get what verl
 does not pass on (`entropy`, `d3s`, `spo_trainer`).
 """
 

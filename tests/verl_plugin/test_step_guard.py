@@ -14,6 +14,7 @@ from verl.workers.config import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from hpo_verl.errors import ConfigError, NotFiniteError
+from hpo_verl.verl_plugin import guarded_engine
 from hpo_verl.verl_plugin import step_guard as plugin
 from hpo_verl.verl_plugin.batch_file import load
 
@@ -99,7 +100,7 @@ def data(advantage=1.0, old=-1.0):
 
 @pytest.fixture
 def engine():
-    made = plugin.guarded_engine(Parent)()
+    made = guarded_engine.guarded_engine(Parent)()
     made.train_batch(data(), guarded(Path("nowhere")))
     return made
 
@@ -167,7 +168,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(engine, tmp_pat
 
 def test_a_norm_that_overflows_is_told_apart(engine, tmp_path, monkeypatch):
     before = engine.state()
-    monkeypatch.setattr(plugin, "gradient_norm", lambda module: INF)
+    monkeypatch.setattr(guarded_engine, "gradient_norm", lambda module: INF)
     engine.train_batch(data(), guarded(tmp_path))
     assert unchanged(engine, before)
     (path,) = tmp_path.glob("not_finite_*")
@@ -246,7 +247,7 @@ def test_a_folder_that_takes_no_file_does_not_hide_the_fault(engine, tmp_path, c
 
 
 def test_not_more_files_than_a_limit(engine, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(plugin, "FILES_KEPT", 2)
+    monkeypatch.setattr(guarded_engine, "FILES_KEPT", 2)
     for _ in range(4):
         engine.train_batch(data(advantage=NAN), guarded(tmp_path, limit=9))
     assert len(list(tmp_path.glob("not_finite_*"))) == 2
