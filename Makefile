@@ -1,10 +1,12 @@
-# make install | quickstart | test | test-all | lint | bench | results | mutation | fuzz | audit
+# make install | quickstart | test | test-all | lint | bench | results | mutation | fuzz | audit | compat
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPAT_VERLS := 0.9.0 0.9.1
+COMPAT_VENV ?= .venv-verl-$(VERL)
 
-.PHONY: install quickstart test test-all lint bench results mutation fuzz audit
+.PHONY: install quickstart test test-all lint bench results mutation fuzz audit compat
 
 install: $(STAMP)
 
@@ -51,3 +53,13 @@ audit: $(STAMP)
 	@if command -v pip-audit; then pip-audit --path $(VENV)/lib/python3*/site-packages; \
 	else echo 'not installed: pip-audit'; fi
 	@if command -v gitleaks; then gitleaks git --no-banner .; else echo 'not installed: gitleaks'; fi
+
+# make compat VERL=0.9.0: the contract tests on a named verl, in an environment of its own. What
+# else this package needs is installed with the verl that it was made for, which is then replaced.
+compat:
+	$(if $(filter-out $(COMPAT_VERLS),$(or $(VERL),nothing)),$(error VERL=$(VERL): must be one of $(COMPAT_VERLS)))
+	$(PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_VENV)/bin/pip install --quiet --constraint constraints-cpu.txt torch==2.13.0
+	$(COMPAT_VENV)/bin/pip install --quiet --constraint constraints-cpu.txt --editable '.[cpu,dev]'
+	$(COMPAT_VENV)/bin/pip install --quiet --no-deps verl==$(VERL)
+	$(COMPAT_VENV)/bin/python -m pytest --continue-on-collection-errors tests/contract

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -20,6 +21,7 @@ from rich.progress import (
 from hpo_verl.errors import HpoVerlError
 
 EXIT_BAD_INPUT = 2
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -60,6 +62,13 @@ def integer_in(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def commit(text: str) -> str:
+    """An argparse `type` that accepts a full commit, which nobody can move as a branch or tag."""
+    if not _COMMIT.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a commit (40 hexadecimal digits)")
+    return text
 
 
 def progress_bar() -> Progress:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 from rich.progress import Progress
 
-from data_prep.command import CommandParser, integer_in, progress_bar, run
+from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
 from data_prep.countdown_prompts import PROMPTS
 from data_prep.countdown_puzzles import Puzzle, Ranges, sample_puzzles
 from data_prep.countdown_sources import HUB_REVISION, download, read_splits
@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = vars(_parser().parse_args(argv))
     out = Path(arguments.pop("out"))
     generated = arguments["source"] == "generate"
+    revision = arguments.pop("revision")
+    if arguments["source"] == "hub":
+        arguments["revision"] = revision or HUB_REVISION
+    elif revision:
+        raise ConfigError("--revision works with --source hub only")
     given = {flag: arguments.pop(flag) for flag in _RANGE_FLAGS}
     given = {flag: value for flag, value in given.items() if value is not None}
     if given and not generated:
@@ -154,8 +159,7 @@ def _generate(
 def _read(arguments: dict[str, Any], progress: Progress) -> tuple[list[Puzzle], list[Puzzle], int]:
     path = Path(arguments["source"])
     if arguments["source"] == "hub":
-        path = download()
-        arguments["revision"] = HUB_REVISION
+        path = download(arguments["revision"])
     bar = progress.add_task("solving", total=None)
     return read_splits(
         path,
@@ -182,6 +186,7 @@ def _parser() -> CommandParser:
         "hub: Jiayi-Pan/Countdown-Tasks-3to4 with TinyZero's split; PATH: a .parquet, .jsonl "
         "or .csv file with the columns nums and target (generate)",
     )
+    add("--revision", type=commit, help=f"for hub: commit of the data set ({HUB_REVISION})")
     size = integer_in(1, 5_000_000)
     add("--train-size", type=size, help=f"(generate: {DEFAULT_TRAIN_SIZE}; hub: all)")
     add("--val-size", type=size, help=f"(generate: {DEFAULT_VAL_SIZE}; hub: all)")

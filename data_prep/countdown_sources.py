@@ -33,8 +33,11 @@ class _Row(NamedTuple):
         return tuple(sorted(self.numbers)), self.target
 
 
-def download() -> Path:
-    """Return the hub's file at the pinned revision, from the local cache if it is there.
+def download(revision: str) -> Path:
+    """Return the hub's file at a revision, from the local cache if it is there.
+
+    Args:
+        revision: Commit of the data set, 40 hexadecimal digits.
 
     Raises:
         DataError: It is neither in the cache nor can it be fetched.
@@ -45,13 +48,13 @@ def download() -> Path:
     try:
         return Path(
             huggingface_hub.hf_hub_download(
-                HUB_DATASET, HUB_FILE, repo_type="dataset", revision=HUB_REVISION
+                HUB_DATASET, HUB_FILE, repo_type="dataset", revision=revision
             )
         )
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"{HUB_DATASET}: {HUB_FILE} at revision {HUB_REVISION[:12]} cannot be fetched: "
+            f"{HUB_DATASET}: {HUB_FILE} at revision {revision[:12]} cannot be fetched: "
             f"{reason}. Fetch that file where there is a network and give it as --source PATH"
         ) from error
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_prep.command import CommandParser, integer_in, progress_bar, run
+from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
 from data_prep.splits import check_output, verl_schema, write_splits
 from data_prep.tables import Row
 from data_prep.telelogs_prompt import randomise, render
@@ -231,7 +231,9 @@ def _parser() -> CommandParser:
         "the columns question and answer",
     )
     parser.add_argument("--val-source", help="a second such file, for validation")
-    parser.add_argument("--revision", help="commit of the hub's dataset (default: the newest)")
+    parser.add_argument(
+        "--revision", type=commit, help="commit of the hub's dataset (default: the newest)"
+    )
     rows = integer_in(1, 10_000_000)
     parser.add_argument("--train-size", type=rows, help="rows (default: 2400 synthetic, else all)")
     parser.add_argument("--val-size", type=rows, help="rows (default: 864 synthetic, else all)")

@@ -174,6 +174,26 @@ def export(
     print(f"{run(source, out)} -> {out}")
 
 
+@app.command()
+def replay(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="not_finite_*.safetensors of a run's folder.")
+    ],
+) -> None:
+    """Evaluate the loss and gradient of a mini-batch again whose update was not finite.
+
+    Examples:
+      hpo-verl replay runs/countdown-tiny/2026-01-31_12-00-00/not_finite_0001_rank0.safetensors
+    """
+    from hpo_verl.launch.quiet import quiet_imports
+
+    with quiet_imports():
+        from hpo_verl.verl_plugin.batch_file import load
+        from hpo_verl.verl_plugin.recorded_batch import report as evaluate_again
+    for line in evaluate_again(file, load(file)):
+        print(line)
+
+
 @app.command("list")
 def list_() -> None:
     """List the recipes, the algorithms with paper and equation, and what the groups offer.

@@ -27,3 +27,7 @@ class WeightSyncError(HpoVerlError, RuntimeError):
 
 class RewardError(HpoVerlError, RuntimeError):
     """The reward function fails on too many responses."""
+
+
+class NotFiniteError(HpoVerlError, RuntimeError):
+    """Too many updates in a row met NaN or infinity in their loss or gradient."""

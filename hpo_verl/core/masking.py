@@ -49,6 +49,28 @@ def nonempty_rows(mask: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def not_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> str | None:
+    """Describe NaN and infinity at live positions.
+
+    Args:
+        name: What the tensor is called in the text.
+        values: Any shape.
+        mask: Bool, same shape.
+
+    Returns:
+        Name, count and the first position; None if every live value is finite.
+    """
+    bad = ~torch.isfinite(values) & mask
+    count = int(bad.sum())
+    if not count:
+        return None
+    first = tuple(bad.nonzero()[0].tolist())
+    return (
+        f"{name}: {count} of {int(mask.sum())} live values are not finite, "
+        f"the first at {first} ({values[first].item()})"
+    )
+
+
 def require_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
     """Refuse NaN and infinity at live positions.
 
@@ -58,13 +80,8 @@ def require_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         mask: Bool, same shape.
 
     Raises:
-        DataError: Names the tensor, the count and the first position.
+        DataError: The text of `not_finite`.
     """
-    bad = ~torch.isfinite(values) & mask
-    count = int(bad.sum())
-    if count:
-        first = tuple(bad.nonzero()[0].tolist())
-        raise DataError(
-            f"{name}: {count} of {int(mask.sum())} live values are not finite, "
-            f"the first at {first} ({values[first].item()})"
-        )
+    text = not_finite(name, values, mask)
+    if text is not None:
+        raise DataError(text)

@@ -96,7 +96,7 @@ class Policy:
         disable_progress_bar()
         try:
             model = Qwen2ForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, local_files_only=True
+                str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:

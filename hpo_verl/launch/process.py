@@ -18,6 +18,8 @@ from types import TracebackType
 
 import psutil
 
+from hpo_verl.launch.masked_log import MaskedLog
+
 # Every process of a run inherits it, however often it changes parent or group.
 MARKER = "HPO_VERL_RUN"
 # Names of the shared-memory files that verl's weight transfer and Python make; vLLM ends
@@ -39,6 +41,7 @@ class TrainingProcess:
         arguments: of `python -m verl.trainer.main_ppo`.
         log_file: takes the output of all of the run's processes.
         environment: variables on top of the caller's, given the temporary folder.
+        mask: takes secrets out of the output before it gets into the log file.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class TrainingProcess:
         arguments: Sequence[str],
         log_file: Path,
         environment: Callable[[Path], dict[str, str]],
+        mask: Callable[[str], str] = str,
     ) -> None:
         self.arguments = arguments
         self.log_file = log_file
         self.environment = environment
+        self.mask = mask
         self.marker = uuid.uuid4().hex
         self._child: subprocess.Popen[bytes] | None = None
+        self._log: MaskedLog | None = None
         self._temporary: Path | None = None
         self._shared_before: set[str] = set()
 
@@ -59,16 +65,17 @@ class TrainingProcess:
         # Short, since Ray puts sockets below it and a socket's path is limited to 107 bytes.
         self._temporary = Path(tempfile.mkdtemp(prefix="hpo-"))
         self._shared_before = _shared_memory_files()
-        with self.log_file.open("wb") as log:
-            self._child = subprocess.Popen(  # noqa: S603
-                self.command(self._temporary),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-                env={**os.environ, **self.environment(self._temporary), MARKER: self.marker},
-            )
+        self._log = MaskedLog(self.log_file, self.mask)
+        self._child = subprocess.Popen(  # noqa: S603
+            self.command(self._temporary),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log.fileno(),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            env={**os.environ, **self.environment(self._temporary), MARKER: self.marker},
+        )
+        self._log.start()
         return self
 
     def command(self, temporary: Path) -> list[str]:
@@ -108,6 +115,8 @@ class TrainingProcess:
                     os.killpg(child.pid, signal.SIGTERM)
             end_processes(lambda: marked_processes(self.marker))
             child.wait()
+            if self._log is not None:
+                self._log.close()
             remove_shared_memory(_shared_memory_files() - self._shared_before)
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)

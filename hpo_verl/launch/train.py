@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, cast
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks, cluster, outputs
@@ -23,6 +24,7 @@ from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import TrainingProcess, last_error
 from hpo_verl.launch.quiet import quiet_imports
 from hpo_verl.launch.recipes import compose_resolved, recipes_directory
+from hpo_verl.launch.secret_mask import secret_mask
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 
@@ -186,7 +188,10 @@ def train(
             f"{RUN_FOLDER_KEY}={folder}",
         ]
         variables = functools.partial(environment, config, folder)
-        with TrainingProcess(arguments, log_file, variables) as process:
+        mask = secret_mask(
+            os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
+        )
+        with TrainingProcess(arguments, log_file, variables, mask) as process:
             code = process.wait(lambda: on_metrics(config, metrics))
         seconds = time.monotonic() - started
         if code != 0:

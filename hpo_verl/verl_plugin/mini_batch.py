@@ -9,9 +9,9 @@ leaves the clip bounds that follow in the loss's `policy_loss.batch_info` before
 verl's own passes begin. So the bounds know nothing of the split, and every rank
 has the same. The price is one forward pass a mini-batch.
 
-Registered for FSDP under the vendor `hpo`; verl selects it where the environment
-variable VERL_ENGINE_VENDOR says so, which `recipes/algo/bapo.yaml` sets for the
-workers. For every other loss the engine is verl's own.
+Registered for FSDP under the vendor `hpo`, inside the guard of `guarded_engine`; verl
+selects it where the environment variable VERL_ENGINE_VENDOR says so, which the
+recipes set for the workers. For every other loss this part changes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
 from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.guarded_engine import guarded_engine
 from hpo_verl.verl_plugin.losses import CLIP_BOUNDS, ENGINE_VENDOR, loss_settings, prepare
 
 VENDOR = "hpo"
@@ -60,6 +61,9 @@ def summing_loss(settings: BAPOSettings, sums: list[torch.Tensor]) -> LossFuncti
         fields = data.select("response_mask", "old_log_probs", "advantages").to_padded_tensor()
         old_log_prob = fields["old_log_probs"]
         mask = fields["response_mask"].to(bool)
+        # What is not finite is told where the loss itself is evaluated.
+        for tensor in (log_prob, old_log_prob, fields["advantages"]):
+            mask = mask & torch.isfinite(tensor)
         batch = prepare(old_log_prob, log_prob, fields["advantages"], mask)
         sums.append(
             contributions(batch.log_ratio, old_log_prob, batch.advantages, batch.mask, settings)
@@ -147,4 +151,4 @@ def register() -> None:
         backend=list(STRATEGIES),
         device=["cuda", "npu", "cpu"],
         vendor=VENDOR,
-    )(mini_batch_engine(FSDPEngineWithLMHead))
+    )(guarded_engine(mini_batch_engine(FSDPEngineWithLMHead)))

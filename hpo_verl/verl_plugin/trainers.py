@@ -8,8 +8,9 @@ verl compares `trainer_mode` with "sync" in several places and reads a mode's
 settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
-they read (`transfer`), errors of rewards are counted (`reward_errors`), and
-algorithms get what verl does not pass on (`entropy`, `d3s`, `spo_trainer`).
+they read (`transfer`), errors of rewards are counted (`reward_errors`), updates
+that are not finite are made known (`guarded_engine`), and algorithms get what verl
+does not pass on (`entropy`, `d3s`, `spo_trainer`).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from hpo_verl.verl_plugin.d3s import DownSamplingTrainer
 from hpo_verl.verl_plugin.entropy import TokenEntropy
 from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.repeatable import RepeatableOrder
-from hpo_verl.verl_plugin.reward_errors import RewardErrors
+from hpo_verl.verl_plugin.reward_errors import RewardErrors, run_folder
 from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
+from hpo_verl.verl_plugin.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.transfer import LeanTransfer
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,13 @@ class BatchStatistics:
         # Distillation brings a loss function of its own, which stays.
         if not is_distillation_enabled(self.config.get("distillation")):
             actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
-            self.actor_rollout_wg.set_loss_fn(partial(loss_with_statistics, config=actor_config))
+            self.actor_rollout_wg.set_loss_fn(
+                GuardedLoss(
+                    partial(loss_with_statistics, config=actor_config),
+                    step_guard_settings(self.config),
+                    run_folder(self.config.trainer.default_local_dir),
+                )
+            )
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -147,6 +155,9 @@ class BatchStatistics:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         means = pop_token_means(metrics)
         metrics.update({f"hpo/{name}": value for name, value in means.items()})
+        actor, responses = self.config.actor_rollout_ref.actor, len(batch.keys)
+        size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics.update(pop_counts(metrics, responses // size * actor.ppo_epochs))
         return batch
 
 

@@ -72,22 +72,11 @@ def gradients(engine):
     }
 
 
-def train(model_path, rank, world):
-    """Return gradients, sums of statistics and clip bounds for every loss and split."""
+def make_engine(model_path, lr=0.0):
+    """verl's engine for a tiny model, on the ranks of the process group."""
     from verl.trainer.config import CheckpointConfig
-    from verl.utils.metric import Metric
-    from verl.workers.config import (
-        ActorConfig,
-        FSDPEngineConfig,
-        FSDPOptimizerConfig,
-        HFModelConfig,
-        PolicyLossConfig,
-    )
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
-
-    from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
-    from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
-    from hpo_verl.verl_plugin.loss_statistics import PREFIX, loss_with_statistics
 
     engine = EngineRegistry.new(
         model_type="language_model",
@@ -105,10 +94,23 @@ def train(model_path, rank, world):
             dtype="float32",
             mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
         ),
-        optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=1),
+        optimizer_config=FSDPOptimizerConfig(lr=lr, total_training_steps=1),
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
+    return engine
+
+
+def train(model_path, rank, world):
+    """Return gradients, sums of statistics and clip bounds for every loss and split."""
+    from verl.utils.metric import Metric
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+    from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
+    from hpo_verl.verl_plugin.loss_statistics import PREFIX, loss_with_statistics
+
+    engine = make_engine(model_path)
     share = 8 // world
     rows = range(rank * share, (rank + 1) * share)
     results = {}

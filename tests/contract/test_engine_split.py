@@ -1,66 +1,21 @@
 """Splitting a mini-batch over micro-batches and ranks of verl's engine changes nothing."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from engine_ranks import free_port, run_ranks, save_tiny_model
 
 from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
 from hpo_verl.core.statistics import token_means
 
-WORKER = Path(__file__).with_name("engine_split_worker.py")
 OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"],
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    ports = [str(free_port()), str(free_port())]
-    environment = os.environ | {
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "VERL_ENGINE_VENDOR": "hpo",
-    }
-    ranks = []
-    for rank in (0, 1):
-        with (folder / f"rank{rank}.log").open("w") as log:
-            command = [sys.executable, str(WORKER), str(rank), str(folder), *ports]
-            ranks.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-    try:
-        deadline = time.monotonic() + 300
-        # A rank that fails leaves the other one waiting for it.
-        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-            if any(process.poll() for process in ranks):
-                break
-            time.sleep(0.2)
-    finally:
-        for process in ranks:
-            process.kill()
-    codes = [process.wait() for process in ranks]
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-2000:] for rank in (0, 1))
-    assert codes == [0, 0], logs
-    # Written by the worker above, in a folder of this test.
+    save_tiny_model(folder)
+    run_ranks("engine_split_worker.py", folder, free_port(), free_port())
+    # Written by the worker, in a folder of this test.
     return {
         ranks: torch.load(folder / f"{name}.pt", weights_only=False)
         for ranks, name in ((1, "one"), (2, "two"))

@@ -7,7 +7,8 @@ import sys
 import pytest
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.config import ActorConfig, HFModelConfig, PolicyLossConfig
+from verl.workers.engine.base import BaseEngine
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils import losses as verl_losses
 
@@ -82,3 +83,19 @@ def test_importing_verl_registers_without_loading_what_holds_the_registries():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.stdout.strip().endswith("registered"), result.stderr
+
+
+def test_verl_makes_an_update_by_the_methods_that_the_guard_extends():
+    source = inspect.getsource(BaseEngine.train_batch)
+    calls = [f"self.{name}(" for name in (
+        "optimizer_zero_grad", "forward_backward_batch", "optimizer_step"
+    )]  # fmt: skip
+    positions = [source.index(call) for call in calls]
+    assert positions == sorted(positions)
+    for call in calls:
+        assert source.count(call) == 1
+
+
+def test_verl_has_no_revision_for_a_model():
+    """Recipes would pin one otherwise; recipes/README.md says how it is done instead."""
+    assert "revision" not in HFModelConfig.__dataclass_fields__

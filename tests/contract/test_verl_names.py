@@ -78,6 +78,10 @@ SIGNATURES = {
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.forward_backward_batch": (
         "self data loss_function forward_only="
     ),
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_step": "self",
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_zero_grad": "self",
+    "verl.workers.engine.base:BaseEngine.train_batch": "self data loss_function",
+    "verl.utils.tensordict_utils:get_tensordict": "tensor_dict non_tensor_dict=",
     "verl.workers.rollout.replica:RolloutReplicaRegistry.register": "cls name loader",
     "verl.workers.rollout.replica:RolloutReplica.__init__": (
         "self replica_rank config model_config "

@@ -201,6 +201,12 @@ def test_hub_file_keeps_tinyzeros_split(tmp_path, monkeypatch, capsys):
         )
     ]
     assert len(countdown_sources.HUB_REVISION) == 40
+    other = "0123456789abcdef" * 2 + "01234567"
+    pinned = ("--source", "hub", "--numbers", 3, "--revision", other, "--out", tmp_path / "pinned")
+    assert command(*pinned) == 0
+    assert asked.pop()[1]["revision"] == other
+    metadata = json.loads(pq.read_schema(tmp_path / "pinned" / "val.parquet").metadata[b"hpo_verl"])
+    assert metadata["revision"] == other
     metadata = json.loads(pq.read_schema(tmp_path / "all" / "val.parquet").metadata[b"hpo_verl"])
     assert metadata["revision"] == countdown_sources.HUB_REVISION
     arguments = ("--source", "hub", "--numbers", 3, "--out", tmp_path / "some")
@@ -222,6 +228,19 @@ def test_hub_file_keeps_tinyzeros_split(tmp_path, monkeypatch, capsys):
     assert "4 puzzles of 3 numbers for the train split, but 5 wanted" in refused(
         capsys, *arguments, "--train-size", 5
     )
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "0123456", "A" * 40])
+def test_a_revision_is_a_full_commit(tmp_path, capsys, revision):
+    arguments = ("--source", "hub", "--revision", revision, "--out", tmp_path / "d")
+    message = f"--revision: {revision!r} is not a commit (40 hexadecimal digits)"
+    assert message in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_revision_is_for_the_hub(tmp_path, capsys):
+    line = refused(capsys, "--revision", "a" * 40, "--out", tmp_path / "d")
+    assert "--revision works with --source hub only" in line
 
 
 def test_hub_out_of_reach(tmp_path, monkeypatch, capsys):

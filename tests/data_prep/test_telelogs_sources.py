@@ -213,7 +213,10 @@ def test_a_revision_must_be_a_commit(
 ) -> None:
     del hub
     arguments = ("--source", "hub", "--revision", revision, "--out", tmp_path / "out")
-    assert "is not a commit" in refused(capsys, *arguments)
+    with pytest.raises(SystemExit) as left:
+        command(*arguments)
+    assert left.value.code == 2
+    assert "is not a commit" in capsys.readouterr().err
 
 
 # --- where rows may go -------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.padding import no_padding_2_padding as padded
 
 from hpo_verl.core.statistics import token_means
-from hpo_verl.verl_plugin import loss_statistics, trainers
+from hpo_verl.verl_plugin import loss_statistics, step_guard, trainers
 from hpo_verl.verl_plugin.loss_statistics import (
     PREFIX,
     loss_with_statistics,
@@ -149,11 +150,19 @@ def test_the_trainer_replaces_the_sums_of_the_update_by_their_means():
             output, data = micro_batch()
             sums = policy_loss_sums(actor_config(), output, data)
             metrics.update({PREFIX + key: value for key, value in sums.items()})
+            # Means over eight updates.
+            metrics[step_guard.NOT_FINITE] = 3 / 8
+            metrics[step_guard.NO_ADVANTAGE] = 1 / 8
             return batch
 
     mode = type("Mode", (trainers.BatchStatistics, Parent), {"parent_mode": "sync"})
-    metrics = {}
-    assert mode.__new__(mode)._update_actor("batch", metrics) == "batch"
+    trainer, metrics = mode.__new__(mode), {}
+    actor = {"ppo_mini_batch_size": 2, "ppo_epochs": 2}
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 3}}})
+    batch = SimpleNamespace(keys=["key"] * 24)
+    assert trainer._update_actor(batch, metrics) is batch
+    assert metrics.pop("hpo/updates_not_finite") == 3
+    assert metrics.pop("hpo/updates_without_advantage") == 1
     assert set(metrics) == {
         f"hpo/{name}_{sign}"
         for name in ("ratio", "clipped_fraction", "gradient_weight")
@@ -182,14 +191,22 @@ def test_the_loss_with_statistics_is_handed_to_the_workers(monkeypatch, distilla
                     "ppo_micro_batch_size_per_gpu": 1,
                 }
             },
+            "trainer": {
+                "default_local_dir": "runs/one/checkpoints",
+                "guard": {"max_not_finite_in_a_row": 5},
+            },
         }
     )
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", "runs/one/metrics.jsonl")
     trainer._setup()
     if distillation:
         assert handed == []
     else:
         (loss,) = handed
-        assert isinstance(loss, partial)
-        assert loss.func is loss_statistics.loss_with_statistics
+        assert isinstance(loss, step_guard.GuardedLoss)
+        assert isinstance(loss.function, partial)
+        assert loss.function.func is loss_statistics.loss_with_statistics
+        assert loss.settings.max_not_finite_in_a_row == 5
+        assert loss.folder == Path("runs/one")
         output, data = micro_batch()
         assert loss(model_output=output, data=data)[1]["actor/pg_loss"].values

@@ -12,7 +12,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
 from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
-from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses
 from hpo_verl.verl_plugin import mini_batch as plugin
 from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig
@@ -47,7 +47,8 @@ def test_verl_finds_the_engine_by_the_vendor_and_its_own_without(monkeypatch):
         monkeypatch.setenv("VERL_ENGINE_VENDOR", plugin.VENDOR)
         ours = EngineRegistry.get_engine_cls("language_model", backend)
         assert issubclass(ours, FSDPEngineWithLMHead)
-        assert ours.__name__ == "MiniBatchEngine"
+        assert ours.__name__ == "GuardedEngine"
+        assert ours.__base__.__name__ == "MiniBatchEngine"
         critic = EngineRegistry.get_engine_cls("value_model", backend)
         monkeypatch.delenv("VERL_ENGINE_VENDOR")
         assert EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead
@@ -106,11 +107,19 @@ def test_the_summing_loss_sees_the_tokens_of_the_response():
     torch.testing.assert_close(sums[0], plain_sums(output, data, settings), rtol=1e-6, atol=0)
 
 
-def test_a_live_value_that_is_not_finite_is_named_before_the_bounds_are_set():
+@pytest.mark.parametrize("field", ["advantages", "old_log_probs", "log_probs"])
+def test_a_live_value_that_is_not_finite_counts_for_nothing_in_the_sums(field):
+    """It is told where the loss is evaluated, by the guard or by the loss."""
     output, data = nested_batch()
-    data["advantages"].values()[0] = float("nan")
-    with pytest.raises(DataError, match=r"^advantages: 1 of"):
-        plugin.summing_loss(BAPOSettings(), [])(model_output=output, data=data)
+    # The first token of the first response; its log-probability stands one place before it.
+    tensor = output["log_probs"] if field == "log_probs" else data[field]
+    tensor.values()[1 if field == "log_probs" else 0] = float("nan")
+    sums = []
+    plugin.summing_loss(BAPOSettings(), sums)(model_output=output, data=data)
+    output, data = nested_batch()
+    data["response_mask"].values()[0] = 0
+    plugin.summing_loss(BAPOSettings(), sums)(model_output=output, data=data)
+    assert torch.equal(sums[0], sums[1])
 
 
 class Parent:

@@ -1,9 +1,7 @@
 """Rewards that raise, hang, end their process or return what is no number: 0, and counted."""
 
 import asyncio
-import json
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -14,11 +12,9 @@ from tensordict import TensorDict
 from verl.experimental.reward_loop.reward_manager import NaiveRewardManager
 from verl.protocol import DataProto
 from verl.trainer.ppo.reward import load_reward_manager
-from verl.utils import tensordict_utils as tu
 
-from hpo_verl.errors import ConfigError, DataError, RewardError
+from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.rewards import countdown
-from hpo_verl.verl_plugin import reward_errors
 from hpo_verl.verl_plugin.guarded_function import GuardedFunction
 from hpo_verl.verl_plugin.reward_guard import GuardedRewardManager, guard_settings
 
@@ -297,81 +293,3 @@ def test_what_it_cannot_do_is_refused(key):
     OmegaConf.update(settings, key, True)
     with pytest.raises(ConfigError, match="use naive"):
         guard_settings(settings)
-
-
-# ---------------------------------------------------------------- the trainer's side
-
-
-def fields(text=""):
-    return {"reward_extra_info": {"reward_error": float(bool(text)), "reward_error_text": text}}
-
-
-class Parent:
-    def _compute_advantage(self, batch, metrics):
-        metrics["parent"] = True
-        return batch
-
-
-class Trainer(reward_errors.RewardErrors, Parent):
-    def __init__(self, settings, tokenizer):
-        self.config, self.tokenizer, self.global_steps = settings, tokenizer, 4
-
-
-@pytest.fixture
-def step(monkeypatch, tmp_path):
-    """One call of the trainer on a batch whose rewards said what is given; returns metrics."""
-    import transfer_queue as tq
-
-    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "run" / "metrics.jsonl"))
-
-    def call(texts, padding=0, response="", manager="guarded", limit=0.5):
-        column = {f"u_{i}_0": fields(text) for i, text in enumerate(texts)}
-        keys = [*column, *(f"pad_{i}_0" for i in range(padding))]
-        batch = SimpleNamespace(
-            keys=keys, partition_id="train", tags=[{"is_padding": "pad" in key} for key in keys]
-        )
-
-        def get(keys, partition_id, select_fields):
-            if select_fields == ["responses"]:
-                return {"responses": [torch.tensor([0])]}
-            return tu.get_tensordict({"extra_fields": [column[key] for key in keys]})
-
-        monkeypatch.setattr(tq, "kv_batch_get", get)
-        settings = config(None, manager=manager, guard={"max_error_fraction": limit})
-        metrics = {}
-        assert Trainer(settings, Words([response]))._compute_advantage(batch, metrics) is batch
-        assert metrics.pop("parent")
-        return metrics
-
-    return call
-
-
-def test_the_share_is_logged_on_every_step(step):
-    assert step(["", "", "", ""]) == {"reward/error_fraction": 0.0}
-    assert step(["", "", "broken", "broken"]) == {"reward/error_fraction": 0.5}
-    # Padding rows count for nothing.
-    assert step(["", "broken"], padding=2) == {"reward/error_fraction": 0.5}
-    assert step(["broken"], manager="naive") == {}
-
-
-def test_above_the_threshold_the_run_ends_with_the_offender_in_a_file(step, tmp_path):
-    response = "\x1b[2J\x7f\u202e" + "x" * 5000
-    with pytest.raises(RewardError, match=r"reward/error_fraction = 0.667 in step 4") as stopped:
-        step(["", "ValueError: first", "second"], response=response)
-    file = tmp_path / "run" / "reward_error.json"
-    assert str(file) in str(stopped.value)
-    assert "xxx" not in str(stopped.value)
-    assert all(32 <= byte < 127 or byte == 10 for byte in file.read_bytes())
-    written = json.loads(file.read_text())
-    assert written == {
-        "error": "ValueError: first",
-        "step": 4,
-        "sample": "u_1_0",
-        "response": response[:2000],
-        "response_characters": 5006,
-    }
-
-
-def test_a_response_of_another_manager_is_refused():
-    with pytest.raises(DataError, match="reward_error"):
-        reward_errors.reward_errors([{"reward_extra_info": {"acc": 1.0}}])

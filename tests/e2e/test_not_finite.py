@@ -1,0 +1,108 @@
+"""A NaN inside the model during a real run: skipped once, and the end of the run if it stays."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from real_runs import BIN, SMALL, STEPS, read_metrics, start
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+
+# Two updates a step. Loaded by verl in every process; acts in the actor alone.
+SPOIL = """
+import os
+from wrapt import register_post_import_hook
+
+def spoil(module):
+    engine = module.FSDPEngineWithLMHead
+    train, outputs = engine.train_batch, engine.prepare_model_outputs
+    first, last = map(int, os.environ["SPOILED_UPDATES"].split("-"))
+
+    def count(self, *args, **kwargs):
+        self.updates = getattr(self, "updates", 0) + 1
+        return train(self, *args, **kwargs)
+
+    def with_nan(self, *args, **kwargs):
+        import torch
+        found = outputs(self, *args, **kwargs)
+        if torch.is_grad_enabled() and first <= self.updates <= last:
+            # The log-probability of the first response's last token stands one place before it.
+            log_probs = found["log_probs"]
+            factor = torch.ones_like(log_probs.values())
+            factor[log_probs.offsets()[1] - 2] = float("nan")
+            found["log_probs"] = torch.nested.nested_tensor_from_jagged(
+                log_probs.values() * factor, log_probs.offsets()
+            )
+        return found
+
+    engine.train_batch, engine.prepare_model_outputs = count, with_nan
+
+register_post_import_hook(spoil, "verl.workers.engine.fsdp.transformer_impl")
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(cache, tmp_path_factory):
+    """Folder, output and exit code of a run spoiled once, and of one that stays spoiled."""
+    place = tmp_path_factory.mktemp("not_finite")
+    (place / "spoil.py").write_text(SPOIL)
+    processes = {}
+    for name, updates in (("once", "3-3"), ("always", "3-99")):
+        environment = {
+            "PYTHONPATH": f"{place}:{os.environ.get('PYTHONPATH', '')}",
+            "VERL_USE_EXTERNAL_MODULES": "spoil",
+            "SPOILED_UPDATES": updates,
+        }
+        words = ["env", *(f"{key}={value}" for key, value in environment.items())]
+        with (place / f"{name}.txt").open("w") as output:
+            processes[name] = start(
+                [
+                    *words,
+                    *(BIN / "hpo-verl", "train", "countdown-tiny", *SMALL),
+                    *("trainer.val_before_train=false", "trainer.save_freq=-1"),
+                    *("trainer.test_freq=-1", f"hydra.run.dir={place}/{name}"),
+                ],
+                cache,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+    codes = {name: process.wait() for name, process in processes.items()}
+    return {
+        name: (place / name, (place / f"{name}.txt").read_text(), codes[name]) for name in codes
+    }
+
+
+def test_one_update_is_skipped_and_counted_and_the_run_goes_on(runs):
+    folder, output, code = runs["once"]
+    assert code == 0, output
+    metrics = read_metrics(folder)
+    assert set(metrics) == set(range(1, STEPS + 1))
+    assert [metrics[step]["hpo/updates_not_finite"] for step in (1, 2, 3)] == [0, 1, 0]
+    assert [metrics[step]["hpo/updates_without_advantage"] for step in (1, 2, 3)] == [0, 0, 0]
+    # Means of the other update alone.
+    assert all(0 < metrics[step]["actor/grad_norm"] < 100 for step in (1, 2, 3))
+    assert [file.name for file in folder.glob("not_finite_*")] == [
+        "not_finite_0001_rank0.safetensors"
+    ]
+
+
+def test_the_batch_of_the_run_is_replayed(runs):
+    folder, _, _ = runs["once"]
+    command = [BIN / "hpo-verl", "replay", folder / "not_finite_0001_rank0.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ": loss hpo, token-mean" in done.stdout
+    assert re.search(r"^first not finite: micro-batch 0: log_prob: 1 of ", done.stdout, re.M)
+
+
+def test_three_in_a_row_end_the_run_with_the_tensor_and_the_file(runs):
+    folder, output, code = runs["always"]
+    assert code == 1
+    # Updates 3 and 4 are those of step 2; with update 5 it is enough.
+    assert set(read_metrics(folder)) == {1, 2}
+    path = folder / "not_finite_0003_rank0.safetensors"
+    assert path.exists()
+    assert "NotFiniteError: 3 updates in a row were not finite" in output
+    assert "the last: micro-batch 0: log_prob: 1 of " in output
+    assert f"mini-batch: {path}; see hpo-verl replay" in output

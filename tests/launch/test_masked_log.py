@@ -1,0 +1,121 @@
+"""What the processes of a run print gets into its log without secrets."""
+
+import os
+import threading
+
+import pytest
+from omegaconf import OmegaConf
+
+from hpo_verl.launch import train
+from hpo_verl.launch.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
+from hpo_verl.launch.process import TrainingProcess
+from hpo_verl.launch.secret_mask import secret_mask
+
+# Assembled here, so that no scanner takes this file for a leak.
+TOKEN = "hf_" + "a1B2" * 8
+
+
+def logged(path, mask, *parts):
+    log = MaskedLog(path, mask)
+    writer = os.dup(log.fileno())
+    log.start()
+    for part in parts:
+        os.write(writer, part)
+    os.close(writer)
+    log.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{'wandb_api_key': 'correct-horse'}", "{'wandb_api_key': '***'}"),
+        ("HF_TOKEN=the-token-of-mine", "HF_TOKEN=***"),
+        (f"got {TOKEN}.", "got ***."),
+        ("https://me:let-me-in@host/x", "https://***@host/x"),
+        ("correct-horse-battery and correct-horse", "*** and ***"),
+        ("agg=token-mean seed=12345678", "agg=token-mean seed=12345678"),
+        ("short", "short"),
+    ],
+)
+def test_secrets_are_masked_and_nothing_else(text, expected):
+    settings = {
+        "trainer": {"wandb_api_key": "correct-horse", "loss_agg_mode": "token-mean"},
+        "clients": [{"password": "correct-horse-battery"}, {"password": "short"}, {"token": None}],
+        "max_token": 12345678,
+    }
+    assert secret_mask({"HF_TOKEN": "the-token-of-mine"}, settings)(text) == expected
+
+
+def test_without_a_secret_a_text_stays_as_it_is():
+    assert secret_mask({})("nothing here, not even ***") == "nothing here, not even ***"
+
+
+def test_a_secret_that_comes_in_pieces_is_masked(tmp_path):
+    text = f"before {TOKEN} after\nno end".encode()
+    parts = [text[at : at + 1] for at in range(len(text))]
+    assert logged(tmp_path / "log", secret_mask({}), *parts) == b"before *** after\nno end"
+
+
+def test_every_other_byte_is_kept(tmp_path):
+    content = bytes(range(256)) + "é\n".encode() + b"\xff\n"
+    assert logged(tmp_path / "log", secret_mask({}), content) == content
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path):
+    log = MaskedLog(tmp_path / "log", str)
+    writer = os.dup(log.fileno())
+    log.start()
+    feeder = threading.Thread(
+        target=lambda: [os.write(writer, b"x" * BLOCK_BYTES) for _ in range(20)]
+    )
+    feeder.start()
+    feeder.join(20)
+    assert not feeder.is_alive()
+    # Written before the line, or the process, has ended.
+    assert (tmp_path / "log").stat().st_size > LINE_BYTES
+    os.close(writer)
+    log.close()
+    assert (tmp_path / "log").stat().st_size == 20 * BLOCK_BYTES
+
+
+def test_the_log_of_a_run_is_masked(tmp_path, monkeypatch):
+    """Output and errors of the main program and of a process that it starts."""
+    package = tmp_path / "stand_in" / "verl" / "trainer"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("")
+    (package / "main_ppo.py").write_text(
+        "import os, subprocess, sys\n"
+        "print('token', os.environ['MY_TOKEN'], flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import os, sys; '\n"
+        "    'sys.stderr.write(os.environ[\"MY_TOKEN\"])'])\n"
+        "raise ValueError('no access with ' + os.environ['MY_TOKEN'])\n"
+    )
+    monkeypatch.setenv("MY_TOKEN", "correct-horse")
+    log = tmp_path / "train.log"
+    environment = {"PYTHONPATH": str(package.parents[1])}
+    mask = secret_mask(os.environ)
+    with TrainingProcess([], log, lambda _: environment, mask) as process:
+        assert process.wait(lambda: None) == 1
+    text = log.read_text()
+    assert "correct-horse" not in text
+    assert text.startswith("token ***\n***Traceback")
+    assert text.rstrip().endswith("ValueError: no access with ***")
+
+
+def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
+    settings = {"trainer": {"default_local_dir": None, "my_api_key": "correct-horse"}}
+
+    class Seen(Exception):
+        pass
+
+    def stand_in(arguments, log_file, variables, mask):
+        raise Seen(mask("correct-horse, the-token-of-mine"))
+
+    monkeypatch.setattr(train, "compose_and_check", lambda *_: OmegaConf.create(settings))
+    monkeypatch.setattr(train, "record_run", lambda *_: None)
+    monkeypatch.setattr(train, "TrainingProcess", stand_in)
+    monkeypatch.setenv("HF_TOKEN", "the-token-of-mine")
+    with pytest.raises(Seen, match=r"^\*\*\*, \*\*\*$"):
+        train.train("any", [f"hydra.run.dir={tmp_path}/run"], print, lambda *_: None)
