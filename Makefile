@@ -1,10 +1,10 @@
-# make install | quickstart | test | test-all | lint | bench | mutation | fuzz | audit
+# make install | quickstart | test | test-all | lint | bench | mutation | fuzz | soak | audit
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all lint bench mutation fuzz audit
+.PHONY: install quickstart test test-all lint bench mutation fuzz soak audit
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ mutation: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/fuzz_rewards.py
+
+soak: $(STAMP)
+	$(BIN)/python tests/soak/soak.py
 
 # What is not installed is named and left out.
 audit: $(STAMP)
