@@ -79,9 +79,11 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
-        # verl leaves lock files where temporary files go.
-        "TMPDIR": str(temporary),
     }
+    if not cluster.joins_cluster(config):
+        # verl leaves lock files where temporary files go, which is also where Ray finds
+        # the cluster of this machine.
+        variables["TMPDIR"] = str(temporary)
     if config.trainer.device == "cpu":
         variables |= {"VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
     if config.trainer.device == "cpu" and not cluster.joins_cluster(config):

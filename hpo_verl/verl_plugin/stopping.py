@@ -18,9 +18,9 @@ class StopsOnRequest:
 
     def on_train_begin(self) -> None:
         """Tell the launcher that a request will be heard."""
+        super().on_train_begin()  # type: ignore[misc]
         self._stop_file = StopFile(run_folder(self.config.trainer.default_local_dir))
         self._stop_file.write(LISTENING)
-        super().on_train_begin()  # type: ignore[misc]
 
     def _save_checkpoint(self) -> None:
         super()._save_checkpoint()  # type: ignore[misc]

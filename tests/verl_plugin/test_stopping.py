@@ -41,9 +41,10 @@ class Loop(trainer_base.PPOTrainer):
         self.steps_per_epoch = self.total_training_steps = STEPS
 
     def on_train_begin(self):
-        assert self.file.read() == LISTENING
+        assert self.file.read() is None
 
     def step(self, metrics, timing_raw):
+        assert self.file.read() == LISTENING
         self.happened.append(f"step {self.global_steps}")
         if self.global_steps == self.ask_in_step:
             self.file.write(REQUESTED)
