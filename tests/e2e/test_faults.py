@@ -16,7 +16,7 @@ from real_runs import BIN, read_metrics, start, wait_for_step
 from hpo_verl.launch.process import MARKER, SHARED_MEMORY, marked_processes
 from hpo_verl.launch.watch import title
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 SMALLEST = [
     "data.train_batch_size=8",
@@ -35,13 +35,12 @@ SCORING_PROCESS = "hpo_verl.rewards.scoring_process"
 
 
 class Run:
-    """A run that has made its first checkpoint, with a folder for temporary files of its own."""
+    """A run with a folder for temporary files of its own."""
 
     def __init__(self, cache, folder, *overrides):
         self.folder = folder
         # Short: a socket's path has at most 107 bytes.
         self.temporary = Path(tempfile.mkdtemp(prefix="t-"))
-        self.shared_memory = set(os.listdir(SHARED_MEMORY))
         command = [BIN / "hpo-verl", "train", "countdown-tiny", *SMALLEST, *overrides]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TMPDIR", str(self.temporary))
@@ -51,17 +50,22 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
-        wait_for_step(folder, 2, self.launcher)
-        self.main = psutil.Process(self.launcher.pid).children()[0]
-        self.marker = self.main.environ()[MARKER]
+
+    def wait_until_it_trains(self):
+        wait_for_step(self.folder, 2, self.launcher, seconds=600)
+        (main,) = psutil.Process(self.launcher.pid).children()
+        self.marker = main.environ()[MARKER]
+        # Not all of the machine's: another run beside this one has its own.
         self.ports = {port for process in self.processes() for port in listening_ports(process)}
+        self.shared = {file for process in self.processes() for file in shared_memory(process)}
         assert self.ports
+        assert self.shared
 
     def processes(self):
         return marked_processes(self.marker)
 
     def find(self, name):
-        (found,) = [p for p in self.processes() if title(p.cmdline()).split(".")[0] == name]
+        (found,) = [p for p in self.processes() if f"{title(p.cmdline())}.".startswith(f"{name}.")]
         return found
 
     def steps(self):
@@ -83,16 +87,39 @@ class Run:
         assert self.processes() == []
         # torch's cache, one for all that a user runs, is made where torch is imported.
         assert all(name.startswith("torchinductor_") for name in os.listdir(self.temporary))
-        assert set(os.listdir(SHARED_MEMORY)) - self.shared_memory == set()
+        assert not [file for file in self.shared if Path(file).exists()]
         taken = {c.laddr.port for c in psutil.net_connections("inet") if c.status == "LISTEN"}
         assert taken & self.ports == set()
         assert not (self.folder / ".stop").exists()
-        shutil.rmtree(self.temporary)
         return self.launcher.returncode, output, seconds
+
+    def clean(self):
+        while self.launcher.poll() is None:
+            self.launcher.terminate()
+            time.sleep(1)
+        shutil.rmtree(self.temporary)
+
+
+@pytest.fixture
+def start_run(cache, tmp_path):
+    started = []
+
+    def start_run(*overrides):
+        started.append(Run(cache, tmp_path / "run", *overrides))
+        started[0].wait_until_it_trains()
+        return started[0]
+
+    yield start_run
+    for run in started:
+        run.clean()
 
 
 def listening_ports(process):
     return [c.laddr.port for c in process.net_connections("inet") if c.status == "LISTEN"]
+
+
+def shared_memory(process):
+    return [m.path for m in process.memory_maps() if m.path.startswith(f"{SHARED_MEMORY}/")]
 
 
 def digests(folder):
@@ -107,9 +134,9 @@ def digests(folder):
     "role", [ACTOR_WORKER, ROLLOUT_SERVER, REWARD_WORKER, RAY_NODE], ids=lambda role: role[0]
 )
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
-def test_a_lost_process_ends_the_run_and_is_named(cache, tmp_path, role, how):
+def test_a_lost_process_ends_the_run_and_is_named(start_run, role, how):
     name, shown = role
-    run = Run(cache, tmp_path / "run", "trainer.save_freq=1")
+    run = start_run("trainer.save_freq=1")
     process = run.find(name)
     checkpoint = run.last_checkpoint()
     saved = digests(checkpoint)
@@ -126,8 +153,8 @@ def test_a_lost_process_ends_the_run_and_is_named(cache, tmp_path, role, how):
     assert run.last_checkpoint().is_dir()
 
 
-def test_a_lost_scoring_process_is_replaced_and_ctrl_c_saves(cache, tmp_path):
-    run = Run(cache, tmp_path / "run", "trainer.save_freq=100000")
+def test_a_lost_scoring_process_is_replaced_and_ctrl_c_saves(start_run):
+    run = start_run("trainer.save_freq=100000")
     for how in (signal.SIGKILL, signal.SIGSTOP):
         process = run.find(SCORING_PROCESS)
         process.send_signal(how)
@@ -152,8 +179,8 @@ def test_a_lost_scoring_process_is_replaced_and_ctrl_c_saves(cache, tmp_path):
     assert digests(checkpoint)["data.pt"]
 
 
-def test_a_second_signal_ends_the_run_at_once(cache, tmp_path):
-    run = Run(cache, tmp_path / "run", "trainer.save_freq=100000")
+def test_a_second_signal_ends_the_run_at_once(start_run):
+    run = start_run("trainer.save_freq=100000")
     # A step that would not end: its rollout server does nothing.
     run.find("ray::HFServer").suspend()
     run.launcher.send_signal(signal.SIGINT)
