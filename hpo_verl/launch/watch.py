@@ -198,14 +198,17 @@ class ProcessWatch:
 
 
 def title(command: Sequence[str]) -> str:
-    """A command line in one word: Ray's name of it, the module or script, or the program."""
-    words = " ".join(command).split()
-    if not words or "::" in words[0]:
-        return words[0] if words else ""
-    if "-m" in words[1:-1]:
-        return words[words.index("-m", 1) + 1]
-    scripts = [word for word in words if word.endswith(".py")]
-    return Path(scripts[0] if scripts else words[0]).name
+    """A command line in one word: what Ray calls it, Python's module or script, or the program."""
+    first = "".join(command[:1]).split()
+    if not first or "::" in first[0]:
+        return first[0] if first else ""
+    program = Path(first[0]).name
+    if not program.startswith("python"):
+        return program
+    if "-m" in command[1:-1]:
+        return command[command.index("-m", 1) + 1]
+    scripts = [word for word in command if word.endswith(".py")]
+    return Path(scripts[0]).name if scripts else program
 
 
 def _pidfd(pid: int) -> int:

@@ -69,7 +69,12 @@ def seen(watch, *processes):
     ("command", "expected"),
     [
         (["ray::WorkerDict.update_actor      "], "ray::WorkerDict.update_actor"),
-        (["/usr/bin/raylet", "--raylet_socket_name=x"], "raylet"),
+        (
+            ["/ray/raylet", "--python_worker_command=python -m x /ray/worker.py", "-m", "x"],
+            "raylet",
+        ),
+        (["/ray/gcs_server", "--log_dir=/x"], "gcs_server"),
+        (["/bin/python3.11", "-c", "pass"], "python3.11"),
         (["/bin/python3", "-m", "verl.trainer.main_ppo", "a=b"], "verl.trainer.main_ppo"),
         (["/bin/python3", "-u", "/ray/log_monitor.py", "--x"], "log_monitor.py"),
         (["VLLM::EngineCore"], "VLLM::EngineCore"),
@@ -128,7 +133,7 @@ def test_an_exit_code_is_named(watch, stand_in):
 
 
 def test_of_those_that_end_together_the_ancestor_is_named(watch, stand_in):
-    node = stand_in("raylet", "(exec -a ray::WorkerDict sleep 60) & wait")
+    node = stand_in("raylet", "(exec -a ray::WorkerDict sleep 60) & exec -a raylet sleep 60")
     seen(watch, node)
     watch_until(watch, lambda: [w for w in watch._watched.values() if w.parent == node.pid])
     workers = [w for w in watch._watched.values() if w.parent == node.pid]
