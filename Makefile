@@ -1,4 +1,4 @@
-# make install | quickstart | test | test-all | lint | bench | results | mutation | fuzz | audit | compat
+# make install | quickstart | test | test-all | lint | bench | results | mutation | fuzz | soak | audit | compat
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 COMPAT_VERLS := 0.9.0 0.9.1
 COMPAT_VENV ?= .venv-verl-$(VERL)
 
-.PHONY: install quickstart test test-all lint bench results mutation fuzz audit compat
+.PHONY: install quickstart test test-all lint bench results mutation fuzz soak audit compat
 
 install: $(STAMP)
 
@@ -45,6 +45,9 @@ mutation: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/fuzz_rewards.py
+
+soak: $(STAMP)
+	$(BIN)/python tests/soak/soak.py
 
 # What is not installed is named and left out.
 audit: $(STAMP)

@@ -292,7 +292,7 @@ def doctor(
 
 def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
-    from hpo_verl.launch.train import TrainingFailed
+    from hpo_verl.launch.train import TrainingFailed, TrainingStopped
 
     # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -301,6 +301,9 @@ def main() -> None:
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except HpoVerlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ START_ONLY = (
     "_system_config",
     "_temp_dir",
 )
+# Ray sets this variable for every job that was submitted.
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # What a cluster's workers cannot inherit from the driver's environment.
 FORWARDED = ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "VERL_PLATFORM", "HF_HUB_OFFLINE")
 # verl reserves this many of Ray's CPUs for every rank (max_colocate_count).
@@ -45,6 +48,15 @@ def joins_cluster(config: DictConfig) -> bool:
     """Whether the run uses a Ray cluster that is already there."""
     address = OmegaConf.select(config, "ray_kwargs.ray_init.address")
     return (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+
+def stop_signals() -> Sequence[signal.Signals]:
+    """Signals that ask a run to stop after its step.
+
+    Ray stops a job by SIGTERM to all of its processes, and by SIGKILL after 3 s
+    (RAY_JOB_STOP_WAIT_TIME_S of the cluster): too early for a checkpoint.
+    """
+    return (signal.SIGINT,) if IN_JOB in os.environ else (signal.SIGINT, signal.SIGTERM)
 
 
 def join(config: DictConfig) -> None:

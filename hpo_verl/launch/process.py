@@ -19,9 +19,9 @@ from types import TracebackType
 import psutil
 
 from hpo_verl.launch.masked_log import MaskedLog
+from hpo_verl.launch.stop import SIGNALS
+from hpo_verl.launch.watch import MARKER, ProcessWatch, signal_name
 
-# Every process of a run inherits it, however often it changes parent or group.
-MARKER = "HPO_VERL_RUN"
 # Names of the shared-memory files that verl's weight transfer and Python make; vLLM ends
 # its processes before Python's own tracker has removed their semaphores.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -29,6 +29,10 @@ SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_", "sem.mp-")
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.3
 _PR_SET_PDEATHSIG = 1
+
+
+class ProcessLost(RuntimeError):
+    """A process without which the run cannot go on is dead or stopped; the message names it."""
 
 
 class TrainingProcess:
@@ -60,6 +64,8 @@ class TrainingProcess:
         self._log: MaskedLog | None = None
         self._temporary: Path | None = None
         self._shared_before: set[str] = set()
+        self._death = ""
+        self._logged_before_death = 0
 
     def __enter__(self) -> TrainingProcess:
         # Short, since Ray puts sockets below it and a socket's path is limited to 107 bytes.
@@ -87,13 +93,35 @@ class TrainingProcess:
         ]
 
     def wait(self, on_poll: Callable[[], None]) -> int:
-        """Wait for the end, calling `on_poll` about three times a second; return the exit code."""
+        """Wait for the end, calling `on_poll` about three times a second; return the exit code.
+
+        Raises:
+            ProcessLost: a process of the run died or was stopped, and the run does not end.
+        """
         child = self._require_child()
-        while child.poll() is None:
-            on_poll()
-            time.sleep(POLL_SECONDS)
+        with ProcessWatch(self.marker, on_death=self._note_death) as watch:
+            while child.poll() is None:
+                on_poll()
+                watch.wait(POLL_SECONDS)
+                self._death = watch.death.shown if watch.death else ""
+                if problem := watch.problem():
+                    raise ProcessLost(problem)
         on_poll()
         return child.returncode
+
+    def _note_death(self) -> None:
+        self._logged_before_death = self.log_file.stat().st_size
+
+    def failure(self) -> str:
+        """Why the run failed: the process that died, and the last error in the log."""
+        child = self._require_child()
+        error = last_error(self.log_file)
+        if child.returncode < 0:
+            return f"verl's main program was ended by {signal_name(-child.returncode)}; {error}"
+        # A run that fails for another reason ends its processes only after it has said so.
+        if self._death and has_error(self.log_file, self._logged_before_death):
+            return f"{self._death}; {error}"
+        return error
 
     def _require_child(self) -> subprocess.Popen[bytes]:
         if self._child is None:
@@ -106,8 +134,8 @@ class TrainingProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A second Ctrl-C must not leave half of the processes running.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A further Ctrl-C must not leave half of the processes running.
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         try:
             child = self._require_child()
             if child.poll() is None:
@@ -121,7 +149,8 @@ class TrainingProcess:
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
@@ -141,14 +170,15 @@ def marked_processes(marker: str) -> list[psutil.Process]:
 
 
 def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
-    """Ask processes to end, and kill those that have not after `STOP_SECONDS`."""
+    """Ask processes to end; kill those that are stopped, or have not after `STOP_SECONDS`."""
     deadline = time.monotonic() + STOP_SECONDS
     asked: set[int] = set()
     while processes := find():
         overdue = time.monotonic() > deadline
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                if overdue:
+                # A stopped one would take the request only after it goes on.
+                if overdue or process.status() == psutil.STATUS_STOPPED:
                     process.kill()
                 elif process.pid not in asked:
                     asked.add(process.pid)
@@ -186,11 +216,20 @@ def _mapped_shared_memory() -> Iterator[str]:
                     yield Path(region.path).name
 
 
-def last_error(log_file: Path, tail_bytes: int = 200_000) -> str:
+def last_error(log_file: Path) -> str:
     """The last error message in a log: what a worker said before the run ended."""
+    return last_error_line(_last_lines(log_file))
+
+
+def has_error(log_file: Path, start: int) -> bool:
+    """Whether an error's message stands in a log after so many bytes."""
+    return any(map(_looks_like_error, _last_lines(log_file, start)))
+
+
+def _last_lines(log_file: Path, start: int = 0, tail_bytes: int = 200_000) -> list[str]:
     with log_file.open("rb") as log:
-        log.seek(max(0, log_file.stat().st_size - tail_bytes))
-        return last_error_line(log.read().decode(errors="replace").splitlines())
+        log.seek(max(start, log_file.stat().st_size - tail_bytes))
+        return log.read().decode(errors="replace").splitlines()
 
 
 def last_error_line(lines: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,16 +22,21 @@ from hpo_verl.launch.lock import locked
 from hpo_verl.launch.manifest import record_run
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
-from hpo_verl.launch.process import TrainingProcess, last_error
+from hpo_verl.launch.process import ProcessLost, TrainingProcess
 from hpo_verl.launch.quiet import quiet_imports
 from hpo_verl.launch.recipes import compose_resolved, recipes_directory
 from hpo_verl.launch.secret_mask import secret_mask
+from hpo_verl.launch.stop import GracefulStop, StopFile
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 
 
 class TrainingFailed(HpoVerlError, RuntimeError):
     """verl's process ended with an error."""
+
+
+class TrainingStopped(HpoVerlError):
+    """The run ended early, with a checkpoint, because it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,10 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if not cluster.joins_cluster(config):
+        # verl leaves lock files where temporary files go, which is also where Ray finds
+        # the cluster of this machine.
+        variables["TMPDIR"] = str(temporary)
     if config.trainer.device == "cpu":
         variables |= {"VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
     if config.trainer.device == "cpu" and not cluster.joins_cluster(config):
@@ -148,6 +158,18 @@ def compose_and_check(
     return config
 
 
+def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
+    """Where a run that was stopped left its checkpoint, and the command that goes on."""
+    checkpoints = Path(config.trainer.default_local_dir)
+    step = (checkpoints / outputs.TRACKER).read_text().strip()
+    kept = [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
+    command = ["hpo-verl", "train", recipe, "--resume", *kept, f"{RUN_FOLDER_KEY}={folder}"]
+    return (
+        f"stopped after step {step}; checkpoint: {checkpoints / f'global_step_{step}'}\n"
+        f"go on with: {shlex.join(command)}"
+    )
+
+
 def train(
     recipe: str,
     overrides: Sequence[str],
@@ -167,7 +189,8 @@ def train(
 
     Raises:
         HpoVerlError: wrong input, found before Ray starts.
-        TrainingFailed: verl ended with an error.
+        TrainingFailed: verl ended with an error, or a process of the run is lost.
+        TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
     folder = run_folder(recipe, overrides)
     checks.check_run_folder(folder)
@@ -191,14 +214,27 @@ def train(
         mask = secret_mask(
             os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
         )
-        with TrainingProcess(arguments, log_file, variables, mask) as process:
-            code = process.wait(lambda: on_metrics(config, metrics))
+
+        def on_poll() -> None:
+            on_metrics(config, metrics)
+            stop.on_poll()
+
+        with (
+            TrainingProcess(arguments, log_file, variables, mask) as process,
+            GracefulStop(StopFile(folder), announce, cluster.stop_signals()) as stop,
+        ):
+            try:
+                code = process.wait(on_poll)
+            except ProcessLost as error:
+                raise TrainingFailed(f"{error}\nfull output: {log_file}") from error
         seconds = time.monotonic() - started
         if code != 0:
             raise TrainingFailed(
-                f"training ended with exit code {code}: {last_error(log_file)}\n"
+                f"training ended with exit code {code}: {process.failure()}\n"
                 f"full output: {log_file}"
             )
+        if stop.stopped:
+            raise TrainingStopped(stopped_message(recipe, overrides, config, folder))
         metrics.read_new()
         summary = outputs.write_summary(folder, config, metrics, seconds)
         title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"

@@ -9,8 +9,9 @@ settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
 they read (`transfer`), errors of rewards are counted (`reward_errors`), updates
-that are not finite are made known (`guarded_engine`), and algorithms get what verl
-does not pass on (`entropy`, `d3s`, `spo_trainer`).
+that are not finite are made known (`guarded_engine`), the run stops when it is
+asked to (`stopping`), and algorithms get what verl does not pass on (`entropy`,
+`d3s`, `spo_trainer`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hpo_verl.verl_plugin.repeatable import RepeatableOrder
 from hpo_verl.verl_plugin.reward_errors import RewardErrors, run_folder
 from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
 from hpo_verl.verl_plugin.step_guard import GuardedLoss, pop_counts, step_guard_settings
+from hpo_verl.verl_plugin.stopping import StopsOnRequest
 from hpo_verl.verl_plugin.transfer import LeanTransfer
 
 logger = logging.getLogger(__name__)
@@ -171,7 +173,7 @@ def register() -> None:
             parent = TRAINER_REGISTRY[parent_mode]
             members = {"parent_mode": parent_mode, "__module__": __name__}
             bases = (
-                *(BatchStatistics, RewardErrors, TokenEntropy, RepeatableOrder, LeanTransfer),
-                *(*ALGORITHM_PARTS, parent),
+                *(StopsOnRequest, BatchStatistics, RewardErrors, TokenEntropy),
+                *(RepeatableOrder, LeanTransfer, *ALGORITHM_PARTS, parent),
             )
             register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))

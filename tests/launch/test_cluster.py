@@ -1,5 +1,7 @@
 """What a run tells Ray is fit to a cluster that is there; what it cannot have is refused."""
 
+import signal
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -109,3 +111,12 @@ def test_too_few_resources(config, changes, nodes, message):
     config.trainer.update(changes)
     with pytest.raises(EnvironmentCheckError, match=message):
         cluster.check_resources(config, nodes)
+
+
+def test_ray_stops_a_job_too_soon_for_a_checkpoint(monkeypatch):
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    assert cluster.IN_JOB == RAY_JOB_CONFIG_JSON_ENV_VAR
+    assert cluster.stop_signals() == (signal.SIGINT, signal.SIGTERM)
+    monkeypatch.setenv(cluster.IN_JOB, "{}")
+    assert cluster.stop_signals() == (signal.SIGINT,)

@@ -1,6 +1,7 @@
 """A run's processes, temporary files and shared memory end with it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,9 +12,11 @@ import psutil
 import pytest
 
 from hpo_verl.launch import process as launch_process
+from hpo_verl.launch import watch
 from hpo_verl.launch.process import (
     MARKER,
     SHARED_MEMORY,
+    ProcessLost,
     TrainingProcess,
     end_processes,
     last_error,
@@ -85,6 +88,81 @@ def test_an_exception_ends_all_processes_and_the_temporary_folder(tmp_path, fake
     assert others_may == 0
     assert marked_processes(process.marker) == []
     assert not temporary.exists()
+
+
+# A child whose grandchild is named as Ray names an actor's process.
+ACTOR = """
+import os, signal, subprocess, sys, time
+actor = subprocess.Popen(["ray::WorkerDict.update", "600"], executable="/bin/sleep")
+time.sleep(1)
+{act}
+"""
+
+
+@pytest.fixture
+def fake_verl_with_an_actor(tmp_path, fake_verl, monkeypatch):
+    def install(act):
+        environment = fake_verl(0, 0)
+        main = tmp_path / "stand_in" / "verl" / "trainer" / "main_ppo.py"
+        monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
+        main.write_text(ACTOR.format(act=act))
+        return environment
+
+    return install
+
+
+def test_a_stopped_process_ends_the_run(tmp_path, fake_verl_with_an_actor, monkeypatch):
+    monkeypatch.setattr(watch, "STOPPED_LOOKS", 10)
+    environment = fake_verl_with_an_actor("actor.send_signal(signal.SIGSTOP); time.sleep(600)")
+    process = TrainingProcess([], tmp_path / "train.log", environment)
+    # Not asked to end first, for which it would have all of this.
+    monkeypatch.setattr(launch_process, "STOP_SECONDS", 60.0)
+    started = time.monotonic()
+    named = r"the actor worker \(WorkerDict, process \d+\) has been stopped \(SIGSTOP\) for 2 s"
+    with process, pytest.raises(ProcessLost, match=named):
+        process.wait(lambda: None)
+    assert marked_processes(process.marker) == []
+    assert time.monotonic() - started < 30
+
+
+def test_a_dead_process_ends_a_run_that_goes_on(tmp_path, fake_verl_with_an_actor, monkeypatch):
+    monkeypatch.setattr(watch, "DEATH_SECONDS", 1.0)
+    environment = fake_verl_with_an_actor("actor.kill(); time.sleep(600)")
+    process = TrainingProcess([], tmp_path / "train.log", environment)
+    with (
+        process,
+        pytest.raises(ProcessLost, match=r"WorkerDict, process \d+\) was ended by SIGKILL"),
+    ):
+        process.wait(lambda: None)
+    assert marked_processes(process.marker) == []
+
+
+DEATH = r"the actor worker \(WorkerDict, process \d+\) was ended by SIGKILL; "
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "failure"),
+    [
+        # The death is the reason, and what verl says of it comes after.
+        ("actor.kill(); time.sleep(1); raise RuntimeError('no groups')", 1, DEATH + ".*no groups"),
+        # The failure is the reason, and the death is that of a run which ends.
+        (
+            "import atexit; atexit.register(lambda: (actor.kill(), time.sleep(1)))\n"
+            "raise RuntimeError('nan')",
+            1,
+            "RuntimeError: nan",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            -9,
+            "verl's main program was ended by SIGKILL; no output",
+        ),
+    ],
+)
+def test_the_reason_of_a_failure(tmp_path, fake_verl_with_an_actor, act, code, failure):
+    with TrainingProcess([], tmp_path / "train.log", fake_verl_with_an_actor(act)) as process:
+        assert process.wait(lambda: None) == code
+    assert re.fullmatch(failure, process.failure()), process.failure()
 
 
 def test_a_process_that_ignores_the_request_is_killed(monkeypatch):

@@ -1,0 +1,195 @@
+"""A process of a real run is killed or stopped, and what becomes of the run."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from real_runs import BIN, read_metrics, start, wait_for_step
+
+from hpo_verl.launch.process import MARKER, SHARED_MEMORY, marked_processes
+from hpo_verl.launch.watch import title
+
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
+
+SMALLEST = [
+    "data.train_batch_size=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.total_training_steps=100000",
+]
+# Title of a process, and how the message calls it.
+ACTOR_WORKER = ("ray::WorkerDict", "the actor worker (WorkerDict, process {pid})")
+ROLLOUT_SERVER = ("ray::HFServer", "the rollout server (HFServer, process {pid})")
+REWARD_WORKER = ("ray::RewardLoopWorker", "the reward worker (RewardLoopWorker, process {pid})")
+RAY_NODE = ("raylet", "the Ray node (raylet, process {pid})")
+SCORING_PROCESS = "hpo_verl.rewards.scoring_process"
+
+
+class Run:
+    """A run with a folder for temporary files of its own."""
+
+    def __init__(self, cache, folder, *overrides):
+        self.folder = folder
+        # Short: a socket's path has at most 107 bytes.
+        self.temporary = Path(tempfile.mkdtemp(prefix="t-"))
+        command = [BIN / "hpo-verl", "train", "countdown-tiny", *SMALLEST, *overrides]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", str(self.temporary))
+            self.launcher = start(
+                [*command, f"hydra.run.dir={folder}"],
+                cache,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_it_trains(self):
+        wait_for_step(self.folder, 2, self.launcher, seconds=600)
+        (main,) = psutil.Process(self.launcher.pid).children()
+        self.marker = main.environ()[MARKER]
+        # Not all of the machine's: another run beside this one has its own.
+        self.ports = {port for process in self.processes() for port in listening_ports(process)}
+        self.shared = {file for process in self.processes() for file in shared_memory(process)}
+        assert self.ports
+        assert self.shared
+
+    def processes(self):
+        return marked_processes(self.marker)
+
+    def find(self, name):
+        (found,) = [p for p in self.processes() if f"{title(p.cmdline())}.".startswith(f"{name}.")]
+        return found
+
+    def steps(self):
+        return len((self.folder / "metrics.jsonl").read_text().splitlines())
+
+    def wait_for_steps(self, further):
+        wait_for_step(self.folder, self.steps() + further, self.launcher)
+
+    def last_checkpoint(self):
+        tracker = self.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+        return tracker.parent / f"global_step_{tracker.read_text()}"
+
+    def end(self):
+        """Wait for the end; return exit code, output and seconds. Nothing may be left."""
+        started = time.monotonic()
+        output, _ = self.launcher.communicate(timeout=180)
+        seconds = time.monotonic() - started
+        print(f"ended after {seconds:.1f} s with {self.launcher.returncode}:\n{output}")
+        assert self.processes() == []
+        # torch's cache, one for all that a user runs, is made where torch is imported.
+        assert all(name.startswith("torchinductor_") for name in os.listdir(self.temporary))
+        assert not [file for file in self.shared if Path(file).exists()]
+        taken = {c.laddr.port for c in psutil.net_connections("inet") if c.status == "LISTEN"}
+        assert taken & self.ports == set()
+        assert not (self.folder / ".stop").exists()
+        return self.launcher.returncode, output, seconds
+
+    def clean(self):
+        while self.launcher.poll() is None:
+            self.launcher.terminate()
+            time.sleep(1)
+        shutil.rmtree(self.temporary)
+
+
+@pytest.fixture
+def start_run(cache, tmp_path):
+    started = []
+
+    def start_run(*overrides):
+        started.append(Run(cache, tmp_path / "run", *overrides))
+        started[0].wait_until_it_trains()
+        return started[0]
+
+    yield start_run
+    for run in started:
+        run.clean()
+
+
+def listening_ports(process):
+    return [c.laddr.port for c in process.net_connections("inet") if c.status == "LISTEN"]
+
+
+def shared_memory(process):
+    return [m.path for m in process.memory_maps() if m.path.startswith(f"{SHARED_MEMORY}/")]
+
+
+def digests(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "role", [ACTOR_WORKER, ROLLOUT_SERVER, REWARD_WORKER, RAY_NODE], ids=lambda role: role[0]
+)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_lost_process_ends_the_run_and_is_named(start_run, role, how):
+    name, shown = role
+    run = start_run("trainer.save_freq=1")
+    process = run.find(name)
+    checkpoint = run.last_checkpoint()
+    saved = digests(checkpoint)
+    assert saved
+    process.send_signal(how)
+    code, output, seconds = run.end()
+    assert code == 1
+    assert seconds < 120
+    error = output[output.index("error: ") :]
+    what = {signal.SIGKILL: "was ended by SIGKILL", signal.SIGSTOP: "has been stopped (SIGSTOP)"}
+    assert f"{shown.format(pid=process.pid)} {what[how]}" in error.splitlines()[0]
+    assert error.splitlines()[-1] == f"full output: {run.folder}/train.log"
+    assert digests(checkpoint) == saved
+    assert run.last_checkpoint().is_dir()
+
+
+def test_a_lost_scoring_process_is_replaced_and_ctrl_c_saves(start_run):
+    run = start_run("trainer.save_freq=100000")
+    for how in (signal.SIGKILL, signal.SIGSTOP):
+        process = run.find(SCORING_PROCESS)
+        process.send_signal(how)
+        run.wait_for_steps(2)
+        assert run.find(SCORING_PROCESS).pid != process.pid
+    errors = [data["reward/error_fraction"] for data in read_metrics(run.folder).values()]
+    # One response each: that of the call which found the process gone.
+    assert sorted(errors)[-2:] == [1 / 32, 1 / 32]
+    assert sum(errors) == 2 / 32
+
+    assert not (run.folder / "checkpoints").joinpath("latest_checkpointed_iteration.txt").exists()
+    run.launcher.send_signal(signal.SIGINT)
+    code, output, _ = run.end()
+    assert code == 130
+    *_, stopped, command = output.splitlines()
+    checkpoint = run.last_checkpoint()
+    step = checkpoint.name.removeprefix("global_step_")
+    assert stopped == f"stopped after step {step}; checkpoint: {checkpoint}"
+    assert command.startswith("go on with: hpo-verl train countdown-tiny --resume ")
+    assert command.endswith(f" hydra.run.dir={run.folder}")
+    assert max(read_metrics(run.folder)) == int(step)
+    assert digests(checkpoint)["data.pt"]
+
+
+def test_a_second_signal_ends_the_run_at_once(start_run):
+    run = start_run("trainer.save_freq=100000")
+    # A step that would not end: its rollout server does nothing.
+    run.find("ray::HFServer").suspend()
+    run.launcher.send_signal(signal.SIGINT)
+    time.sleep(3)
+    assert run.launcher.poll() is None
+    run.launcher.send_signal(signal.SIGTERM)
+    code, output, seconds = run.end()
+    assert code == 130
+    assert seconds < 20
+    assert output.splitlines()[-1] == "error: interrupted"
+    assert "stopping after this step, with a checkpoint; Ctrl-C again: at once" in output
+    assert not list((run.folder / "checkpoints").glob("global_step_*"))

@@ -1,0 +1,133 @@
+"""verl's own training loop ends after the step in which it is asked to, with a checkpoint."""
+
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
+
+from hpo_verl.launch.stop import LISTENING, REQUESTED, STOPPED, StopFile
+from hpo_verl.verl_plugin.stopping import StopsOnRequest
+
+STEPS = 4
+LOGGERS = ["Tracking", "ValidationGenerationsLogger", "DapoFilteredRewardTableLogger", "tqdm"]
+UNTOUCHED = [
+    *("_reissue_inflight_prompts", "_shutdown_dump_executor", "_start_profiling"),
+    *("_stop_profiling", "_compute_metrics"),
+]
+
+
+class Silent:
+    """In place of verl's loggers."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def log(self, *args, **kwargs):
+        pass
+
+    init = set_step = update = close = log
+
+
+class Loop(trainer_base.PPOTrainer):
+    """verl's loop around steps that only tell what happens."""
+
+    def __init__(self, config, ask_in_step, file):
+        self.config = config
+        self.ask_in_step = ask_in_step
+        self.file = file
+        self.happened = []
+        self.global_steps = 0
+        self.steps_per_epoch = self.total_training_steps = STEPS
+
+    def on_train_begin(self):
+        assert self.file.read() is None
+
+    def step(self, metrics, timing_raw):
+        assert self.file.read() == LISTENING
+        self.happened.append(f"step {self.global_steps}")
+        if self.global_steps == self.ask_in_step:
+            self.file.write(REQUESTED)
+        return SimpleNamespace(keys=[], partition_id="train")
+
+    def _save_checkpoint(self):
+        self.happened.append(f"save {self.global_steps}")
+
+    def on_step_end(self):
+        self.happened.append(f"weights {self.global_steps} of {self.total_training_steps}")
+
+    def on_sample_end(self):
+        raise AssertionError("a step of this loop takes no samples")
+
+    def _consume_sync_metrics(self):
+        return {}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
+    for name in LOGGERS:
+        monkeypatch.setattr(trainer_base, name, Silent)
+    monkeypatch.setattr(trainer_base, "SkipManager", Silent())
+    monkeypatch.setattr(trainer_base.tq, "kv_clear", lambda **_: None)
+    for name in UNTOUCHED:
+        monkeypatch.setattr(Loop, name, lambda self, *_, **__: None)
+
+    def run(ask_in_step, save_freq):
+        config = OmegaConf.create(
+            {
+                "trainer": {
+                    "project_name": "p",
+                    "experiment_name": "e",
+                    "logger": [],
+                    "val_before_train": False,
+                    "total_epochs": 1,
+                    "test_freq": -1,
+                    "save_freq": save_freq,
+                    "default_local_dir": str(tmp_path / "checkpoints"),
+                },
+                "global_profiler": {"steps": None},
+            }
+        )
+        file = StopFile(tmp_path)
+        trainer = type("Trainer", (StopsOnRequest, Loop), {})(config, ask_in_step, file)
+        trainer.fit(None)
+        return trainer.happened, file.read()
+
+    return run
+
+
+def test_without_a_request_nothing_changes(run):
+    happened, state = run(ask_in_step=None, save_freq=2)
+    assert happened == [
+        *("step 1", "weights 1 of 4"),
+        *("step 2", "save 2", "weights 2 of 4"),
+        *("step 3", "weights 3 of 4"),
+        *("step 4", "save 4", "weights 4 of 4"),
+    ]
+    assert state == LISTENING
+
+
+@pytest.mark.parametrize("save_freq", [100, -1])
+def test_a_request_ends_the_run_after_its_step_with_a_checkpoint(run, save_freq):
+    happened, state = run(ask_in_step=2, save_freq=save_freq)
+    # The weights go to the server as after every step; verl's modes see that it is the last.
+    assert happened == ["step 1", "weights 1 of 4", "step 2", "save 2", "weights 2 of 2"]
+    assert state == STOPPED
+
+
+def test_a_checkpoint_of_the_same_step_is_not_saved_twice(run):
+    happened, state = run(ask_in_step=2, save_freq=2)
+    assert happened == ["step 1", "weights 1 of 4", "step 2", "save 2", "weights 2 of 2"]
+    assert state == STOPPED
+
+
+def test_in_the_last_step_there_is_nothing_to_stop(run):
+    happened, state = run(ask_in_step=4, save_freq=100)
+    assert happened[-3:] == ["step 4", "save 4", "weights 4 of 4"]
+    assert state == REQUESTED
+
+
+@pytest.mark.parametrize("mode", ["hpo_sync", "hpo_colocate_async", "hpo_separate_async"])
+def test_every_mode_listens(mode):
+    assert issubclass(get_trainer_cls(mode), StopsOnRequest)
