@@ -8,8 +8,9 @@ verl compares `trainer_mode` with "sync" in several places and reads a mode's
 settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
-they read (`transfer`), errors of rewards are counted (`reward_errors`), and
-algorithms get what verl does not pass on (`entropy`, `d3s`, `spo_trainer`).
+they read (`transfer`), errors of rewards are counted (`reward_errors`),
+checkpoints are sealed (`sealed_checkpoints`), and algorithms get what verl does
+not pass on (`entropy`, `d3s`, `spo_trainer`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from hpo_verl.verl_plugin.entropy import TokenEntropy
 from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.repeatable import RepeatableOrder
 from hpo_verl.verl_plugin.reward_errors import RewardErrors
+from hpo_verl.verl_plugin.sealed_checkpoints import SealedCheckpoints
 from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
 from hpo_verl.verl_plugin.transfer import LeanTransfer
 
@@ -161,6 +163,6 @@ def register() -> None:
             members = {"parent_mode": parent_mode, "__module__": __name__}
             bases = (
                 *(BatchStatistics, RewardErrors, TokenEntropy, RepeatableOrder, LeanTransfer),
-                *(*ALGORITHM_PARTS, parent),
+                *(SealedCheckpoints, *ALGORITHM_PARTS, parent),
             )
             register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))
