@@ -143,13 +143,13 @@ def fault(checkpoint: Path) -> str | None:
     """
     _check_owner(checkpoint)
     path = checkpoint / SEAL
+    if not path.exists():
+        return f"incomplete: it has no {SEAL}, so the run ended while it was saved"
+    _check_owner(path)
     try:
-        _check_owner(path)
         sealed = json.loads(path.read_text())
         step, files = sealed["step"], dict(sealed["files"])
         expected = {str(n): (int(f["bytes"]), str(f["sha256"])) for n, f in files.items()}
-    except FileNotFoundError:
-        return f"incomplete: it has no {SEAL}, so the run ended while it was saved"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"damaged: {SEAL} cannot be read ({error})"
     if step != step_of(checkpoint):

@@ -196,6 +196,8 @@ def train(
             )
         start = resume.begin(config, folder, sys.argv, go_on, announce)
         metrics = MetricsFile(folder / resume.METRICS_NAME)
+        # Those of earlier starts are no news.
+        metrics.read_new()
         log_file = folder / resume.LOG_NAME
         announce(f"run folder {folder} (full output: {log_file.name})")
         started = time.monotonic()

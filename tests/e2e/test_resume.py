@@ -1,0 +1,140 @@
+"""SIGKILL for a whole run at named points; what goes on ends as if nothing had happened.
+
+One run is killed seven times, at the points of `kill_at/sitecustomize.py`, and goes on
+each time; every checkpoint on the way, and all metrics, equal those of a run that nobody
+disturbed. An epoch has three steps, so three of the starts are at an epoch's end.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from checkpoint_states import different_files
+from real_runs import BIN, repeatable, run_processes, start
+
+from hpo_verl.launch import checkpoints, process
+from hpo_verl.launch.metrics import MetricsFile
+
+STEPS = 9
+SETTINGS = [
+    "data.train_batch_size=16",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "data.train_max_samples=48",
+    f"trainer.total_training_steps={STEPS}",
+    "trainer.save_freq=1",
+    "trainer.test_freq=3",
+]
+KILLS = {
+    "backward": 2,
+    "rollout": 4,
+    "shards": 5,
+    "before_tracker": 6,
+    "tracker": 7,
+    "metrics": 7,
+    "seal": 8,
+}
+
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(monkeypatch):
+    """A killed run cannot remove its temporary files; Ray's sockets need a short path."""
+    folder = tempfile.mkdtemp(prefix="k-")
+    monkeypatch.setenv("TMPDIR", folder)
+    shared = process._shared_memory_files()
+    yield
+    shutil.rmtree(folder)
+    process.remove_shared_memory(process._shared_memory_files() - shared)
+
+
+def train(cache, folder, *arguments):
+    """Exit code and output of a start of the run."""
+    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SETTINGS, f"hydra.run.dir={folder}"]
+    run = start([*command, *arguments], cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = run.communicate()
+    return run.returncode, output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, output = train(cache, folder)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of the run that is killed again and again."""
+    return tmp_path_factory.mktemp("killed") / "run"
+
+
+def go_on(folder):
+    return ["--resume"] if (folder / "metrics.jsonl").exists() else []
+
+
+def assert_as_undisturbed(folder, undisturbed, last):
+    """The checkpoints, and the metrics up to the last one, are those of the other run."""
+    for step in range(1, last + 1):
+        name = f"checkpoints/global_step_{step}"
+        assert different_files(folder / name, undisturbed / name) == set(), name
+    got, expected = (
+        [row for row in MetricsFile(run / "metrics.jsonl").read_new() if row[0] <= last]
+        for run in (folder, undisturbed)
+    )
+    assert [step for step, _ in got] == list(range(last + 1))
+    assert repeatable(dict(got)) == repeatable(dict(expected))
+
+
+def assert_killed_there(point, folder, step):
+    """What lies in the folder can only be left by a kill at this point."""
+    partial = folder / "checkpoints" / f"global_step_{step}"
+    shard = "actor/optim_world_size_1_rank_0.pt"
+    before = folder / "checkpoints" / f"global_step_{step - 1}"
+    tracker = (folder / "checkpoints" / checkpoints.TRACKER).read_text()
+    if point in ("backward", "rollout"):
+        assert not partial.exists()
+        return
+    assert not (partial / checkpoints.SEAL).exists()
+    torn = (partial / shard).stat().st_size < (before / shard).stat().st_size
+    assert torn == (point == "shards")
+    assert (partial / checkpoints.DATA_ORDER).exists() == (point != "shards")
+    assert tracker == {"shards": str(step - 1), "before_tracker": str(step - 1), "tracker": ""}.get(
+        point, str(step)
+    )
+    rows = (folder / "metrics.jsonl").read_bytes()
+    assert rows.endswith(b"\n") == (point != "metrics")
+    assert (b'"step":%d,' % step in rows) == (point in ("metrics", "seal"))
+    assert (partial / f".{checkpoints.SEAL}").exists() == (point == "seal")
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_run_killed_at(point, cache, folder, undisturbed, monkeypatch):
+    step = KILLS[point]
+    helper = Path(__file__).parents[1] / "helpers" / "kill_at"
+    monkeypatch.setenv("KILL_AT", f"{point}:{step}")
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(helper), *([path] if path else [])]))
+    before = run_processes()
+    code, output = train(cache, folder, *go_on(folder))
+    assert code == -signal.SIGKILL, output
+    assert set(run_processes()) - set(before) == set()
+    assert_killed_there(point, folder, step)
+    chosen = checkpoints.choose(folder / "checkpoints")
+    assert chosen.step == step - 1
+    assert len(chosen.left_out) == (point not in ("backward", "rollout"))
+    assert_as_undisturbed(folder, undisturbed, step - 1)
+
+
+def test_it_ends_as_if_nothing_had_happened(cache, folder, undisturbed):
+    code, output = train(cache, folder, *go_on(folder))
+    assert code == 0, output
+    assert_as_undisturbed(folder, undisturbed, STEPS)
+    assert (folder / "metrics.jsonl").read_bytes().count(b"\n") == STEPS + 1
+    weights = "policy/model.safetensors"
+    assert (folder / weights).read_bytes() == (undisturbed / weights).read_bytes()
