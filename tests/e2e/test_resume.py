@@ -5,13 +5,16 @@ each time; every checkpoint on the way, and all metrics, equal those of a run th
 disturbed. An epoch has three steps, so three of the starts are at an epoch's end.
 """
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from checkpoint_states import different_files
 from real_runs import BIN, repeatable, run_processes, start
@@ -47,7 +50,7 @@ def temporary_files(monkeypatch):
     folder = tempfile.mkdtemp(prefix="k-")
     monkeypatch.setenv("TMPDIR", folder)
     shared = process._shared_memory_files()
-    yield
+    yield folder
     shutil.rmtree(folder)
     process.remove_shared_memory(process._shared_memory_files() - shared)
 
@@ -72,6 +75,24 @@ def undisturbed(cache, tmp_path_factory):
 def folder(tmp_path_factory):
     """Of the run that is killed again and again."""
     return tmp_path_factory.mktemp("killed") / "run"
+
+
+def alive(temporary):
+    """Processes of a run with these temporary files."""
+    found = []
+    for running in run_processes().values():
+        with contextlib.suppress(psutil.Error):
+            if running.environ().get("TMPDIR") == temporary:
+                found.append(running)
+    return found
+
+
+def wait_for_end(temporary):
+    """SIGKILL takes a moment."""
+    deadline = time.monotonic() + 60
+    while alive(temporary):
+        assert time.monotonic() < deadline, alive(temporary)
+        time.sleep(0.2)
 
 
 def go_on(folder):
@@ -114,16 +135,15 @@ def assert_killed_there(point, folder, step):
 
 
 @pytest.mark.parametrize("point", KILLS)
-def test_a_run_killed_at(point, cache, folder, undisturbed, monkeypatch):
+def test_a_run_killed_at(point, cache, folder, undisturbed, monkeypatch, temporary_files):
     step = KILLS[point]
     helper = Path(__file__).parents[1] / "helpers" / "kill_at"
     monkeypatch.setenv("KILL_AT", f"{point}:{step}")
     path = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(helper), *([path] if path else [])]))
-    before = run_processes()
     code, output = train(cache, folder, *go_on(folder))
     assert code == -signal.SIGKILL, output
-    assert set(run_processes()) - set(before) == set()
+    wait_for_end(temporary_files)
     assert_killed_there(point, folder, step)
     chosen = checkpoints.choose(folder / "checkpoints")
     assert chosen.step == step - 1
