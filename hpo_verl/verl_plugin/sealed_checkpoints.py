@@ -116,8 +116,6 @@ class SealedCheckpoints:
     def _save_checkpoint(self) -> None:
         folder = Path(self.config.trainer.default_local_dir).absolute()
         checkpoint = folder / f"global_step_{self.global_steps}"
-        if self._checkpoints_kept is not None:
-            checkpoints.keep_newest(folder, max(self._checkpoints_kept - 1, 1))
         # An earlier start may have left a part of it.
         checkpoints.remove(checkpoint)
         with whole_or_not_at_all(checkpoint):

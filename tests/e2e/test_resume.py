@@ -82,7 +82,7 @@ def alive(temporary):
     found = []
     for running in run_processes().values():
         with contextlib.suppress(psutil.Error):
-            if running.environ().get("TMPDIR") == temporary:
+            if running.environ().get("TMPDIR", "").startswith(temporary):
                 found.append(running)
     return found
 
@@ -158,3 +158,28 @@ def test_it_ends_as_if_nothing_had_happened(cache, folder, undisturbed):
     assert (folder / "metrics.jsonl").read_bytes().count(b"\n") == STEPS + 1
     weights = "policy/model.safetensors"
     assert (folder / weights).read_bytes() == (undisturbed / weights).read_bytes()
+
+
+def test_a_full_disk_ends_the_run_with_its_name_and_a_whole_checkpoint(cache, tmp_path):
+    small, left = tmp_path / "small", tmp_path / "left"
+    small.mkdir()
+    # Two checkpoints of 2.2 MB fit. The mount is gone with the shell, so what it holds is copied.
+    mount = 'mount -t tmpfs -o size=6m none "$0" || exit 99; left="$1"; shift; "$@"'
+    shell = ["unshare", "-rm", "sh", "-c", f'{mount}; code=$?; cp -r "$0" "$left"; exit $code']
+    run = start(
+        [
+            *(*shell, small, left, BIN / "hpo-verl", "train", "countdown-tiny", *SETTINGS),
+            *("trainer.val_before_train=false", f"trainer.default_local_dir={small}"),
+            f"hydra.run.dir={tmp_path}/run",
+        ],
+        cache,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output, _ = run.communicate()
+    if not left.exists():
+        pytest.skip(f"no private tmpfs: {output}")
+    assert run.returncode == 1, output
+    assert f"{small}: the disk is full, so global_step_3 was not saved" in output
+    chosen = checkpoints.choose(left)
+    assert (chosen.step, chosen.left_out) == (2, ())

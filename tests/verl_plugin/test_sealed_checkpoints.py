@@ -306,15 +306,17 @@ def test_as_many_checkpoints_as_asked_for_are_kept_over_several_starts(
     assert steps_kept(folder) == expected
 
 
-@pytest.mark.parametrize("kept", [1, 2])
-def test_the_last_whole_checkpoint_is_there_until_the_next_is_sealed(tmp_path, monkeypatch, kept):
+@pytest.mark.parametrize(("kept", "expected"), [(1, [5, 4]), (2, [5, 4, 3])])
+def test_as_many_whole_checkpoints_are_there_until_the_next_is_sealed(
+    tmp_path, monkeypatch, kept, expected
+):
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
         at_step(6, "seal_checkpoint")(patched)
         with pytest.raises(Killed):
             train(folder, monkeypatch, max_actor_ckpt_to_keep=kept)
     assert checkpoints.choose(folder / "checkpoints").step == 4
-    assert steps_kept(folder) == [5, 4]
+    assert steps_kept(folder) == expected
 
 
 @pytest.mark.parametrize("writer", ["save", "seal"])
