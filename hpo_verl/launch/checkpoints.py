@@ -25,7 +25,7 @@ from hpo_verl.launch.files import file_sha256, sync, write_atomically
 SEAL = "complete.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's own note of the last step; it may be torn, so nothing here trusts it."""
-DATA_ORDER = "data.pt"
+DATA_ORDER, ACTOR = "data.pt", "actor"
 STEP_FOLDER = re.compile(r"global_step_(0|[1-9][0-9]{0,17})")
 RANK_FILE = re.compile(r"(?P<kind>\w+)_world_size_(?P<ranks>\d+)_rank_(?P<rank>\d+)\.pt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -105,10 +105,12 @@ def seal(checkpoint: Path) -> None:
     """
     names = _names(checkpoint)
     absent = DATA_ORDER if DATA_ORDER not in names else _missing_rank(names)
-    if absent or not any(RANK_FILE.fullmatch(Path(name).name) for name in names):
+    if absent is None and not any(name.startswith(f"{ACTOR}/") for name in names):
+        absent = f"file in {ACTOR}"
+    if absent:
         raise DataError(
-            f"{checkpoint} holds no {absent or 'shard of a rank'} after it was saved; the folder "
-            "must be on a disk that all nodes share"
+            f"{checkpoint} holds no {absent} after it was saved; the folder must be on a disk "
+            "that all nodes share"
         )
 
     def describe(name: str) -> dict[str, object]:

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_verl.errors import EnvironmentCheckError
+from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import checkpoints
 from hpo_verl.launch.files import write_atomically
 
 METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
+ASYNC_KEY = "actor_rollout_ref.actor.checkpoint.async_save"
 KL_NAME = "kl_coefficient.json"
 
 
@@ -59,6 +60,11 @@ class SealedCheckpoints:
     _metrics_path: str | None = None
 
     def __init__(self, config: DictConfig) -> None:
+        if OmegaConf.select(config, ASYNC_KEY):
+            raise ConfigError(
+                f"{ASYNC_KEY}=true: must be false, since a checkpoint gets its checksums when it "
+                "is saved, and then nothing may still be written"
+            )
         trainer = config.trainer
         kept = trainer.get("max_actor_ckpt_to_keep")
         if trainer.get("remove_previous_ckpt_in_save"):

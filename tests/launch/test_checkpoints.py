@@ -57,7 +57,7 @@ def test_a_seal_names_every_file_with_size_and_digest(tmp_path):
         ("data.pt", "data.pt"),
         ("actor/optim_world_size_2_rank_1.pt", "actor/optim_world_size_2_rank_1.pt"),
         ("actor/model_world_size_2_rank_0.pt", "actor/model_world_size_2_rank_0.pt"),
-        ("actor", "shard of a rank"),
+        ("actor", "file in actor"),
     ],
 )
 def test_what_a_run_could_not_go_on_from_is_not_sealed(tmp_path, absent, named):

@@ -12,7 +12,7 @@ from number_trainer import MODEL, STEPS, Trainer, Worker, settings
 from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tracking
 
-from hpo_verl.errors import EnvironmentCheckError
+from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import checkpoints, files, resume
 from hpo_verl.launch.checkpoints import SEAL, TRACKER
 from hpo_verl.verl_plugin import sealed_checkpoints
@@ -270,3 +270,10 @@ def test_what_an_earlier_start_left_of_a_step_is_no_part_of_its_checkpoint(tmp_p
     train(folder, monkeypatch)
     assert not stale.exists()
     assert checkpoints.choose(folder / "checkpoints").step == STEPS
+
+
+def test_checkpoints_that_are_written_later_are_refused(tmp_path):
+    config = settings(tmp_path)
+    config.actor_rollout_ref.actor.checkpoint = {"async_save": True}
+    with pytest.raises(ConfigError, match=r"checkpoint\.async_save=true: must be false"):
+        Trainer(config)
