@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,14 @@ Overrides = Annotated[
         autocompletion=_complete_override,
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the newest whole checkpoint of the run in hydra.run.dir, or of the "
+        "recipe's last run here.",
+    ),
+]
 
 
 @app.callback()
@@ -66,6 +75,7 @@ def hpo_verl() -> None:
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
+    resume: Resume = False,
 ) -> None:
     """Train a policy as a recipe says; make its data and tiny policy if they are missing.
 
@@ -77,6 +87,8 @@ def train(
       hpo-verl train countdown-tiny algo=hpo algorithm.hpo.alpha=0.4
 
       hpo-verl train countdown-tiny trainer.total_training_steps=300 hydra.run.dir=runs/long
+
+      hpo-verl train countdown-tiny trainer.total_training_steps=300 --resume
     """
     from hpo_verl.launch.progress import TrainingProgress
     from hpo_verl.launch.train import train as run
@@ -84,7 +96,9 @@ def train(
     console = Console(highlight=False, soft_wrap=True)
     arguments = overrides or []
     with TrainingProgress(console) as progress:
-        finished = run(recipe, arguments, console.print, progress.update)
+        # Settings hold brackets, which are no markup.
+        announce = partial(console.print, markup=False)
+        finished = run(recipe, arguments, announce, progress.update, go_on=resume)
     summary = finished.summary
     before, after = summary["success_before"], summary["success_after"]
     if isinstance(before, float) and isinstance(after, float):
@@ -94,7 +108,8 @@ def train(
         console.print(f"policy:  {finished.policy}")
     steps = summary["steps"]
     if isinstance(steps, int):
-        kept = [text for text in arguments if "total_training_steps" not in text]
+        changed = ("total_training_steps", "hydra.run.dir")
+        kept = [text for text in arguments if not any(key in text for key in changed)]
         longer = " ".join([recipe, *kept, f"trainer.total_training_steps={5 * steps}"])
         console.print(f"a longer run: hpo-verl train {longer}")
 
@@ -110,6 +125,7 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow the job to its end; Ctrl-C stops it.")
     ] = True,
+    resume: Resume = False,
 ) -> None:
     """Train a policy as a job on a Ray cluster.
 
@@ -128,6 +144,7 @@ def submit(
         wait,
         console.print,
         lambda text: print(text, end="", flush=True),
+        go_on=resume,
     )
 
 

@@ -11,7 +11,7 @@ from hpo_verl.doctor.finding import Finding, attempt, error, ok, warning
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks
-from hpo_verl.launch.outputs import TRACKER
+from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.quiet import quiet_imports
 
 ACTOR = "actor_rollout_ref.actor"

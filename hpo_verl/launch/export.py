@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from hpo_verl.errors import DataError, EnvironmentCheckError
-from hpo_verl.launch.outputs import TRACKER
+from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.quiet import quiet_imports
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import DataError
+from hpo_verl.launch.checkpoints import holds_checkpoints
 from hpo_verl.launch.checks import data_files
-from hpo_verl.launch.outputs import TRACKER, package_versions
+from hpo_verl.launch.files import file_sha256, write_atomically
+from hpo_verl.launch.outputs import package_versions
 
 FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"
@@ -72,15 +74,6 @@ def masked_command(command: Sequence[str]) -> list[str]:
         key, sign, value = text.partition("=")
         shown.append(key + sign + masked(value, key) if sign else masked(text))
     return shown
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def folder_sha256(files: Sequence[Path]) -> str:
@@ -203,7 +196,7 @@ def check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
     Raises:
         DataError: names what differs; or the folder has checkpoints and no manifest.
     """
-    if not (folder / TRACKER).exists():
+    if not holds_checkpoints(folder):
         return
     way_out = "choose another folder with trainer.default_local_dir="
     path = folder / FILE_NAME
@@ -224,27 +217,40 @@ def check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, even if the machine stops."""
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+@dataclass(frozen=True)
+class Record:
+    """What a run is about to write of itself.
+
+    Attributes:
+        config_text: content of `config.yaml`.
+        manifest: content of `manifest.json`.
+        checkpoints: where verl writes checkpoints; they get a copy of the first manifest.
+    """
+
+    config_text: str
+    manifest: dict[str, Any]
+    checkpoints: Path
+
+    def write(self, folder: Path) -> None:
+        """Write both files to the run's folder, which exists."""
+        shown = json.dumps(self.manifest, indent=2) + "\n"
+        write_atomically(folder / CONFIG_NAME, self.config_text)
+        write_atomically(folder / FILE_NAME, shown)
+        if not holds_checkpoints(self.checkpoints):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.checkpoints / FILE_NAME, shown)
 
 
-def record_run(config: DictConfig, folder: Path, command: Sequence[str]) -> None:
-    """Write `config.yaml` and `manifest.json` before a run starts.
+def checked_record(config: DictConfig, command: Sequence[str]) -> Record:
+    """Describe a run, and refuse to go on from checkpoints of another.
 
     Args:
         config: the resolved configuration, without Hydra's own part;
             `trainer.default_local_dir` is where verl looks for checkpoints.
-        folder: the run's folder, which exists.
         command: the command line.
 
     Raises:
-        DataError: the checkpoints there are another run's. Nothing is written then.
+        DataError: the checkpoints there are another run's. Nothing is written.
     """
     text = OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=True))))
     manifest = describe_run(config, text, command)
@@ -252,9 +258,4 @@ def record_run(config: DictConfig, folder: Path, command: Sequence[str]) -> None
     if config.trainer.get("resume_mode") == "resume_path":
         check_checkpoints(Path(config.trainer.resume_from_path).expanduser().parent, manifest)
     check_checkpoints(checkpoints, manifest)
-    shown = json.dumps(manifest, indent=2) + "\n"
-    write_atomically(folder / CONFIG_NAME, text)
-    write_atomically(folder / FILE_NAME, shown)
-    if not (checkpoints / TRACKER).exists():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomically(checkpoints / FILE_NAME, shown)
+    return Record(text, manifest, checkpoints)

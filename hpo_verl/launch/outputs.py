@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import DataError
+from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.metrics import MetricsFile
 
 PACKAGES = ("hpo-verl", "verl", "torch", "ray", "transformers", "vllm")
-TRACKER = "latest_checkpointed_iteration.txt"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 

@@ -30,11 +30,13 @@ from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import cluster
 from hpo_verl.launch.process import last_error_line
 from hpo_verl.launch.recipes import recipes_directory
+from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
     RUN_FOLDER_KEY,
     TrainingFailed,
     check_with_verl,
     compose_alone,
+    named_folder,
     run_folder,
 )
 
@@ -176,6 +178,7 @@ def submit(
     wait: bool,
     announce: Callable[[str], None],
     write: Callable[[str], None],
+    go_on: bool = False,
 ) -> None:
     """Submit a recipe as a job, and follow it to its end.
 
@@ -188,12 +191,15 @@ def submit(
         wait: whether to follow the job.
         announce: told what happens, one line each.
         write: given the job's output as it comes.
+        go_on: with the run in the run folder, which must be named.
 
     Raises:
         HpoVerlError: wrong input, found before or by the job before training starts.
         TrainingFailed: the job failed or was stopped.
     """
     address = dashboard_address(address)
+    if go_on and named_folder(overrides) is None:
+        raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
     folder = run_folder(recipe, overrides)
     config = compose_alone(recipe, overrides)
     cluster.check_absolute(config, str(folder))
@@ -202,6 +208,7 @@ def submit(
     cluster.check_resources(config, node_resources(address))
     others = [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
     command = ["python", "-m", "hpo_verl", "train", recipe, *others, f"{RUN_FOLDER_KEY}={folder}"]
+    command += [FLAG] if go_on else []
     with staged_code() as code:
         try:
             job = client.submit_job(

@@ -16,10 +16,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import HpoVerlError
-from hpo_verl.launch import checks, cluster, outputs
+from hpo_verl.launch import checks, cluster, outputs, resume
 from hpo_verl.launch.code_origin import own_files
 from hpo_verl.launch.lock import locked
-from hpo_verl.launch.manifest import record_run
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import ProcessLost, TrainingProcess
@@ -29,6 +28,7 @@ from hpo_verl.launch.secret_mask import secret_mask
 from hpo_verl.launch.stop import GracefulStop, StopFile
 
 RUN_FOLDER_KEY = "hydra.run.dir"
+RUNS = Path("runs")
 
 
 class TrainingFailed(HpoVerlError, RuntimeError):
@@ -56,13 +56,26 @@ class Finished:
     policy: Path | None
 
 
-def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
-    """Folder of a run: `hydra.run.dir=PATH`, or `runs/<recipe>/<time>` here."""
+def named_folder(overrides: Sequence[str]) -> Path | None:
+    """Folder of a run where `hydra.run.dir=PATH` names it."""
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key == RUN_FOLDER_KEY:
             return Path(value.strip("'\"")).expanduser().absolute()
-    return (Path("runs") / recipe / f"{datetime.now():%Y-%m-%d_%H-%M-%S}").absolute()
+    return None
+
+
+def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
+    """Folder of a new run: `hydra.run.dir=PATH`, or `runs/<recipe>/<time>` here."""
+    return (
+        named_folder(overrides)
+        or (RUNS / recipe / f"{datetime.now():%Y-%m-%d_%H-%M-%S}").absolute()
+    )
+
+
+def quoted(value: str) -> str:
+    """A text as a value of a Hydra override, whatever letters it holds."""
+    return "'" + value.replace("'", "\\'") + "'"
 
 
 def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, str]:
@@ -175,6 +188,7 @@ def train(
     overrides: Sequence[str],
     announce: Callable[[str], None],
     on_metrics: Callable[[DictConfig, MetricsFile], None],
+    go_on: bool = False,
 ) -> Finished:
     """Train as a recipe says, and collect what the run leaves.
 
@@ -183,6 +197,7 @@ def train(
         overrides: Hydra overrides.
         announce: told what happens, one line each.
         on_metrics: called about three times a second with the metrics so far.
+        go_on: from the newest whole checkpoint of the named, or else the last, run.
 
     Returns:
         Where everything is.
@@ -192,7 +207,11 @@ def train(
         TrainingFailed: verl ended with an error, or a process of the run is lost.
         TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
-    folder = run_folder(recipe, overrides)
+    if go_on:
+        folder = named_folder(overrides) or resume.latest_run((RUNS / recipe).absolute())
+    else:
+        folder = run_folder(recipe, overrides)
+        resume.refuse_used_folder(folder)
     checks.check_run_folder(folder)
     config = compose_and_check(recipe, overrides, announce)
     with locked(folder):
@@ -200,9 +219,11 @@ def train(
             config.trainer.default_local_dir = str(
                 config.trainer.default_local_dir or folder / "checkpoints"
             )
-        record_run(config, folder, sys.argv)
-        metrics = MetricsFile(folder / "metrics.jsonl")
-        log_file = folder / "train.log"
+        start = resume.begin(config, folder, sys.argv, go_on, announce)
+        metrics = MetricsFile(folder / resume.METRICS_NAME)
+        # Those of earlier starts are no news.
+        metrics.read_new()
+        log_file = folder / resume.LOG_NAME
         announce(f"run folder {folder} (full output: {log_file.name})")
         started = time.monotonic()
         arguments = [
@@ -210,6 +231,9 @@ def train(
             *(text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)),
             f"{RUN_FOLDER_KEY}={folder}",
         ]
+        if start is not None:
+            arguments += ["trainer.resume_mode=resume_path"]
+            arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
         variables = functools.partial(environment, config, folder)
         mask = secret_mask(
             os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))

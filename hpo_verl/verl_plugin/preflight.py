@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
 from hpo_verl.errors import ConfigError, HpoVerlError
 from hpo_verl.launch import checks, cluster
-from hpo_verl.launch.manifest import record_run
 from hpo_verl.launch.prepare import check_made
 from hpo_verl.launch.process import MARKER
 from hpo_verl.launch.recipes import without_hydra
+from hpo_verl.launch.resume import begin
 
 EXIT_BAD_INPUT = 2
 # Sections that verl turns into dataclasses, some of them only inside a worker.
@@ -114,7 +114,13 @@ class Preflight(Callback):
             if MARKER not in os.environ:
                 # Under `hpo-verl train` the run is recorded already.
                 folder.mkdir(parents=True, exist_ok=True)
-                record_run(without_hydra(config), folder, sys.argv)
+                plain = without_hydra(config)
+                if begin(plain, folder, sys.argv, resume=False, announce=print):
+                    with open_dict(config):
+                        config.trainer.update(
+                            resume_mode=plain.trainer.resume_mode,
+                            resume_from_path=plain.trainer.resume_from_path,
+                        )
         except HpoVerlError as error:
             print(f"error: {error}", file=sys.stderr)
             # Hydra turns a callback's exceptions into warnings; this is none.

@@ -9,9 +9,9 @@ settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
 they read (`transfer`), errors of rewards are counted (`reward_errors`), updates
-that are not finite are made known (`guarded_engine`), the run stops when it is
-asked to (`stopping`), and algorithms get what verl does not pass on (`entropy`,
-`d3s`, `spo_trainer`).
+that are not finite are made known (`guarded_engine`), checkpoints are sealed
+(`sealed_checkpoints`), the run stops when it is asked to (`stopping`), and
+algorithms get what verl does not pass on (`entropy`, `d3s`, `spo_trainer`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from hpo_verl.verl_plugin.entropy import TokenEntropy
 from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.repeatable import RepeatableOrder
 from hpo_verl.verl_plugin.reward_errors import RewardErrors, run_folder
+from hpo_verl.verl_plugin.sealed_checkpoints import SealedCheckpoints
 from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
 from hpo_verl.verl_plugin.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.stopping import StopsOnRequest
@@ -174,6 +175,6 @@ def register() -> None:
             members = {"parent_mode": parent_mode, "__module__": __name__}
             bases = (
                 *(StopsOnRequest, BatchStatistics, RewardErrors, TokenEntropy),
-                *(RepeatableOrder, LeanTransfer, *ALGORITHM_PARTS, parent),
+                *(RepeatableOrder, LeanTransfer, SealedCheckpoints, *ALGORITHM_PARTS, parent),
             )
             register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))

@@ -33,6 +33,12 @@ SIGNATURES = {
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob": "self batch metrics",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_advantage": "self batch metrics",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._update_actor": "self batch metrics",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._load_checkpoint": "self",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint": "self",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer.fit": "self agent_loop_manager",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer.on_train_begin": "self",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer.on_step_begin": "self",
+    "verl.utils.tracking:FileLogger.finish": "self",
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ._agent_loop_postprocess": (
         "self output validate **kwargs"
     ),

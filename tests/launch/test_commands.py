@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from hpo_verl.algorithms.catalog import ALGORITHMS
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
-from hpo_verl.launch import completion, prepare_recipe
-from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
+from hpo_verl.launch import completion, prepare_recipe, resume, train
+from hpo_verl.launch.recipes import GROUPS, compose_resolved, group_options, recipe_names
 
 HPO_VERL = "import sys; sys.argv = ['hpo-verl']; from hpo_verl.cli import main; main()"
 SMALL = (
@@ -104,6 +104,31 @@ def test_prepare_refuses_wrong_input_before_it_makes_anything(
     assert error.startswith("error: ")
     assert message in error
     assert not data[1].parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "--resume: no run in "),
+        (["hydra.run.dir=run"], "holds a run: --resume goes on with it"),
+        (["hydra.run.dir=run", "--resume", "trainer.resume_mode=disable"], "leave out trainer.res"),
+        (["hydra.run.dir=run", "--resume"], "run/checkpoints holds no checkpoint to go on from"),
+    ],
+)
+def test_train_never_begins_anew_where_it_was_to_go_on_and_never_overwrites_a_run(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "compose_and_check", lambda *given: compose_resolved(*given[:2]))
+    monkeypatch.setattr(resume, "checked_record", lambda *given: None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step":0,"data":{}}\n')
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "train", "countdown-tiny", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"metrics.jsonl", ".lock"}
 
 
 def test_ctrl_c_has_its_own_exit_code(monkeypatch, capsys):

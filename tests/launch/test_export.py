@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from hpo_verl.cli import app
 from hpo_verl.errors import DataError, EnvironmentCheckError
+from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.export import checkpoint_folder, export, shard_files
-from hpo_verl.launch.outputs import TRACKER
 
 
 @pytest.fixture

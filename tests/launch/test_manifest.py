@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
-from hpo_verl.launch.outputs import TRACKER
+from hpo_verl.launch.checkpoints import TRACKER
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ COMMAND = ["hpo-verl", "train", "countdown-tiny", "seed=3", "+x.WANDB_API_KEY=ab
 
 
 def record(config, folder):
-    manifest.record_run(config, folder, COMMAND)
+    manifest.checked_record(config, COMMAND).write(folder)
     return json.loads((folder / "manifest.json").read_text())
 
 
@@ -217,16 +216,3 @@ def test_checkpoints_without_a_sound_manifest_are_refused(run, text):
     with pytest.raises(DataError, match="no manifest.json" if text is None else "cannot be read"):
         record(config, folder)
     assert list(folder.iterdir()) == []
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "manifest.json"
-    manifest.write_atomically(path, "old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        manifest.write_atomically(path, "new")
-    assert path.read_text() == "old"

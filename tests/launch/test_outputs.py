@@ -6,9 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hpo_verl.errors import DataError
+from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.outputs import (
-    TRACKER,
     algorithm_name,
     collect_policy,
     draw_curve,

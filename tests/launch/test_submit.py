@@ -169,12 +169,12 @@ def run(monkeypatch):
     monkeypatch.setattr(submit, "check_with_verl", lambda config: None)
     monkeypatch.setattr(submit, "node_resources", lambda address: [{"CPU": 9, "GPU": 1}])
 
-    def run(cluster, overrides=("hydra.run.dir=/run",), wait=True):
+    def run(cluster, overrides=("hydra.run.dir=/run",), wait=True, go_on=False):
         monkeypatch.setattr(submit, "connect", lambda address: cluster)
         said, written = [], []
         arguments = ("countdown-tiny", list(overrides), "head:8265", wait)
         try:
-            submit.submit(*arguments, said.append, written.append)
+            submit.submit(*arguments, said.append, written.append, go_on)
         finally:
             cluster.said, cluster.written = said, "".join(written)
 
@@ -193,6 +193,14 @@ def test_job_is_the_command_with_quoted_overrides(run):
     assert cluster.files == {"hpo_verl", "data_prep", "recipes"}
     assert cluster.said[0] == "job: job-1"
     assert any("ray job stop --address http://head:8265 job-1" in line for line in cluster.said)
+
+
+def test_a_job_goes_on_with_a_named_run_only(run):
+    cluster = Cluster([], [])
+    run(cluster, wait=False, go_on=True)
+    assert cluster.submitted["entrypoint"].endswith(" hydra.run.dir=/run --resume")
+    with pytest.raises(ConfigError, match="--resume: name the run's folder"):
+        run(cluster, ["seed=3"], go_on=True)
 
 
 def test_output_is_written_once_as_it_comes(run):

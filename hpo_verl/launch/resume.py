@@ -1,0 +1,193 @@
+"""Where a run starts: from nothing, or from a checkpoint that is whole and its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.launch import checkpoints
+from hpo_verl.launch.files import write_atomically
+from hpo_verl.launch.manifest import CONFIG_NAME, Record, checked_record
+
+FLAG = "--resume"
+METRICS_NAME = "metrics.jsonl"
+LOG_NAME = "train.log"
+CHECKPOINTS_NAME = "checkpoints"
+# They say where a run starts, not what it computes.
+RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
+DIFFERENCES_SHOWN = 12
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds metrics or checkpoints, which another run would overwrite."""
+    metrics = folder / METRICS_NAME
+    written = metrics.is_file() and metrics.stat().st_size > 0
+    return written or checkpoints.holds_checkpoints(folder / CHECKPOINTS_NAME)
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Refuse to start a run from nothing where there is one.
+
+    Raises:
+        ConfigError: names the folder and `--resume`.
+    """
+    if holds_run(folder):
+        raise ConfigError(
+            f"run folder {folder} holds a run: {FLAG} goes on with it; for a new run, choose "
+            "another folder with hydra.run.dir="
+        )
+
+
+def latest_run(runs: Path) -> Path:
+    """The newest run among the folders of a recipe, which are named by their time.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [path for path in sorted(runs.glob("*")) if holds_run(path)]
+    if not found:
+        raise ConfigError(f"{FLAG}: no run in {runs}; name its folder with hydra.run.dir=")
+    return found[-1]
+
+
+def starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | None:
+    """The checkpoint that a run goes on from; None for a run from nothing.
+
+    Args:
+        config: `trainer.default_local_dir` is where checkpoints lie; `trainer.resume_mode`
+            `auto` takes the newest whole one if there is any, `resume_path` the named one.
+        resume: whether going on was asked for, so that there must be one.
+
+    Raises:
+        ConfigError: `trainer.resume_mode` says something else than `--resume`.
+        DataError: there is no whole checkpoint, or the named one is not whole.
+    """
+    mode = config.trainer.get("resume_mode")
+    if resume and mode != "auto":
+        raise ConfigError(f"{FLAG} chooses the checkpoint: leave out trainer.resume_mode={mode}")
+    if mode == "resume_path":
+        path = Path(str(config.trainer.resume_from_path)).expanduser().absolute()
+        step = checkpoints.step_of(path)
+        if step is None or not path.is_dir():
+            raise DataError(f"trainer.resume_from_path={path}: not a folder global_step_N")
+        wrong = checkpoints.fault(path)
+        if wrong:
+            raise DataError(f"trainer.resume_from_path={path}: the checkpoint is {wrong}")
+        return checkpoints.Chosen(path, step, ())
+    folder = Path(config.trainer.default_local_dir).expanduser().absolute()
+    if resume or (mode == "auto" and checkpoints.holds_checkpoints(folder)):
+        return checkpoints.choose(folder)
+    return None
+
+
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict) or not node:
+        yield prefix, node
+        return
+    for key, value in node.items():
+        yield from _settings(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """What differs between two `config.yaml`, as `key: before -> now`."""
+    old, new = (
+        dict(_settings(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now)
+    )
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in RESUME_KEYS
+    ]
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Remove the rows after a step, and a last line that a kill has torn.
+
+    Raises:
+        DataError: a line before the last is no row of metrics.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("torn")
+            at = int(json.loads(line)["step"])
+        except (ValueError, LookupError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}: line {number} is no row of metrics ({error})") from error
+        if at <= step:
+            kept.append(line)
+    write_atomically(path, b"".join(kept))
+
+
+def keep_log(path: Path) -> None:
+    """Give the last start's log another name, since a start writes its own anew."""
+    if path.is_file():
+        number = 1
+        while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(other)
+
+
+def begin(
+    config: DictConfig,
+    folder: Path,
+    command: Sequence[str],
+    resume: bool,
+    announce: Callable[[str], None],
+) -> checkpoints.Chosen | None:
+    """Check and record a run that is about to start, from nothing or from a checkpoint.
+
+    Args:
+        config: the resolved configuration, without Hydra's own part. Where the run goes
+            on, `trainer.resume_mode` and `resume_from_path` are set to the checkpoint.
+        folder: the run's folder, which exists.
+        command: the command line.
+        resume: whether the run must go on from a checkpoint.
+        announce: told what is left out, what has changed and where the run goes on.
+
+    Returns:
+        The checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: `trainer.resume_mode` says something else than `--resume`.
+        DataError: the checkpoints are another run's, or another user's, or none is whole.
+            Nothing is written then.
+    """
+    record = checked_record(config, command)
+    start = starting_point(config, resume)
+    if start is not None:
+        _announce(start, record, folder, announce)
+        keep_log(folder / LOG_NAME)
+        cut_metrics(folder / METRICS_NAME, start.step)
+        if start.path.parent == record.checkpoints.absolute():
+            # What reads verl's own note later must not stumble over a torn one.
+            write_atomically(record.checkpoints / checkpoints.TRACKER, str(start.step))
+        with open_dict(config):
+            config.trainer.resume_mode = "resume_path"
+            config.trainer.resume_from_path = str(start.path)
+    record.write(folder)
+    return start
+
+
+def _announce(
+    start: checkpoints.Chosen, record: Record, folder: Path, announce: Callable[[str], None]
+) -> None:
+    for text in start.left_out:
+        announce(f"not used: {text}")
+    before = folder / CONFIG_NAME
+    changed = changed_settings(before.read_text(), record.config_text) if before.is_file() else []
+    for text in changed[:DIFFERENCES_SHOWN]:
+        announce(f"changed since the last start: {text}")
+    if len(changed) > DIFFERENCES_SHOWN:
+        announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
+    announce(f"going on after step {start.step}, from {start.path}")

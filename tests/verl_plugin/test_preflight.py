@@ -1,0 +1,61 @@
+"""Under stock verl, too, a run goes on from whole checkpoints only."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from hpo_verl.launch import checkpoints, resume
+from hpo_verl.launch.manifest import Record
+from hpo_verl.launch.process import MARKER
+from hpo_verl.verl_plugin import preflight
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A configuration whose checks pass, with checkpoints of steps 2 and 4."""
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (2, 4):
+        (folder / f"global_step_{step}" / "actor").mkdir(parents=True)
+        (folder / f"global_step_{step}" / "actor" / "weights").write_text(str(step))
+        (folder / f"global_step_{step}" / "data.pt").write_text(str(step))
+        checkpoints.seal(folder / f"global_step_{step}")
+    (folder / checkpoints.TRACKER).write_text("")
+    config = OmegaConf.create(
+        {
+            "hydra": {"run": {"dir": str(tmp_path / "run")}},
+            "ray_kwargs": {"ray_init": {"runtime_env": {"env_vars": {}}}},
+            "trainer": {
+                "device": "cpu",
+                "default_local_dir": None,
+                "resume_mode": "auto",
+                "resume_from_path": None,
+            },
+        }
+    )
+    OmegaConf.set_struct(config, True)
+    monkeypatch.delenv(MARKER, raising=False)
+    for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR"):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setattr(preflight, "check", lambda config: None)
+    monkeypatch.setattr(preflight.cluster, "forward_environment", lambda config: None)
+    record = Record("{}\n", {}, folder)
+    monkeypatch.setattr(resume, "checked_record", lambda config, command: record)
+    return config, folder
+
+
+def test_the_newest_whole_checkpoint_is_what_verl_is_told(started, capsys):
+    config, folder = started
+    (folder / "global_step_4" / "data.pt").write_text("5")
+    preflight.Preflight().on_run_start(config)
+    assert config.trainer.resume_mode == "resume_path"
+    assert config.trainer.resume_from_path == str(folder / "global_step_2")
+    assert "not used: global_step_4 is damaged" in capsys.readouterr().out
+
+
+def test_no_whole_checkpoint_ends_the_start(started, capsys):
+    config, folder = started
+    for step in (2, 4):
+        (folder / f"global_step_{step}" / checkpoints.SEAL).unlink()
+    with pytest.raises(SystemExit) as ended:
+        preflight.Preflight().on_run_start(config)
+    assert ended.value.code == preflight.EXIT_BAD_INPUT
+    assert f"{folder} holds no complete checkpoint" in capsys.readouterr().err
