@@ -24,6 +24,15 @@ def test_a_run_that_joins_a_cluster_must_find_it(device, monkeypatch):
     assert "TMPDIR" not in environment(config, Path("/runs/a"), Path("/private/hpo-1"))
 
 
+@pytest.mark.parametrize(("timeline", "kept"), [(None, False), ("timeline.json", True)])
+def test_events_of_tasks_are_kept_for_a_timeline_only(timeline, kept):
+    config = OmegaConf.create(
+        {"trainer": {"device": "cpu"}, "ray_kwargs": {"timeline_json_file": timeline}}
+    )
+    variables = environment(config, Path("/runs/a"), Path("/private/hpo-1"))
+    assert ("RAY_task_events_report_interval_ms" not in variables) == kept
+
+
 def test_a_stopped_run_names_its_checkpoint_and_the_command_that_goes_on(tmp_path):
     checkpoints = tmp_path / "elsewhere"
     checkpoints.mkdir()

@@ -1,5 +1,6 @@
 """What `make soak` finds fault with, on samples made by hand."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -10,8 +11,8 @@ Sample, Shared = SOAK["Sample"], SOAK["Shared"]
 STEPS = range(0, 501, 10)
 
 
-def samples(name, uss=lambda step: 1000, descriptors=lambda step: 10, steps=STEPS):
-    return [Sample(step, name, uss(step) << 20, 0, descriptors(step), 5) for step in steps]
+def samples(name, anonymous=lambda step: 1000, descriptors=lambda step: 10, steps=STEPS):
+    return [Sample(step, name, anonymous(step) << 20, 0, descriptors(step), 5) for step in steps]
 
 
 def shared(size=lambda step: 64):
@@ -35,7 +36,7 @@ def test_what_stays_the_same_misses_nothing():
     ("changed", "word"),
     [
         # 11 of 1000 MiB per 100 steps: 1.1 %.
-        ({"uss": lambda step: 1000 + 11 * step // 100}, "memory grows"),
+        ({"anonymous": lambda step: 1000 + 11 * step // 100}, "memory grows"),
         ({"descriptors": lambda step: 10 + step // 300}, "descriptors grow"),
     ],
 )
@@ -46,15 +47,30 @@ def test_what_grows_is_named(changed, word):
 
 
 def test_growth_of_the_first_steps_is_the_start():
-    start = samples("WorkerDict 7", uss=lambda step: min(1000, 20 * step))
+    start = samples("WorkerDict 7", anonymous=lambda step: min(1000, 20 * step))
     assert SOAK["judge"](start, shared(), 500)[1] == 0
 
 
 def test_what_comes_and_goes_is_left_out():
-    passing = samples("IDLE 8", uss=lambda step: 100 + step, steps=range(100, 300, 10))
+    passing = samples("IDLE 8", anonymous=lambda step: 100 + step, steps=range(100, 300, 10))
     table, missed = SOAK["judge"]([*samples("WorkerDict 7"), *passing], shared(), 500)
     assert missed == 0
     assert "IDLE" not in table
+
+
+def test_anonymous_memory_is_what_a_process_takes_for_itself():
+    before = SOAK["anonymous_bytes"](os.getpid())
+    taken = bytearray(b"x") * (64 << 20)
+    after = SOAK["anonymous_bytes"](os.getpid())
+    assert after - before == pytest.approx(len(taken), rel=0.1)
+
+
+def test_what_is_open_for_a_moment_is_no_growth():
+    table, missed = SOAK["judge"](
+        samples("WorkerDict 7", descriptors=lambda step: 12 if step == 400 else 10), shared(), 500
+    )
+    assert missed == 0
+    assert "10-12" in table
 
 
 def test_shared_memory_that_grows_is_named():
