@@ -114,7 +114,7 @@ def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
         raise Seen(mask("correct-horse, the-token-of-mine"))
 
     monkeypatch.setattr(train, "compose_and_check", lambda *_: OmegaConf.create(settings))
-    monkeypatch.setattr(train, "record_run", lambda *_: None)
+    monkeypatch.setattr(train.resume, "begin", lambda *_: None)
     monkeypatch.setattr(train, "TrainingProcess", stand_in)
     monkeypatch.setenv("HF_TOKEN", "the-token-of-mine")
     with pytest.raises(Seen, match=r"^\*\*\*, \*\*\*$"):
