@@ -25,7 +25,7 @@ from hpo_verl.launch.recipes import leaf_keys, nearest, recipes_directory
 
 BASE = "base"
 # To be raised by every change of the trainer after which a cell gives other results.
-TRAINER_VERSION = 2
+TRAINER_VERSION = 3
 
 
 @dataclass(frozen=True)

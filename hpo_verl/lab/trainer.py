@@ -258,26 +258,25 @@ class Trainer:
         # Prompts without a spread add nothing to the gradient; their tokens count in `weights`.
         useful = (advantages[rows] != 0).view(len(prompts), -1).any(dim=-1).cpu()
         kept, kept_weights = prompts[useful], weights.view(len(prompts), self.group, -1)[useful]
-        # Adam moves on with a gradient of 0 where there is nothing to learn from.
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        sums: dict[str, float] = {}
-        if len(kept):
-            rows = _rows_of(kept, self.group)
-            tokens, mask, old_log_prob, _ = (part[rows] for part in rollout.responses)
-            width = int(mask.sum(dim=-1).max())
-            tokens, mask, old_log_prob = (x[:, :width] for x in (tokens, mask, old_log_prob))
-            chosen = Prompts(rollout.prompts.tokens[kept], rollout.prompts.lengths[kept])
-            log_prob = self.policy.response_log_probs(chosen, tokens, mask)
-            try:
-                loss, sums = self.objective.loss(
-                    log_prob, old_log_prob, advantages[rows, :width], mask,
-                    kept_weights.flatten(0, 1)[:, :width],
-                    None if deviation is None else deviation[rows, :width],
-                )  # fmt: skip
-            except DataError as error:
-                raise Diverged(str(error)) from error
-            loss.backward()
+        if not len(kept):
+            # As in verl (`guarded_engine`): Adam's momentum alone must not move the weights.
+            return {}, 0.0
+        self.optimizer.zero_grad()
+        rows = _rows_of(kept, self.group)
+        tokens, mask, old_log_prob, _ = (part[rows] for part in rollout.responses)
+        width = int(mask.sum(dim=-1).max())
+        tokens, mask, old_log_prob = (x[:, :width] for x in (tokens, mask, old_log_prob))
+        chosen = Prompts(rollout.prompts.tokens[kept], rollout.prompts.lengths[kept])
+        log_prob = self.policy.response_log_probs(chosen, tokens, mask)
+        try:
+            loss, sums = self.objective.loss(
+                log_prob, old_log_prob, advantages[rows, :width], mask,
+                kept_weights.flatten(0, 1)[:, :width],
+                None if deviation is None else deviation[rows, :width],
+            )  # fmt: skip
+        except DataError as error:
+            raise Diverged(str(error)) from error
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cell.training.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise Diverged("the gradient is not finite")

@@ -118,6 +118,20 @@ def test_without_any_reward_there_is_no_update(study):
     assert rows[-1]["zero_spread_group_fraction"] == 1.0
 
 
+def test_momentum_alone_moves_nothing(study, graded):
+    from hpo_verl.lab.policy import Policy
+
+    cell = cell_of(study, "a_hpo")
+    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    trainer.step(1)
+    rollout = trainer._rollout()
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    nothing = torch.zeros(rollout.responses.mask.shape)
+    assert trainer._mini_batch(rollout, nothing, None, torch.arange(4)) == ({}, 0.0)
+    after = trainer.parameters
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
 def test_leaving_out_groups_without_spread_changes_no_update(study, graded, monkeypatch):
     """The mini-batch that the trainer makes, against the whole one."""
     from hpo_verl.lab.policy import Policy
