@@ -43,8 +43,8 @@ _READ = {
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
     f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high", f"{ACTOR}.clip_ratio_c",
     f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg",
-    # How verl splits and hosts the work; no number depends on it.
-    f"{ACTOR}.use_dynamic_bsz", "ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR",
+    # How verl splits the work; no number depends on it.
+    f"{ACTOR}.use_dynamic_bsz",
 }  # fmt: skip
 
 # What a study may add to a recipe that does not set it.

@@ -137,7 +137,7 @@ def check_engine(config: Mapping[str, Any]) -> None:
     if vendor != VENDOR:
         raise ConfigError(
             f"ray_kwargs.ray_init.runtime_env.env_vars.{ENGINE_VENDOR} = {vendor!r}: "
-            f"policy_loss.loss_mode = 'bapo' needs {VENDOR!r}, as algo=bapo sets it"
+            f"policy_loss.loss_mode = 'bapo' needs {VENDOR!r}, as recipes/run/default.yaml sets it"
         )
 
 

@@ -2,7 +2,7 @@
 
 Arguments: folder with a tiny model and `batch.pt`, port, algorithms. Advantages come from the
 estimator that verl's registry has under the recipe's name, with what a trainer mode of ours lends
-it; gradients from verl's engine, of vendor `hpo` as `algo=bapo` selects it, and the loss function
+it; gradients from verl's engine, of vendor `hpo` as `recipes/run` selects it, and the loss function
 that our trainer modes give to the actor. Both are written to `verl.pt`.
 """
 

@@ -44,6 +44,8 @@ def composed_once(algorithm):
                 f"+algo={algorithm}",
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
                 "data.max_response_length=64",
+                # As recipes/run sets it.
+                "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR=hpo",
             ],
         )
 
