@@ -1,5 +1,6 @@
 """`make compat` takes the versions that it lists, and no other; nothing is installed here."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,9 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def dry_run(*words):
+    # `make test`, under which this runs, tells its children so, and they say more.
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(
         ["make", "-n", "compat", "PYTHON=python3", *words],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, env=environment,
     )  # fmt: skip
 
 

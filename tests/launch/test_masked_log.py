@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from hpo_verl.launch import train
 from hpo_verl.launch.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
 from hpo_verl.launch.process import TrainingProcess
-from hpo_verl.launch.secret_mask import secret_mask
+from hpo_verl.launch.text_mask import secret_mask
 
 # Assembled here, so that no scanner takes this file for a leak.
 TOKEN = "hf_" + "a1B2" * 8

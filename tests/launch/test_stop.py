@@ -8,6 +8,14 @@ import pytest
 from hpo_verl.launch.stop import LISTENING, REQUESTED, SIGNALS, STOPPED, GracefulStop, StopFile
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """A shell lets what it starts in the background ignore Ctrl-C; these tests must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def file(tmp_path):
     return StopFile(tmp_path)
