@@ -24,8 +24,8 @@ from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import ProcessLost, TrainingProcess
 from hpo_verl.launch.quiet import quiet_imports
 from hpo_verl.launch.recipes import compose_resolved, recipes_directory
-from hpo_verl.launch.text_mask import secret_mask
 from hpo_verl.launch.stop import GracefulStop, StopFile
+from hpo_verl.launch.text_mask import secret_mask
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 RUNS = Path("runs")
