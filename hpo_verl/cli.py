@@ -324,6 +324,8 @@ def main() -> None:
     except HpoVerlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this code, and says nothing.
+        if end.code == EXIT_INTERRUPTED:
+            print("error: interrupted", file=sys.stderr)
+        raise

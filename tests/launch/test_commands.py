@@ -140,6 +140,7 @@ def test_ctrl_c_has_its_own_exit_code(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 @pytest.mark.parametrize("command", ["train", "list", "prepare", "doctor"])
