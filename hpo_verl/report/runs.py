@@ -138,7 +138,8 @@ def comparable_settings(config: DictConfig, seed: int | None) -> dict[str, str]:
     Paths and names often contain the seed, so it is blotted out of strings.
     """
     flat: dict[str, str] = {}
-    number = re.compile(rf"(?<!\d){seed}(?!\d)")
+    # Not the digits of a word such as fsdp2.
+    number = re.compile(rf"(?:(?<![A-Za-z\d])|(?<=seed)){seed}(?![A-Za-z\d])")
     for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
         if key.rsplit(".", 1)[-1] in SEED_KEYS or key.startswith(PLACES):
             continue

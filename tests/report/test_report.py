@@ -13,7 +13,7 @@ from hpo_verl.cli import app
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.intervals import bootstrap_interval
 from hpo_verl.report.picture import draw
-from hpo_verl.report.runs import group_runs, read_run, read_runs
+from hpo_verl.report.runs import comparable_settings, group_runs, read_run, read_runs
 from hpo_verl.report.table import runs_table
 
 SUCCESS = "val-core/countdown/acc/mean@1"
@@ -183,3 +183,14 @@ def test_command(tmp_path):
     result = CliRunner().invoke(app, ["report", str(folder), "--picture", str(tmp_path / "p.gif")])
     assert isinstance(result.exception, ConfigError)
     assert ".png, .svg, .pdf" in str(result.exception)
+
+
+def test_only_the_seed_is_blotted_out_not_a_digit_of_a_word():
+    values = {
+        "strategy": "fsdp2", "layers": "linear_fc1, level0", "name": "run_seed2",
+        "path": "/cache/tiny-2/train.parquet", "hour": "12", "seed": 2,
+    }  # fmt: skip
+    assert comparable_settings(OmegaConf.create(values), 2) == {
+        "strategy": "fsdp2", "layers": "linear_fc1, level0", "name": "run_seed<seed>",
+        "path": "/cache/tiny-<seed>/train.parquet", "hour": "12",
+    }  # fmt: skip
