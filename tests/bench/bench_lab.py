@@ -7,6 +7,7 @@ times the size.
 """
 
 import dataclasses
+import os
 import random
 import statistics
 import sys
@@ -73,10 +74,14 @@ def main():
     for prompts, tokens in ((64, 24), (32, 24), (16, 24), (64, 12), (64, 48)):
         seconds, rate = seconds_per_step(prompts, tokens)
         print(f"{prompts:3} x 8, {tokens:2} tokens: {seconds:.2f} s, {rate:,.0f} tokens/s")
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(cores)
     hidden = 128
     size = untrained_model(build_tokenizer(), hidden).num_parameters() / 1e6
     seconds, rate = seconds_per_step(64, 24, hidden)
-    print(f" 64 x 8, 24 tokens, {size:.2f} M parameters: {seconds:.2f} s, {rate:,.0f} tokens/s")
+    print(
+        f" 64 x 8, 24 tokens, {size:.2f} M parameters, {cores} threads: {seconds:.2f} s, {rate:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":
