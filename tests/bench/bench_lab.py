@@ -79,9 +79,8 @@ def main():
     hidden = 128
     size = untrained_model(build_tokenizer(), hidden).num_parameters() / 1e6
     seconds, rate = seconds_per_step(64, 24, hidden)
-    print(
-        f" 64 x 8, 24 tokens, {size:.2f} M parameters, {cores} threads: {seconds:.2f} s, {rate:,.0f} tokens/s"
-    )
+    policy = f"{size:.2f} M parameters, {cores} threads"
+    print(f" 64 x 8, 24 tokens, {policy}: {seconds:.2f} s, {rate:,.0f} tokens/s")
 
 
 if __name__ == "__main__":
