@@ -9,8 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from hpo_verl.errors import DataError
 from hpo_verl.lab.comparison import BASELINE, Comparison, Row
 from hpo_verl.lab.pictures import Picture, draw_all
@@ -20,7 +18,7 @@ from hpo_verl.lab.results import (
     manifest,
     read_sources,
     require_same_settings,
-    write_whole,
+    write_table,
 )
 from hpo_verl.lab.settings import variant_order
 from hpo_verl.lab.statistics import (
@@ -30,6 +28,7 @@ from hpo_verl.lab.statistics import (
     THRESHOLD_FACTOR,
     shown,
 )
+from hpo_verl.launch.files import write_atomically
 
 RESULTS = "results.parquet"
 _STYLE = """
@@ -83,9 +82,8 @@ def write_report(
             comparison = Comparison(study, results, variant_order(study))
             pictures = draw_all(comparison, out / "pictures")
             sections.append(_section(comparison, results, pictures))
-        write_whole(out / RESULTS, lambda path: pq.write_table(long_table(every), path))
-        page = _page(sections, every)
-        write_whole(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+        write_table(out / RESULTS, long_table(every))
+        write_atomically(out / "index.html", _page(sections, every))
     except OSError as error:
         raise DataError(f"{out}: cannot write the report: {error}") from error
     return out / "index.html"

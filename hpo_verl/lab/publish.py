@@ -15,8 +15,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from hpo_verl.errors import DataError
 from hpo_verl.lab.comparison import BASELINE, Comparison, Regime, Row
 from hpo_verl.lab.pictures import draw_all
@@ -26,10 +24,11 @@ from hpo_verl.lab.results import (
     manifest,
     read_sources,
     require_same_settings,
-    write_whole,
+    write_table,
 )
 from hpo_verl.lab.settings import variant_order
 from hpo_verl.lab.statistics import shown
+from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.recipes import recipes_directory
 
 MANIFEST = "manifest.json"
@@ -54,10 +53,7 @@ def keep(folders: Sequence[Path], kept: Path) -> None:
     """
     for study, results in read_sources(folders).items():
         require_same_settings(kept / study, [result.cell for result in results])
-        table = long_table(results)
-        write_whole(
-            kept / f"{study}.parquet", lambda path, table=table: pq.write_table(table, path)
-        )
+        write_table(kept / f"{study}.parquet", long_table(results))
 
 
 def write_pages(kept: Path, pages: Sequence[Path]) -> None:
@@ -72,13 +68,12 @@ def write_pages(kept: Path, pages: Sequence[Path]) -> None:
     """
     studies = read_sources(sorted(kept.glob("*.parquet")))
     text = json.dumps({name: manifest(results) for name, results in studies.items()}, indent=2)
-    write_whole(kept / MANIFEST, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(kept / MANIFEST, text + "\n")
     blocks: dict[str, str] = {}
     for name, results in studies.items():
         blocks |= tables(Comparison(name, results, variant_order(name)), results)
     for page in pages:
-        filled = fill(page.read_text(encoding="utf-8"), blocks, page)
-        write_whole(page, lambda path, filled=filled: path.write_text(filled, encoding="utf-8"))
+        write_atomically(page, fill(page.read_text(encoding="utf-8"), blocks, page))
 
 
 def draw_kept(kept: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab.settings import Cell
 from hpo_verl.lab.trainer import Outcome
+from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.outputs import package_versions
 
 _KEY = b"hpo_verl_lab"
@@ -85,7 +86,7 @@ def write_result(folder: Path, cell: Cell, outcome: Outcome, command: str = "") 
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(facts)})
     path = cell_path(folder, cell)
     try:
-        write_whole(path, lambda temporary: pq.write_table(table, temporary))
+        write_table(path, table)
     except OSError as error:
         raise DataError(f"{path}: cannot write: {error}") from error
     return path
@@ -135,15 +136,16 @@ def manifest(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as parquet; there whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue().to_pybytes())
 
 
 def require_same_settings(folder: Path, settings: Iterable[dict[str, Any]]) -> None:

@@ -35,7 +35,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it could not be written; what was there before is still there.
     """
-    partial = path.with_name(f".{path.name}")
+    # No suffix of the file's own: who looks for such files must not find what a kill left.
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)

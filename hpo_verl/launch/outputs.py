@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import DataError
 from hpo_verl.launch.checkpoints import TRACKER
+from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.metrics import MetricsFile
 
 PACKAGES = ("hpo-verl", "verl", "torch", "ray", "transformers", "vllm")
@@ -65,9 +66,7 @@ def write_summary(
         "versions": package_versions(),
         "seed": OmegaConf.select(config, "seed"),
     }
-    temporary = folder / ".summary.json"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, folder / "summary.json")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo_verl.errors import DataError, RewardError
+from hpo_verl.launch.files import write_atomically
 from hpo_verl.verl_plugin.reward_guard import guard_settings, is_guarded
 
 METRIC = "reward/error_fraction"
@@ -50,11 +51,10 @@ def write_offender(folder: Path, offender: dict[str, Any]) -> Path:
         "response": response[:RESPONSE_CHARACTERS],
         "response_characters": len(response),
     }
-    path, partial = folder / FILE_NAME, folder / f".{FILE_NAME}"
+    path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
     # DEL is the one control character that JSON leaves as it is.
-    partial.write_text(json.dumps(shown, indent=2).replace("\x7f", "\\u007f") + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(shown, indent=2).replace("\x7f", "\\u007f") + "\n")
     return path
 
 

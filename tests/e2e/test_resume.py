@@ -131,7 +131,7 @@ def assert_killed_there(point, folder, step):
     rows = (folder / "metrics.jsonl").read_bytes()
     assert rows.endswith(b"\n") == (point != "metrics")
     assert (b'"step":%d,' % step in rows) == (point in ("metrics", "seal"))
-    assert (partial / f".{checkpoints.SEAL}").exists() == (point == "seal")
+    assert (partial / f".{checkpoints.SEAL}.partial").exists() == (point == "seal")
 
 
 @pytest.mark.parametrize("point", KILLS)
