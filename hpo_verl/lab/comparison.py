@@ -126,6 +126,18 @@ class Comparison:
         """Runs of a variant in a regime, by seed; empty if there are none."""
         return self._runs.get((regime, variant), [])
 
+    def beginning(self, regime: Regime) -> str:
+        """What was measured before training, in a sentence."""
+        runs = [run for variant in self.variants for run in self.runs(regime, variant)]
+        first = [run.measured()[1][0] for run in runs]
+        length = [run.result.columns["response_length"][1] for run in runs]
+        spread = [run.result.columns["response_length_std"][1] for run in runs]
+        return (
+            f"Measured before training: success {min(first):.1%} to {max(first):.1%} by seed; "
+            f"responses of the first batch {np.mean(length):.1f} tokens on average, standard "
+            f"deviation {np.mean(spread):.1f}."
+        )
+
     def rows(self, regimes: Sequence[Regime]) -> list[Row]:
         """Table over regimes, several pooled as strata; variants without a run are left out."""
         return [

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from hpo_verl.errors import DataError
 from hpo_verl.lab.comparison import BASELINE, Comparison, Row
@@ -106,7 +105,9 @@ def _section(comparison: Comparison, results: Sequence[Result], pictures: list[P
     if len(tables) > 1:
         tables.append(("All regimes, pooled", comparison.regimes))
     for title, regimes in tables:
-        parts.append(f"<h3>{escape(title)}</h3>{_start(comparison, regimes)}")
+        parts.append(f"<h3>{escape(title)}</h3>")
+        if len(regimes) == 1:
+            parts.append(f"<p class=note>{comparison.beginning(regimes[0])}</p>")
         parts.append(_table(comparison.rows(regimes)))
     parts += [_figure(picture) for picture in pictures]
     return "\n".join(parts)
@@ -120,23 +121,6 @@ def _rates(comparison: Comparison) -> str:
     return (
         f"Each method has the learning rate with the largest mean area on seeds {seeds}; "
         "those seeds are left out of every comparison."
-    )
-
-
-def _start(comparison: Comparison, regimes: Sequence[Any]) -> str:
-    runs = [
-        run for regime in regimes for name in comparison.variants
-        for run in comparison.runs(regime, name)
-    ]  # fmt: skip
-    if len(regimes) != 1:
-        return ""
-    first = [run.measured()[1][0] for run in runs]
-    spread = [run.result.columns["response_length_std"][1] for run in runs]
-    length = [run.result.columns["response_length"][1] for run in runs]
-    return (
-        f"<p class=note>Measured before training: success {min(first):.1%} to {max(first):.1%} by "
-        f"seed; responses of the first batch {sum(length) / len(length):.1f} tokens on average, "
-        f"standard deviation {sum(spread) / len(spread):.1f}.</p>"
     )
 
 

@@ -145,15 +145,7 @@ def _setting(results: Sequence[Result]) -> str:
 
 
 def _section(comparison: Comparison, regime: Regime) -> str:
-    runs = [run for name in comparison.variants for run in comparison.runs(regime, name)]
-    first = [run.measured()[1][0] for run in runs]
-    length = [run.result.columns["response_length"][1] for run in runs]
-    spread = [run.result.columns["response_length_std"][1] for run in runs]
-    start = (
-        f"Before training: success {min(first):.1%} to {max(first):.1%}, responses "
-        f"{sum(length) / len(length):.1f} tokens long, standard deviation "
-        f"{sum(spread) / len(spread):.1f}."
-    )
+    start = comparison.beginning(regime)
     return f"### {regime.title}\n\n{start}\n\n{_table(comparison.rows([regime]))}"
 
 
