@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from run_files import make_run_files
 
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
@@ -16,14 +17,8 @@ from hpo_verl.launch.checkpoints import TRACKER
 @pytest.fixture
 def run(tmp_path):
     """A configuration whose files exist, and the run's folder."""
-    policy = tmp_path / "policy"
-    policy.mkdir()
-    (policy / "tokenizer.json").write_text("{}")
+    policy, folder = make_run_files(tmp_path)
     (policy / "model.safetensors").write_bytes(b"weights")
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.parquet").write_bytes(name.encode())
-    folder = tmp_path / "run"
-    folder.mkdir()
     config = OmegaConf.create(
         {
             "seed": 3,

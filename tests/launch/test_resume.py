@@ -5,6 +5,7 @@ import os
 
 import pytest
 from omegaconf import OmegaConf
+from run_files import make_run_files
 
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.launch import checkpoints, resume
@@ -28,13 +29,7 @@ def row(step):
 @pytest.fixture
 def run(tmp_path):
     """Configuration and folder of a run whose checkpoints lie in its folder."""
-    policy = tmp_path / "policy"
-    policy.mkdir()
-    (policy / "tokenizer.json").write_text("{}")
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.parquet").write_bytes(name.encode())
-    folder = tmp_path / "run"
-    folder.mkdir()
+    policy, folder = make_run_files(tmp_path)
     config = OmegaConf.create(
         {
             "seed": 3,
