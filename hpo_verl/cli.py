@@ -232,7 +232,7 @@ def list_() -> None:
 
 @app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Make the data and the tiny policy that a recipe needs, where they are missing.
+    """Make or fetch the data and the policy that a recipe needs, where they are missing.
 
     What is there is checked and left as it is. Nothing is trained.
 

@@ -47,8 +47,7 @@ def environment(subject: Subject, temporary: Path) -> dict[str, str]:
 def read_paths(subject: Subject) -> list[str]:
     """Files and folders that every machine of a cluster must see."""
     model = Path(str(subject.get("actor_rollout_ref.model.path"))).expanduser()
-    folders = [str(model)] if model.is_absolute() else []
-    return [str(path) for _, path in checks.data_files(subject.config)] + folders
+    return [*(str(path) for _, path in checks.data_files(subject.config)), str(model)]
 
 
 def ask(subject: Subject) -> dict[str, Any]:

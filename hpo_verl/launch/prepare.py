@@ -26,6 +26,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.launch.code_origin import leaves
 
 PERMITTED_PREFIX = "data_prep."
 
@@ -58,12 +59,21 @@ class Preparation:
 
 
 def preparations(config: DictConfig) -> Iterator[Preparation]:
-    """The commands that a composed recipe lists.
+    """The commands that a composed recipe lists, and whose output it names elsewhere.
+
+    A recipe that was given another policy or other data does not need those it lists.
+
+    Args:
+        config: composed recipe, without Hydra's own part.
 
     Raises:
         ConfigError: a module lies outside `data_prep`.
     """
+    whole = dict(leaves(OmegaConf.to_container(config, resolve=True)))
     for name, entry in (OmegaConf.select(config, "prepare") or {}).items():
+        used = (value for key, value in whole.items() if key != f"prepare.{name}.output")
+        if not any(_lies_in(value, str(entry.output)) for value in used):
+            continue
         if not str(entry.module).startswith(PERMITTED_PREFIX):
             raise ConfigError(
                 f"prepare.{name}.module={entry.module}: only modules below {PERMITTED_PREFIX[:-1]}"
@@ -76,6 +86,10 @@ def preparations(config: DictConfig) -> Iterator[Preparation]:
         yield Preparation(
             str(name), str(entry.module), Path(entry.output).expanduser(), tuple(arguments)
         )
+
+
+def _lies_in(value: object, folder: str) -> bool:
+    return isinstance(value, str) and (value == folder or value.startswith(f"{folder}/"))
 
 
 def missing(config: DictConfig) -> list[Preparation]:

@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpo_verl.launch import checks
-from hpo_verl.launch.prepare import Preparation, check_made, make_missing, preparations
+from hpo_verl.launch.prepare import (
+    Preparation,
+    check_made,
+    make_missing,
+    missing,
+    preparations,
+)
 from hpo_verl.launch.recipes import compose_resolved
 
 
@@ -31,6 +37,10 @@ def prepare_recipe(
     config = compose_resolved(recipe, overrides)
     checks.check_numbers(config)
     wanted = list(preparations(config))
+    absent = {preparation.output for preparation in missing(config)}
+    if not absent & {path.parent for _, path in checks.data_files(config)}:
+        # Before gigabytes of a policy are fetched.
+        checks.check_data(config)
     make_missing(config, announce)
     checks.check_data(config)
     if any(p.output == Path(str(config.actor_rollout_ref.model.path)).expanduser() for p in wanted):

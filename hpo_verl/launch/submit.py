@@ -52,7 +52,7 @@ SILENCE_SECONDS = 60.0
 PACKAGES = ("hpo_verl", "data_prep")
 TRAVELLING_SUFFIXES = (".py", ".yaml")
 # Folders of the submitting machine that recipes read from the environment.
-FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS")
+FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS", "HF_HOME")
 EXIT_BAD_INPUT = 2
 
 

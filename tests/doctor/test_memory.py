@@ -118,7 +118,7 @@ def test_cpus_of_the_small_run(subject):
 )
 def test_host_memory_of_the_readme(subject, recipe, hardware, gigabytes):
     config = subject(recipe=recipe, hardware=hardware).config
-    needed, _ = host_memory(KNOWN_MODELS[config.actor_rollout_ref.model.path], config)
+    needed, _ = host_memory(KNOWN_MODELS[config.prepare.policy.arguments.repo], config)
     assert round(needed * GIB / 1e9) == gigabytes
 
 

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from hpo_verl.doctor import model
 from hpo_verl.doctor.model import check_model, find_model
 from hpo_verl.doctor.model_size import KNOWN_MODELS, read_model_size
 from hpo_verl.errors import DataError
@@ -120,64 +117,23 @@ def test_a_model_for_shorter_texts(examine, policy):
     assert only(examine({PATH: str(policy)}), "positions").status == "skipped"
 
 
-def hub(monkeypatch, answer=None, raises=None):
-    """Stand in for the hub: an answer or an error."""
-
-    class Hub:
-        def auth_check(self, name):
-            if raises:
-                raise raises
-
-        def model_info(self, name, timeout):
-            return answer
-
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(model, "_cached", lambda name: None)
-
-
-def response(status):
-    return SimpleNamespace(status_code=status, headers={}, request=None, url="")
-
-
-@pytest.mark.parametrize(
-    ("problem", "detail", "fix"),
-    [
-        (GatedRepoError("x", response=response(403)), "gated", "accept its terms on the hub"),
-        (RepositoryNotFoundError("x", response=response(404)), "no such model", "correct the name"),
-        (OSError("no route"), "the hub cannot be asked: no route", f"hf download {HUB}"),
-    ],
-)
-def test_the_hub_refuses(examine, monkeypatch, problem, detail, fix):
-    hub(monkeypatch, raises=problem)
-    finding = only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model")
-    assert finding.status == "error"
-    assert f"{PATH}={HUB}: " in finding.detail
-    assert detail in finding.detail
-    assert finding.fix.startswith(fix)
-
-
-@pytest.mark.parametrize(
-    ("files", "status"),
-    [(["config.json", "a.safetensors"], "warning"), (["config.json", "a.bin"], "error")],
-)
-def test_the_hub_answers(examine, monkeypatch, files, status):
-    hub(monkeypatch, SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in files]))
+def test_a_model_that_was_not_fetched_yet(examine, subject, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     findings = examine(recipe="countdown3-1.5b", hardware="8gpu")
-    assert only(findings, "model").status == status
+    finding = only(findings, "model")
+    assert finding.status == "error"
+    assert f"{tmp_path}/hpo_verl/{HUB}/" in finding.detail
+    assert f"make it with: python -m data_prep.hub_policy --out {tmp_path}" in finding.detail
+    assert finding.fix.startswith("hpo-verl prepare countdown3-1.5b")
     assert only(findings, "remote code").status == "skipped"
     assert only(findings, "positions").status == "skipped"
-
-
-def test_offline_the_cache_decides(examine, subject, monkeypatch, policy):
-    hub(monkeypatch, raises=AssertionError("the network was asked"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    finding = only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model")
-    assert (finding.status, "the run is offline" in finding.detail) == ("error", True)
-    monkeypatch.setattr(model, "_cached", lambda name: policy)
-    finding = only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model")
-    assert (finding.status, f"{policy} of {HUB}" in finding.detail) == ("ok", True)
-    (policy / "model.safetensors").unlink()
-    assert only(examine(recipe="countdown3-1.5b", hardware="8gpu"), "model").status == "error"
-    # What was downloaded in part still has the dimensions that are known.
+    # Its dimensions are known all the same, but not those of another in its place.
     assert find_model(subject(recipe="countdown3-1.5b", hardware="8gpu")).size == KNOWN_MODELS[HUB]
+    other = subject({PATH: str(tmp_path / "other")}, recipe="countdown3-1.5b", hardware="8gpu")
+    assert find_model(other).size is None
+
+
+def test_a_name_on_the_hub(examine):
+    finding = only(examine({PATH: HUB}, recipe="countdown3-1.5b", hardware="8gpu"), "model")
+    assert finding.status == "error"
+    assert f"{PATH}: {HUB} is not a folder; a model of the hub is fetched at a" in finding.detail

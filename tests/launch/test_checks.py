@@ -126,9 +126,10 @@ def test_truncated_weights(config, tmp_path, cut):
         checks.check_model(config)
 
 
-def test_a_hub_id_is_left_to_the_hub(config):
+def test_a_name_on_the_hub_is_refused_since_it_names_no_commit(config):
     config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
-    checks.check_model(config)
+    with pytest.raises(DataError, match=r"Instruct is not a folder; .*fetched at a commit: python"):
+        checks.check_model(config)
 
 
 def test_a_taken_port(config):

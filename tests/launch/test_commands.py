@@ -41,8 +41,10 @@ def data(tmp_path, monkeypatch):
     """A production recipe's data, small: overrides and folder."""
     monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path / "cache"))
     batch = ("data.train_batch_size=64", "seed=3")
+    # A policy of one's own is not fetched from the hub.
+    policy = f"actor_rollout_ref.model.path={tmp_path / 'policy'}"
     folder = tmp_path / "cache" / "countdown4-3"
-    return (*SMALL, *batch), folder
+    return (*SMALL, *batch, policy), folder
 
 
 def test_prepare_makes_the_data_of_a_production_recipe_once(data):
@@ -58,8 +60,11 @@ def test_prepare_makes_the_data_of_a_production_recipe_once(data):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
 
 
-def test_prepare_does_not_call_damaged_data_sound(data, monkeypatch, capsys):
+def test_prepare_does_not_call_damaged_data_sound(data, tmp_path, monkeypatch, capsys):
     overrides, folder = data
+    # Not even before it fetches the policy.
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    overrides = overrides[:-1]
     folder.mkdir(parents=True)
     (folder / "train.parquet").write_bytes(b"PAR1 and no more")
     monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", "countdown4-7b", *overrides])

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from run_files import make_run_files
 
+from data_prep import hub_policy
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
 from hpo_verl.launch.checkpoints import TRACKER
@@ -97,10 +98,15 @@ def test_the_hash_of_a_policy_is_that_of_its_files(run):
         for name in names
     ]
     assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
-    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-3B-Instruct"
-    of_hub = record(config, folder)
-    assert of_hub["policy"] == {"path": "Qwen/Qwen2.5-3B-Instruct", "sha256": None}
-    assert of_hub["tokenizer"] == "Qwen/Qwen2.5-3B-Instruct"
+
+
+def test_the_commit_of_a_policy_of_the_hub(run):
+    config, folder, tmp_path = run
+    assert record(config, folder)["policy"]["revision"] is None
+    origin = {"repo": "team/model", "revision": "0" * 40, "files": {}}
+    (tmp_path / "policy" / hub_policy.MANIFEST).write_text(json.dumps(origin))
+    policy = record(config, folder)["policy"]
+    assert policy.items() >= {"repo": "team/model", "revision": "0" * 40}.items()
 
 
 def test_no_secret_reaches_a_file(run):

@@ -12,7 +12,8 @@ from hpo_verl.launch.prepare import check_made, make_missing, missing, preparati
 
 def recipe(folder, **arguments):
     entry = {"module": "data_prep.countdown", "output": str(folder), "arguments": arguments}
-    return OmegaConf.create({"prepare": {"data": entry}})
+    data = {"train_files": f"{folder}/train.parquet"}
+    return OmegaConf.create({"prepare": {"data": entry}, "data": data})
 
 
 def test_the_command_is_the_one_a_user_types(tmp_path):
@@ -39,6 +40,23 @@ def test_a_failing_command_is_named(tmp_path):
     with pytest.raises(DataError, match=r"prepare\.data: exit code 2 from python -m"):
         make_missing(config, lambda text: None)
     assert not (tmp_path / "data").exists()
+
+
+def test_what_the_recipe_does_not_read_is_not_made(tmp_path):
+    config = recipe(tmp_path / "data")
+    config.data.train_files = str(tmp_path / "data-of-mine" / "train.parquet")
+    assert list(preparations(config)) == []
+    # A folder itself, as a policy's, and one that another command reads.
+    config.data.folder = str(tmp_path / "data")
+    assert len(missing(config)) == 1
+    config.data.folder = None
+    config.prepare.policy = {
+        "module": "data_prep.tiny_policy",
+        "output": str(tmp_path / "policy"),
+        "arguments": {"held_out": str(tmp_path / "data" / "val.parquet")},
+    }
+    config.actor_rollout_ref = {"model": {"path": str(tmp_path / "policy")}}
+    assert [made.name for made in preparations(config)] == ["data", "policy"]
 
 
 def test_only_modules_of_data_prep(tmp_path):

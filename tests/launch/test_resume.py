@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -115,9 +117,17 @@ def test_many_changes_are_counted(killed):
     assert len(told) == 1 + resume.DIFFERENCES_SHOWN + 2
 
 
+def other_policy(config):
+    """A policy of the same tokenizer and other weights."""
+    policy = Path(config.actor_rollout_ref.model.path)
+    other = Path(shutil.copytree(policy, policy.with_name("other")))
+    (other / "model.safetensors").write_bytes(b"other weights")
+    return str(other)
+
+
 CHANGES = {
     "algorithm": lambda config: config.algorithm.update(adv_estimator="grpo"),
-    "model": lambda config: config.actor_rollout_ref.model.update(path="a/b"),
+    "model": lambda config: config.actor_rollout_ref.model.update(path=other_policy(config)),
     "data.train_files": lambda config: config.data.update(train_files=config.data.val_files),
     "world size": lambda config: config.trainer.update(n_gpus_per_node=2),
 }

@@ -275,9 +275,11 @@ def test_one_override_changes_the_logger(backend):
 
 
 def test_one_override_selects_the_gated_rows_and_keeps_them_out_of_the_repository():
-    synthetic = compose_recipe("telelogs-1.5b", [])
-    real = compose_recipe("telelogs-1.5b", ["prepare.data.arguments.source=hub"])
-    (made,) = preparations(real)
+    synthetic, real = (
+        without_hydra(compose_recipe("telelogs-1.5b", [f"prepare.data.arguments.source={source}"]))
+        for source in ("synthetic", "hub")
+    )
+    made = next(iter(preparations(real)))
     assert "--source hub" in made.shown
     assert made.output != next(iter(preparations(synthetic))).output
     assert ROOT not in made.output.parents
@@ -303,7 +305,7 @@ def test_the_listed_command_makes_the_data_that_the_recipe_reads(recipe, sizes, 
             ],
         )
     )
-    (made,) = preparations(config)
+    made = next(iter(preparations(config)))
     subprocess.run(made.command, check=True, cwd=ROOT, capture_output=True)
     checks.check_data(config)
 

@@ -25,7 +25,7 @@ RECIPE_OF = {
 def test_the_doctor_knows_every_model_of_the_recipes():
     for name in HUB_IDS:
         config = composed(*RECIPE_OF[name], "8gpu")
-        assert config.actor_rollout_ref.model.path == HUB_IDS[name]
+        assert config.prepare.policy.arguments.repo == HUB_IDS[name]
     assert set(KNOWN_MODELS) == set(HUB_IDS.values())
 
 

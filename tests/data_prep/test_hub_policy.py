@@ -1,0 +1,199 @@
+"""A model of the hub comes at a commit, whole, without code, or not at all."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from loopback_hub import LoopbackHub
+from safetensors.torch import save
+from torch import ones
+
+from data_prep import hub_policy
+from hpo_verl.errors import DataError
+
+REPO, COMMIT = "some-team/Some-Model-1.5B", "0123456789abcdef" * 2 + "01234567"
+FILES = {
+    "config.json": b'{"model_type": "qwen2"}',
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "merges.txt": b"a b\n",
+    "chat_template.jinja": b"{{ messages }}",
+    "LICENSE": b"terms",
+    "model-00001-of-00002.safetensors": save({"a": ones(64)}),
+    "model-00002-of-00002.safetensors": save({"b": ones(32)}),
+    "model.safetensors.index.json": b'{"weight_map": {}}',
+}
+UNWANTED = {
+    "README.md": b"x",
+    "modeling_own.py": b"raise SystemExit",
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": save({"a": ones(64)}),
+    "original/params.json": b"{}",
+    ".gitattributes": b"x",
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with a model, and a cache of its own."""
+    hub = LoopbackHub(REPO, COMMIT, FILES | UNWANTED)
+    with hub.running() as url:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        hub.url = url
+        yield hub
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "models" / "policy"
+
+
+def refused(out, message):
+    with pytest.raises(DataError, match=message):
+        hub_policy.fetch(out, REPO, COMMIT)
+    assert not out.parent.exists()
+
+
+def test_the_command_fetches_what_a_policy_needs_and_nothing_that_runs(hub, out, tmp_path):
+    command = [sys.executable, "-m", "data_prep.hub_policy", "--out", str(out)]
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [*command, "--repo", REPO, "--revision", COMMIT],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{REPO} at {COMMIT}, 9 files" in done.stdout
+    assert {file.name for file in out.iterdir()} == {*FILES, hub_policy.MANIFEST}
+    assert all((out / name).read_bytes() == content for name, content in FILES.items())
+    assert not UNWANTED.keys() & set(hub.fetched)
+    assert [path.name for path in out.parent.iterdir()] == ["policy"]
+    manifest = hub_policy.check(out)
+    assert (manifest["repo"], manifest["revision"]) == (REPO, COMMIT)
+
+
+def test_the_files_take_no_room_twice(hub, out, tmp_path):
+    hub_policy.fetch(out, REPO, COMMIT)
+    cached = {os.stat(path).st_ino for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert all((out / name).stat().st_ino in cached for name in FILES)
+    assert not any(file.is_symlink() for file in out.iterdir())
+
+
+def test_where_links_cannot_be_made_files_are_copied(hub, out, monkeypatch):
+    def refuse(source, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    hub_policy.fetch(out, REPO, COMMIT)
+    assert hub_policy.check(out)["repo"] == REPO
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00002.safetensors"])
+def test_other_bytes_than_the_commits(hub, out, name):
+    # Of the same length: the client itself compares only that.
+    hub.served[name] = FILES[name][:-1] + b"!"
+    refused(out, rf"its content is not that of {name} in {REPO} at commit {COMMIT}")
+
+
+def test_code_is_refused_before_the_weights_are_fetched(hub, out):
+    hub.files["config.json"] = b'{"auto_map": {"AutoConfig": "modeling_own.Config"}}'
+    refused(out, r"config\.json names code to execute \(auto_map\)")
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+
+
+def test_weights_that_are_pickles(hub, out):
+    hub.files = dict.fromkeys(("config.json", "pytorch_model.bin", "consolidated.pth"), b"x")
+    refused(out, "has no weights in safetensors")
+    assert not hub.fetched
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (403, {"X-Error-Code": "GatedRepo"}, "is gated; accept its terms on the hub and set HF_TO"),
+        (404, {"X-Error-Code": "RepoNotFound"}, "the hub has no such model"),
+        (404, {"X-Error-Code": "RevisionNotFound"}, f"commit {COMMIT} cannot be read"),
+        (500, {}, "cannot be read from the hub .*or copy the model to this machine"),
+    ],
+)
+def test_the_hub_refuses(hub, out, status, headers, message):
+    hub.refusal = (status, headers)
+    refused(out, message)
+
+
+def test_no_network(hub, out, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(out, "cannot be read from the hub .*actor_rollout_ref.model.path=FOLDER")
+
+
+def test_too_little_room(hub, out, monkeypatch):
+    usage = shutil.disk_usage(out.parent.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    refused(out, r"needs 0\.0 GB; .* has 0\.0 GB")
+    assert not hub.fetched
+
+
+def test_a_folder_that_is_in_use(hub, out):
+    out.mkdir(parents=True)
+    (out / "mine").write_text("x")
+    with pytest.raises(DataError, match="is not empty"):
+        hub_policy.fetch(out, REPO, COMMIT)
+    assert [file.name for file in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    hub_policy.fetch(out, REPO, COMMIT)
+    assert hub_policy.check(out)["revision"] == COMMIT
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_file_that_was_changed_or_removed_later(hub, out, name):
+    hub_policy.fetch(out, REPO, COMMIT)
+    content = (out / name).read_bytes()
+    (out / name).unlink()
+    with pytest.raises(DataError, match=rf"{name}: no such file.*--revision {COMMIT}"):
+        hub_policy.check(out)
+    (out / name).write_bytes(content[:-1] + b"!")
+    with pytest.raises(DataError, match=rf"{name}: its content is not that of the commit"):
+        hub_policy.check(out)
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", "no json", '{"files": {"a": {"name": 3}}}'])
+def test_a_folder_that_was_not_fetched(tmp_path, manifest):
+    if manifest is not None:
+        (tmp_path / hub_policy.MANIFEST).write_text(manifest)
+    with pytest.raises(DataError, match=f"fetched.json: .*remove {tmp_path}"):
+        hub_policy.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "message"),
+    [
+        ("model", COMMIT, "'model' is not of the form organisation/model"),
+        ("a/b/c", COMMIT, "'a/b/c' is not of the form"),
+        ("../b", COMMIT, r"'\.\./b' is not of the form"),
+        (REPO, "main", "'main' is not a commit"),
+        (REPO, COMMIT[:7], "is not a commit"),
+    ],
+)
+def test_names_that_are_none(out, capsys, repo, revision, message):
+    with pytest.raises(SystemExit) as ended:
+        hub_policy.main(["--out", str(out), "--repo", repo, "--revision", revision])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_manifest_names_what_was_fetched(hub, out):
+    hub_policy.fetch(out, REPO, COMMIT)
+    manifest = json.loads((out / hub_policy.MANIFEST).read_text())
+    assert manifest["files"]["config.json"]["bytes"] == len(FILES["config.json"])
+    assert set(manifest["files"]) == set(FILES)
