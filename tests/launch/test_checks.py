@@ -1,15 +1,14 @@
 """Everything that can be wrong before Ray starts is named, with what would be right."""
 
-import json
 import os
 import socket
-import struct
 import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from model_folders import make_model
 from omegaconf import OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
@@ -24,7 +23,7 @@ def config(tmp_path):
     table = pa.table({name: ["x"] * ROWS for name in checks.REQUIRED_COLUMNS})
     pq.write_table(table, tmp_path / "train.parquet")
     pq.write_table(table, tmp_path / "val.parquet")
-    write_model(tmp_path / "model")
+    make_model(tmp_path / "model")
     return OmegaConf.create(
         {
             "data": {
@@ -50,15 +49,6 @@ def config(tmp_path):
             },
         }
     )
-
-
-def write_model(folder):
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "tokenizer.json").write_text("{}")
-    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    content = struct.pack("<Q", len(header)) + header + bytes(8)
-    (folder / "model.safetensors").write_bytes(content)
 
 
 def test_a_right_configuration_passes(config):
@@ -109,27 +99,6 @@ def test_fewer_rows_than_a_batch(config):
     config.data.train_batch_size = 8
     with pytest.raises(DataError, match="has 4 rows; need at least 8"):
         checks.check_data(config)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_an_incomplete_model_folder(config, tmp_path, name):
-    (tmp_path / "model" / name).unlink()
-    with pytest.raises(DataError, match=r"holds no .*make it with: .*tiny_policy .*--seed 3"):
-        checks.check_model(config)
-
-
-@pytest.mark.parametrize("cut", [1, 7, 60])
-def test_truncated_weights(config, tmp_path, cut):
-    file = tmp_path / "model" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(DataError, match=r"model\.safetensors"):
-        checks.check_model(config)
-
-
-def test_a_name_on_the_hub_is_refused_since_it_names_no_commit(config):
-    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
-    with pytest.raises(DataError, match=r"Instruct is not a folder; .*fetched at a commit: python"):
-        checks.check_model(config)
 
 
 def test_a_taken_port(config):
