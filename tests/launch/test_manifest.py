@@ -131,7 +131,7 @@ def test_no_secret_reaches_a_file(run):
         ("v", "keyboard", "v"),
         (512, "max_token_len", 512),
         ("run with hf_abcdefgh12345678 now", "note", "run with *** now"),
-        ("https://me:word@host/x", "url", "https://***@host/x"),
+        ("https://me:word@host/x", "url", "https://***@host/x"),  # pragma: allowlist secret
         ("http://127.0.0.1:8265", "url", "http://127.0.0.1:8265"),
         (None, "token", None),
         ("", "token", ""),

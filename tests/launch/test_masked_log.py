@@ -29,9 +29,11 @@ def logged(path, mask, *parts):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        # pragma: allowlist nextline secret
         ("{'wandb_api_key': 'correct-horse'}", "{'wandb_api_key': '***'}"),
         ("HF_TOKEN=the-token-of-mine", "HF_TOKEN=***"),
         (f"got {TOKEN}.", "got ***."),
+        # pragma: allowlist nextline secret
         ("https://me:let-me-in@host/x", "https://***@host/x"),
         ("correct-horse-battery and correct-horse", "*** and ***"),
         ("agg=token-mean seed=12345678", "agg=token-mean seed=12345678"),
@@ -40,7 +42,9 @@ def logged(path, mask, *parts):
 )
 def test_secrets_are_masked_and_nothing_else(text, expected):
     settings = {
+        # pragma: allowlist nextline secret
         "trainer": {"wandb_api_key": "correct-horse", "loss_agg_mode": "token-mean"},
+        # pragma: allowlist nextline secret
         "clients": [{"password": "correct-horse-battery"}, {"password": "short"}, {"token": None}],
         "max_token": 12345678,
     }
@@ -105,6 +109,7 @@ def test_the_log_of_a_run_is_masked(tmp_path, monkeypatch):
 
 
 def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
+    # pragma: allowlist nextline secret
     settings = {"trainer": {"default_local_dir": None, "my_api_key": "correct-horse"}}
 
     class Seen(Exception):

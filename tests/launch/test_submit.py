@@ -45,7 +45,7 @@ def test_addresses(text, url):
         "http://head",
         "http://head:99999",
         "http://head:port",
-        "http://user:word@head:8265",
+        "http://user:word@head:8265",  # pragma: allowlist secret
         "http://head:8265/jobs",
         "file:///etc/passwd",
     ],
