@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hpo_verl.launch.process import MARKER
 from hpo_verl.launch.recipes import without_hydra
 from hpo_verl.launch.resume import begin
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_DEFECT = 2, 1
 # Sections that verl turns into dataclasses, some of them only inside a worker.
 TYPED_SECTIONS = (
     "algorithm",
@@ -104,7 +105,7 @@ class Preflight(Callback):
         try:
             cluster.join(config)
             if cluster.joins_cluster(config):
-                cluster.check_absolute(config, str(config.hydra.run.dir))
+                cluster.check_absolute(without_hydra(config), str(config.hydra.run.dir))
             check(without_hydra(config))
             folder = Path(config.hydra.run.dir).absolute()
             checks.check_run_folder(folder)
@@ -125,6 +126,10 @@ class Preflight(Callback):
             print(f"error: {error}", file=sys.stderr)
             # Hydra turns a callback's exceptions into warnings; this is none.
             raise SystemExit(EXIT_BAD_INPUT) from error
+        except Exception as error:
+            # A defect of ours, after which nothing would have been checked.
+            traceback.print_exc()
+            raise SystemExit(EXIT_DEFECT) from error
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / "metrics.jsonl"))
         os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
         cluster.forward_environment(config)

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from hpo_verl.launch import checkpoints, resume
 from hpo_verl.launch.manifest import Record
 from hpo_verl.launch.process import MARKER
+from hpo_verl.launch.recipes import compose_recipe
 from hpo_verl.verl_plugin import preflight
 
 
@@ -59,3 +60,33 @@ def test_no_whole_checkpoint_ends_the_start(started, capsys):
         preflight.Preflight().on_run_start(config)
     assert ended.value.code == preflight.EXIT_BAD_INPUT
     assert f"{folder} holds no complete checkpoint" in capsys.readouterr().err
+
+
+def test_a_defect_of_a_check_ends_the_start_too(started, monkeypatch, capsys):
+    """Hydra would warn, and verl would train unchecked."""
+    config, _ = started
+
+    def break_down(config):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(preflight, "check", break_down)
+    with pytest.raises(SystemExit) as ended:
+        preflight.Preflight().on_run_start(config)
+    assert ended.value.code == preflight.EXIT_DEFECT
+    assert "ZeroDivisionError: a defect" in capsys.readouterr().err
+
+
+def test_a_whole_configuration_passes_on_a_cluster(tmp_path, monkeypatch):
+    """With Hydra's own part, of which much is not set yet."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv(MARKER, "recorded already")
+    for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "RAY_OVERRIDE_JOB_RUNTIME_ENV"):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setattr(preflight, "check", lambda config: None)
+    config = compose_recipe("countdown-tiny", [f"hydra.run.dir={tmp_path / 'run'}"])
+    preflight.Preflight().on_run_start(config)
+    assert config.trainer.default_local_dir == str(tmp_path / "run" / "checkpoints")
+    relative = compose_recipe("countdown-tiny", ["hydra.run.dir=run"])
+    with pytest.raises(SystemExit) as ended:
+        preflight.Preflight().on_run_start(relative)
+    assert ended.value.code == preflight.EXIT_BAD_INPUT
