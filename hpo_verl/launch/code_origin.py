@@ -7,13 +7,13 @@ settings name, so a recipe from a stranger is a program from a stranger.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.launch.leaves import leaves
 
 OWN_PACKAGES = ("verl.", "hpo_verl.")
 HYDRA_TARGETS = frozenset(
@@ -53,18 +53,6 @@ FILE_KEYS = (
 )
 PACKAGE_PREFIX = "pkg://"
 PERMITTED = f"permitted is code below {' and '.join(OWN_PACKAGES)}, or a file for a function"
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested dictionaries and lists."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from leaves(value, f"{prefix}.{index}")
-    else:
-        yield prefix, node
 
 
 def targets(whole: Any) -> list[tuple[str, str]]:

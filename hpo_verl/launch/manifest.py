@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +26,7 @@ from hpo_verl.errors import DataError
 from hpo_verl.launch.checkpoints import holds_checkpoints
 from hpo_verl.launch.checks import data_files
 from hpo_verl.launch.files import file_sha256, write_atomically
+from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.outputs import package_versions
 
 FILE_NAME = "manifest.json"
@@ -105,14 +106,6 @@ def _tokenizer(config: DictConfig) -> str:
     return folder_sha256([folder / file for file in TOKENIZER_FILES if (folder / file).is_file()])
 
 
-def _seeds(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        name = f"{prefix}{key}"
-        if str(key).endswith("seed") and not isinstance(value, dict):
-            yield name, value
-        yield from _seeds(value, f"{name}.")
-
-
 def _commit() -> dict[str, Any] | None:
     """Commit of the repository that this code lies in, and whether files differ from it."""
     git = shutil.which("git")
@@ -179,7 +172,11 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
             for key, path in data_files(config)
         ],
         "world_size": config.trainer.nnodes * config.trainer.n_gpus_per_node,
-        "seeds": dict(_seeds(OmegaConf.to_container(config, resolve=True))),
+        "seeds": {
+            key: value
+            for key, value in leaves(OmegaConf.to_container(config, resolve=True))
+            if key.endswith("seed")
+        },
     }
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import DataError
-from hpo_verl.launch.code_origin import check_no_code_in, leaves
+from hpo_verl.launch.code_origin import check_no_code_in
+from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.prepare import preparations
 
 KEY = "actor_rollout_ref.model.path"

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import DataError
+from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.metrics import MetricsFile
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml")
@@ -140,22 +140,11 @@ def comparable_settings(config: DictConfig, seed: int | None) -> dict[str, str]:
     flat: dict[str, str] = {}
     # Not the digits of a word such as fsdp2.
     number = re.compile(rf"(?:(?<![A-Za-z\d])|(?<=seed)){seed}(?![A-Za-z\d])")
-    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+    for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
         if key.rsplit(".", 1)[-1] in SEED_KEYS or key.startswith(PLACES):
             continue
         flat[key] = number.sub("<seed>", value) if isinstance(value, str) else repr(value)
     return flat
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list):
-        for position, inner in enumerate(value):
-            yield from _leaves(inner, f"{prefix}.{position}")
-    else:
-        yield prefix, value
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

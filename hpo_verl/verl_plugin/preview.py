@@ -44,7 +44,7 @@ def prompt_counter(config: DictConfig, model: str) -> Callable[[Any], int]:
 
     Args:
         config: verl's whole configuration.
-        model: folder or hub id to read the tokenizer from.
+        model: folder to read the tokenizer from.
     """
     from verl.utils import hf_tokenizer
     from verl.utils.tokenizer import normalize_token_ids
