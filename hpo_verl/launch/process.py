@@ -169,11 +169,17 @@ def marked_processes(marker: str) -> list[psutil.Process]:
     return found
 
 
+def _find_again(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    time.sleep(POLL_SECONDS)
+    return find()
+
+
 def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
     """Ask processes to end; kill those that are stopped, or have not after `STOP_SECONDS`."""
     deadline = time.monotonic() + STOP_SECONDS
     asked: set[int] = set()
-    while processes := find():
+    # Twice: one that just then became another program could not be told by its environment.
+    while processes := find() or _find_again(find):
         overdue = time.monotonic() > deadline
         for process in processes:
             with contextlib.suppress(psutil.Error):

@@ -126,6 +126,7 @@ class ProcessWatch:
         self._on_death = on_death
         self._watched: dict[int, Watched] = {}
         self._others: set[int] = {os.getpid()}
+        self._doubtful: set[int] = set()
         self._poll = select.poll()
         self._next_look = 0.0
 
@@ -158,6 +159,7 @@ class ProcessWatch:
     def _look(self) -> None:
         present = set(psutil.pids())
         self._others &= present
+        self._doubtful &= present
         for pid in sorted(present - self._others - self._watched.keys()):
             self._meet(pid)
         for watched in self._watched.values():
@@ -170,7 +172,8 @@ class ProcessWatch:
         try:
             process = psutil.Process(pid)
             if process.environ().get(MARKER) != self.marker:
-                self._others.add(pid)
+                # While a process becomes another program its environment reads as empty, or torn.
+                (self._others if pid in self._doubtful else self._doubtful).add(pid)
                 return
             watched = Watched(process, process.ppid(), title(process.cmdline()), _pidfd(pid))
         except psutil.NoSuchProcess:

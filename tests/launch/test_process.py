@@ -183,6 +183,19 @@ def test_a_process_that_ignores_the_request_is_killed(monkeypatch):
     assert stubborn.wait(5) == -9
 
 
+def test_a_process_that_one_look_does_not_find_is_ended():
+    sleeper = subprocess.Popen(["sleep", "600"])
+    looks = []
+
+    def find():
+        looks.append(1)
+        alive = sleeper.poll() is None and len(looks) > 1
+        return [psutil.Process(sleeper.pid)] if alive else []
+
+    end_processes(find)
+    assert sleeper.wait(5) == -15
+
+
 def test_killing_the_launcher_ends_the_child(tmp_path, fake_verl):
     environment = fake_verl(600, 0)(None)
     marker = tmp_path / "marker"

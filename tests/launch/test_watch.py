@@ -7,6 +7,7 @@ import subprocess
 import time
 import uuid
 
+import psutil
 import pytest
 
 from hpo_verl.launch import watch as watching
@@ -111,6 +112,29 @@ def test_the_first_that_is_killed_is_named(watch, stand_in, monkeypatch, name, s
     assert watch.problem() is None
     watch_until(watch, watch.problem)
     assert watch.problem() == f"{expected}, and the run did not end within 0 s"
+
+
+@pytest.mark.parametrize("torn", [{}, {MARKER: "to"}], ids=["empty", "torn"])
+def test_one_that_becomes_another_program_while_it_is_looked_at(watch, stand_in, monkeypatch, torn):
+    """Between its fork and its exec's end /proc shows an environment that is none."""
+    process, real, looks = stand_in("ray::WorkerDict"), psutil.Process.environ, []
+
+    def environ(self):
+        if self.pid == process.pid:
+            looks.append(self.pid)
+        return torn if len(looks) == 1 and self.pid == process.pid else real(self)
+
+    monkeypatch.setattr(psutil.Process, "environ", environ)
+    seen(watch, process)
+    assert len(looks) == 2
+
+
+def test_the_processes_of_others_are_asked_twice_and_no_more(watch, monkeypatch):
+    asked = []
+    monkeypatch.setattr(psutil.Process, "environ", lambda self: asked.append(self.pid) or {})
+    for _ in range(4):
+        watch._look()
+    assert max(map(asked.count, asked)) == 2
 
 
 def test_a_death_is_noticed_at_once(watch, stand_in):
