@@ -210,6 +210,8 @@ def test_killing_the_launcher_ends_the_child(tmp_path, fake_verl):
             f"    Path({str(marker)!r}).write_text(str(p._child.pid))\n"
             "    p.wait(lambda: None)\n",
         ],
+        # Killed as it is, it leaves its temporary folder.
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     wait_for(lambda: marker.exists() and marker.read_text())
     child = psutil.Process(int(marker.read_text()))
