@@ -134,6 +134,23 @@ def fetch(out: str | Path, repo: str, revision: str) -> dict[str, Any]:
     return manifest
 
 
+def read_manifest(directory: Path) -> tuple[dict[str, Any], list[HubFile]]:
+    """Read what a fetched policy's folder says of itself, and which files it should hold.
+
+    Raises:
+        DataError: The manifest is missing or damaged.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = [HubFile(**entry) for entry in manifest["files"].values()]
+        return {key: manifest[key] for key in ("repo", "revision", "files")}, files
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}; remove {directory}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is not a manifest of this package; remove {directory}") from error
+
+
 def check(directory: str | Path) -> dict[str, Any]:
     """Verify a policy that was fetched earlier, and return its manifest.
 
@@ -141,15 +158,8 @@ def check(directory: str | Path) -> dict[str, Any]:
         DataError: A file is missing or not that of the commit; names it and the remedy.
     """
     directory = Path(directory)
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = [HubFile(**entry) for entry in manifest["files"].values()]
-        command = f"--repo {manifest['repo']} --revision {manifest['revision']} --out {directory}"
-    except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror}; remove {directory}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not a manifest of this package; remove {directory}") from error
+    manifest, files = read_manifest(directory)
+    command = f"--repo {manifest['repo']} --revision {manifest['revision']} --out {directory}"
     remedy = f"remove {directory} and fetch it anew: python -m data_prep.hub_policy {command}"
     for file in files:
         found = directory / Path(file.name).name

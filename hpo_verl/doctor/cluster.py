@@ -16,6 +16,7 @@ from hpo_verl.doctor.plugin import judge
 from hpo_verl.doctor.probe import LOCAL, find_answer, process_versions
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.launch import checks
+from hpo_verl.launch.model_folders import policy_folder
 from hpo_verl.launch.process import TrainingProcess, last_error
 
 NAME = "plugin in Ray"
@@ -46,8 +47,8 @@ def environment(subject: Subject, temporary: Path) -> dict[str, str]:
 
 def read_paths(subject: Subject) -> list[str]:
     """Files and folders that every machine of a cluster must see."""
-    model = Path(str(subject.get("actor_rollout_ref.model.path"))).expanduser()
-    return [*(str(path) for _, path in checks.data_files(subject.config)), str(model)]
+    data = [str(path) for _, path in checks.data_files(subject.config)]
+    return [*data, str(policy_folder(subject.config))]
 
 
 def ask(subject: Subject) -> dict[str, Any]:

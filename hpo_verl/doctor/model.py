@@ -12,9 +12,9 @@ from hpo_verl.doctor.model_size import KNOWN_MODELS, ModelSize, read_model_size
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import DataError
 from hpo_verl.launch import checks
+from hpo_verl.launch.model_folders import KEY, policy_folder
 from hpo_verl.launch.prepare import check_made, preparations
 
-KEY = "actor_rollout_ref.model.path"
 TRUST_KEYS = ("actor_rollout_ref.model.trust_remote_code", "data.trust_remote_code")
 
 
@@ -33,7 +33,7 @@ class Model:
 
 def find_model(subject: Subject) -> Model:
     """Look for the policy on this machine, without the network."""
-    folder = Path(str(subject.get(KEY))).expanduser()
+    folder = policy_folder(subject.config)
     try:
         return Model(folder, read_model_size(folder))
     except DataError:

@@ -27,6 +27,7 @@ from hpo_verl.launch.checkpoints import holds_checkpoints
 from hpo_verl.launch.checks import data_files
 from hpo_verl.launch.files import file_sha256, write_atomically
 from hpo_verl.launch.leaves import leaves
+from hpo_verl.launch.model_folders import policy_folder
 from hpo_verl.launch.outputs import package_versions
 
 FILE_NAME = "manifest.json"
@@ -88,9 +89,9 @@ def folder_sha256(files: Sequence[Path]) -> str:
 
 def _policy(config: DictConfig) -> dict[str, Any]:
     """Folder of the policy, SHA-256 of its files, and the hub's commit where it came from there."""
-    folder = Path(str(config.actor_rollout_ref.model.path)).expanduser()
-    fetched = folder / hub_policy.MANIFEST
-    origin = json.loads(fetched.read_text()) if fetched.is_file() else {}
+    folder = policy_folder(config)
+    fetched = (folder / hub_policy.MANIFEST).is_file()
+    origin = hub_policy.read_manifest(folder)[0] if fetched else {}
     return {
         "path": str(folder),
         "sha256": folder_sha256([file for file in folder.iterdir() if file.is_file()]),

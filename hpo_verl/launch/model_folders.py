@@ -29,6 +29,11 @@ HOW_TO_FETCH = (
 )
 
 
+def policy_folder(config: DictConfig) -> Path:
+    """Where the policy's files are, or will be."""
+    return Path(str(OmegaConf.select(config, KEY))).expanduser()
+
+
 def check_model(config: DictConfig) -> None:
     """Check that the model's folder holds a configuration, a tokenizer and whole weights.
 
@@ -38,7 +43,7 @@ def check_model(config: DictConfig) -> None:
     Raises:
         DataError: names the folder and what it lacks.
     """
-    path = Path(str(config.actor_rollout_ref.model.path)).expanduser()
+    path = policy_folder(config)
     makers = [p.shown for p in preparations(config) if path == p.output]
     hint = f"; make it with: {makers[0]}" if makers else ""
     if not path.is_dir():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from hpo_verl.launch import checks
+from hpo_verl.launch.model_folders import policy_folder
 from hpo_verl.launch.prepare import (
     Preparation,
     check_made,
@@ -43,7 +43,7 @@ def prepare_recipe(
         checks.check_data(config)
     make_missing(config, announce)
     checks.check_data(config)
-    if any(p.output == Path(str(config.actor_rollout_ref.model.path)).expanduser() for p in wanted):
+    if any(preparation.output == policy_folder(config) for preparation in wanted):
         checks.check_model(config)
     check_made(config)
     return wanted

@@ -107,6 +107,9 @@ def test_the_commit_of_a_policy_of_the_hub(run):
     (tmp_path / "policy" / hub_policy.MANIFEST).write_text(json.dumps(origin))
     policy = record(config, folder)["policy"]
     assert policy.items() >= {"repo": "team/model", "revision": "0" * 40}.items()
+    (tmp_path / "policy" / hub_policy.MANIFEST).write_text("[]")
+    with pytest.raises(DataError, match=r"fetched\.json: is not a manifest"):
+        record(config, folder)
 
 
 def test_no_secret_reaches_a_file(run):
