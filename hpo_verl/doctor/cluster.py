@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,24 +16,13 @@ from hpo_verl.doctor.probe import LOCAL, find_answer, process_versions
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.launch import checks
 from hpo_verl.launch.model_folders import policy_folder
-from hpo_verl.launch.process import TrainingProcess, last_error
+from hpo_verl.launch.process import ChildProcess, last_line
 
 NAME = "plugin in Ray"
 PROBE_SECONDS = 180.0
 
 
-class ProbeProcess(TrainingProcess):
-    """The probe as a child process that leaves nothing behind, as a training does."""
-
-    def command(self, temporary: Path) -> list[str]:
-        """The probe's command line."""
-        return [
-            *(sys.executable, "-m", "hpo_verl.doctor.probe", "--temp-dir", str(temporary)),
-            *self.arguments,
-        ]
-
-
-def environment(subject: Subject, temporary: Path) -> dict[str, str]:
+def environment(subject: Subject) -> dict[str, str]:
     """Environment variables of the probe's processes."""
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
     if subject.address is None:
@@ -53,7 +41,7 @@ def read_paths(subject: Subject) -> list[str]:
 
 def ask(subject: Subject) -> dict[str, Any]:
     """Run the probe and return its answer; `failure` says why there is none."""
-    arguments = ["--address", subject.address or LOCAL]
+    arguments = ["-m", "hpo_verl.doctor.probe", "--address", subject.address or LOCAL]
     if subject.address:
         arguments += [part for path in read_paths(subject) for part in ("--path", path)]
     deadline = time.monotonic() + PROBE_SECONDS
@@ -65,12 +53,15 @@ def ask(subject: Subject) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hpo-doctor-") as folder:
         log = Path(folder) / "probe.log"
         try:
-            with ProbeProcess(arguments, log, lambda own: environment(subject, own)) as process:
+            with ChildProcess(
+                lambda own: [*arguments, "--temp-dir", str(own)], lambda _: environment(subject)
+            ) as process:
+                process.go(log)
                 process.wait(watch)
         except TimeoutError:
-            return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_error(log)}"}
+            return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(log)}"}
         answer = find_answer(log.read_text(errors="replace"))
-        return answer or {"failure": last_error(log)}
+        return answer or {"failure": last_line(log)}
 
 
 def check_cluster(subject: Subject, size: ModelSize | None) -> list[Finding]:

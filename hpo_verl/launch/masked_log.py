@@ -19,35 +19,43 @@ JOIN_SECONDS = 10.0
 
 
 class MaskedLog:
-    """A pipe to a log file.
+    """A pipe to a log file; until it is started, the pipe holds what was written.
 
     Args:
-        path: The file, made anew.
         mask: Called with whole lines; returns what may be written.
     """
 
-    def __init__(self, path: Path, mask: Callable[[str], str]) -> None:
+    def __init__(self, mask: Callable[[str], str]) -> None:
         self._mask = mask
-        self._file = path.open("wb")
         self._reading, self._writing = os.pipe()
-        self._thread = threading.Thread(target=self._copy, name="masked log", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def fileno(self) -> int:
         """File descriptor for the processes' output."""
         return self._writing
 
-    def start(self) -> None:
-        """Begin to copy; called once the process that writes is there."""
+    def close_writing(self) -> None:
+        """Leave the writing to the process that has inherited the pipe."""
         os.close(self._writing)
+
+    def start(self, path: Path) -> None:
+        """Begin to copy to a file, which is made anew."""
+        arguments = (path.open("wb"),)
+        self._thread = threading.Thread(
+            target=self._copy, args=arguments, name="masked log", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
         """Wait until no process writes any more, and all is in the file."""
-        self._thread.join(JOIN_SECONDS)
+        if self._thread is None:
+            os.close(self._reading)
+        else:
+            self._thread.join(JOIN_SECONDS)
 
-    def _copy(self) -> None:
+    def _copy(self, stream: BinaryIO) -> None:
         rest = b""
-        with self._file as file, open(self._reading, "rb", buffering=0) as pipe:
+        with stream as file, open(self._reading, "rb", buffering=0) as pipe:
             while block := pipe.read(BLOCK_BYTES):
                 rest += block
                 # Whole lines, so that no secret is cut in two.

@@ -51,5 +51,10 @@ class MetricsFile:
         return self.series(min(keys)) if keys else ([], [])
 
 
+def has_validation(data: Mapping[str, float]) -> bool:
+    """Whether a row holds the success rate of a validation."""
+    return any(map(_is_validation, data))
+
+
 def _is_validation(key: str) -> bool:
     return key.startswith(VALIDATION_PREFIX) and VALIDATION_SUFFIX in key

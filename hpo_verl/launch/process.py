@@ -1,4 +1,4 @@
-"""Runs verl as a child process and leaves nothing of it behind."""
+"""Runs a Python program as a child process and leaves nothing of it behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ import psutil
 
 from hpo_verl.launch.masked_log import MaskedLog
 from hpo_verl.launch.stop import SIGNALS
-from hpo_verl.launch.watch import MARKER, ProcessWatch, signal_name
+
+# Every process of a run inherits it, however often it changes parent or group.
+MARKER = "HPO_VERL_RUN"
+# The file in which the program says why it failed.
+FAILURE_VARIABLE, FAILURE_NAME = "HPO_VERL_FAILURE", "failure"
 
 # Names of the shared-memory files that verl's weight transfer and Python make; vLLM ends
 # its processes before Python's own tracker has removed their semaphores.
@@ -28,100 +32,102 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_", "sem.mp-")
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.3
+TAIL_BYTES = 200_000
 _PR_SET_PDEATHSIG = 1
 
 
-class ProcessLost(RuntimeError):
-    """A process without which the run cannot go on is dead or stopped; the message names it."""
+class ChildProcess:
+    """A Python program in a session, with a log file and a temporary folder of its own.
 
-
-class TrainingProcess:
-    """verl's main program in a session, with a log file and a temporary folder of its own.
-
-    A context manager: whatever happens inside, every process that the run
+    A context manager: whatever happens inside, every process that the program
     started, its temporary folder and its shared memory are gone afterwards.
 
     Args:
-        arguments: of `python -m verl.trainer.main_ppo`.
-        log_file: takes the output of all of the run's processes.
+        arguments: of Python, given the temporary folder.
         environment: variables on top of the caller's, given the temporary folder.
         mask: takes secrets out of the output before it gets into the log file.
     """
 
     def __init__(
         self,
-        arguments: Sequence[str],
-        log_file: Path,
+        arguments: Callable[[Path], Sequence[str]],
         environment: Callable[[Path], dict[str, str]],
         mask: Callable[[str], str] = str,
     ) -> None:
         self.arguments = arguments
-        self.log_file = log_file
         self.environment = environment
         self.mask = mask
         self.marker = uuid.uuid4().hex
+        self.log_file: Path | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._log: MaskedLog | None = None
         self._temporary: Path | None = None
         self._shared_before: set[str] = set()
-        self._death = ""
-        self._logged_before_death = 0
 
-    def __enter__(self) -> TrainingProcess:
+    def __enter__(self) -> ChildProcess:
         # Short, since Ray puts sockets below it and a socket's path is limited to 107 bytes.
         self._temporary = Path(tempfile.mkdtemp(prefix="hpo-"))
         self._shared_before = _shared_memory_files()
-        self._log = MaskedLog(self.log_file, self.mask)
+        self._log = MaskedLog(self.mask)
         self._child = subprocess.Popen(  # noqa: S603
-            self.command(self._temporary),
-            stdin=subprocess.DEVNULL,
+            [sys.executable, *self.arguments(self._temporary)],
+            stdin=subprocess.PIPE,
             stdout=self._log.fileno(),
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            env={**os.environ, **self.environment(self._temporary), MARKER: self.marker},
+            env={
+                **os.environ,
+                **self.environment(self._temporary),
+                MARKER: self.marker,
+                FAILURE_VARIABLE: str(self._temporary / FAILURE_NAME),
+            },
         )
-        self._log.start()
+        self._log.close_writing()
         return self
 
-    def command(self, temporary: Path) -> list[str]:
-        """The child's command line, given the run's temporary folder."""
-        return [
-            *(sys.executable, "-m", "verl.trainer.main_ppo"),
-            *self.arguments,
-            f"++ray_kwargs.ray_init._temp_dir={temporary}",
-        ]
+    def go(self, log_file: Path, line: str = "") -> None:
+        """Let the program run: send it a line on its standard input, which then ends.
+
+        Args:
+            log_file: takes the output of all of its processes, made anew.
+            line: what it waits for.
+        """
+        child, log = self._require_child(), self._log
+        if log is None or child.stdin is None:
+            raise RuntimeError("the process was not started")
+        self.log_file = log_file
+        log.start(log_file)
+        # Where it has ended already, its exit code tells.
+        with contextlib.suppress(BrokenPipeError), child.stdin as stream:
+            stream.write(f"{line}\n".encode())
 
     def wait(self, on_poll: Callable[[], None]) -> int:
-        """Wait for the end, calling `on_poll` about three times a second; return the exit code.
-
-        Raises:
-            ProcessLost: a process of the run died or was stopped, and the run does not end.
-        """
+        """Wait for the end, calling `on_poll` about three times a second; return the exit code."""
         child = self._require_child()
-        with ProcessWatch(self.marker, on_death=self._note_death) as watch:
-            while child.poll() is None:
-                on_poll()
-                watch.wait(POLL_SECONDS)
-                self._death = watch.death.shown if watch.death else ""
-                if problem := watch.problem():
-                    raise ProcessLost(problem)
+        while child.poll() is None:
+            on_poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(POLL_SECONDS)
         on_poll()
         return child.returncode
 
-    def _note_death(self) -> None:
-        self._logged_before_death = self.log_file.stat().st_size
-
     def failure(self) -> str:
-        """Why the run failed: the process that died, and the last error in the log."""
+        """Why the program failed: what it reported, or else its signal and last line of output."""
         child = self._require_child()
-        error = last_error(self.log_file)
+        if self._temporary is not None and (self._temporary / FAILURE_NAME).is_file():
+            return self.mask((self._temporary / FAILURE_NAME).read_text(encoding="utf-8"))
+        said = last_line(self.log_file) if self.log_file else "no output"
         if child.returncode < 0:
-            return f"verl's main program was ended by {signal_name(-child.returncode)}; {error}"
-        # A run that fails for another reason ends its processes only after it has said so.
-        if self._death and has_error(self.log_file, self._logged_before_death):
-            return f"{self._death}; {error}"
-        return error
+            return f"verl's main program was ended by {signal_name(-child.returncode)}; {said}"
+        return said
+
+    @property
+    def temporary(self) -> Path:
+        """The private temporary folder."""
+        if self._temporary is None:
+            raise RuntimeError("the process was not started")
+        return self._temporary
 
     def _require_child(self) -> subprocess.Popen[bytes]:
         if self._child is None:
@@ -138,6 +144,8 @@ class TrainingProcess:
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         try:
             child = self._require_child()
+            if child.stdin is not None:
+                child.stdin.close()
             if child.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGTERM)
@@ -222,29 +230,15 @@ def _mapped_shared_memory() -> Iterator[str]:
                     yield Path(region.path).name
 
 
-def last_error(log_file: Path) -> str:
-    """The last error message in a log: what a worker said before the run ended."""
-    return last_error_line(_last_lines(log_file))
-
-
-def has_error(log_file: Path, start: int) -> bool:
-    """Whether an error's message stands in a log after so many bytes."""
-    return any(map(_looks_like_error, _last_lines(log_file, start)))
-
-
-def _last_lines(log_file: Path, start: int = 0, tail_bytes: int = 200_000) -> list[str]:
+def last_line(log_file: Path) -> str:
+    """The last line of a log that is not empty."""
     with log_file.open("rb") as log:
-        log.seek(max(start, log_file.stat().st_size - tail_bytes))
-        return log.read().decode(errors="replace").splitlines()
+        log.seek(max(0, log_file.stat().st_size - TAIL_BYTES))
+        lines = log.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
-def last_error_line(lines: Sequence[str]) -> str:
-    """The last line that is an error's message, or else the last line."""
-    errors = [line.strip() for line in lines if _looks_like_error(line)]
-    return errors[-1] if errors else (lines[-1].strip() if lines else "no output")
-
-
-def _looks_like_error(line: str) -> bool:
-    head = line.split("[0m", 1)[-1].strip().split(":", 1)[0]
-    name = head.rsplit(".", 1)[-1]
-    return name.isidentifier() and name.endswith(("Error", "Exception", "Interrupt", "Exit"))
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9."""
+    known = {entry.value: entry.name for entry in signal.Signals}
+    return known.get(number, f"signal {number}")

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: one bar, or one line every few steps."""
+"""What a user sees while a run goes on, and how long it may show no progress."""
 
 from __future__ import annotations
 
@@ -10,10 +10,49 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hpo_verl.launch.metrics import MetricsFile
+from hpo_verl.launch.metrics import MetricsFile, has_validation
 
-# Without a terminal, one line for so many steps.
-STEPS_PER_LINE = 10
+# Without a terminal, at least one line in this time.
+LINE_SECONDS = 60.0
+# Where this process itself was suspended, the time does not count against the run.
+LONGEST_LOOK_SECONDS = 5.0
+
+
+class NoProgress(RuntimeError):
+    """A run shows no progress for longer than its user permits."""
+
+
+class ProgressBound:
+    """Raises where what is seen of a run stays the same for too long.
+
+    Args:
+        seconds: how long it may stay the same; None for any time.
+        key: the setting, for the message.
+    """
+
+    def __init__(self, seconds: float | None, key: str) -> None:
+        self.seconds = seconds
+        self.key = key
+        self._seen: tuple[object, ...] = ()
+        self._unchanged = 0.0
+        self._looked = time.monotonic()
+
+    def check(self, doing: str, *others: object) -> None:
+        """Look at what the run is doing, and whatever else changes when it goes on.
+
+        Raises:
+            NoProgress: nothing has changed for too long.
+        """
+        now = time.monotonic()
+        self._unchanged += min(now - self._looked, LONGEST_LOOK_SECONDS)
+        self._looked = now
+        if (doing, *others) != self._seen:
+            self._seen, self._unchanged = (doing, *others), 0.0
+        if self.seconds is not None and self._unchanged > self.seconds:
+            raise NoProgress(
+                f"the run made no progress for {self.seconds:g} s while it was {doing!r}; "
+                f"{self.key}={self.seconds:g} permits no more (null: any time)"
+            )
 
 
 class TrainingProgress:
@@ -30,8 +69,9 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting verl and Ray", total=None, status="")
-        self._started = time.monotonic()
+        self._task = self._bar.add_task("checking", total=None, status="")
+        self._started = self._printed = time.monotonic()
+        self._stage = ""
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -45,18 +85,33 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, config: DictConfig, metrics: MetricsFile) -> None:
-        """Show what is new in the metrics."""
-        for step, data in metrics.read_new():
-            total = config.trainer.total_training_steps
+    def update(self, config: DictConfig, metrics: MetricsFile, stage: str) -> None:
+        """Show what is new in the metrics, and what the run is doing.
+
+        Args:
+            config: the composed recipe.
+            metrics: of the run.
+            stage: what the run is doing.
+        """
+        new, total = metrics.read_new(), config.trainer.total_training_steps
+        for step, data in new:
             status = self._status(data, metrics)
-            self._bar.update(
-                self._task, description="training", completed=step, total=total, status=status
-            )
-            shown = step in (0, 1, total) or step % STEPS_PER_LINE == 0
-            if not self.console.is_terminal and shown:
-                seconds = time.monotonic() - self._started
-                self.console.print(f"step {step}/{total or '?'}  {status}  {seconds:.0f} s")
+            self._bar.update(self._task, completed=step, total=total, status=status)
+            if step in (0, 1, total) or has_validation(data) or self._line_is_due():
+                self._print(f"step {step}/{total or '?'}  {status}")
+        if stage != self._stage:
+            self._bar.update(self._task, description=stage)
+        if (stage != self._stage and not metrics.rows) or self._line_is_due():
+            self._print(stage)
+        self._stage = stage
+
+    def _line_is_due(self) -> bool:
+        return time.monotonic() - self._printed > LINE_SECONDS
+
+    def _print(self, text: str) -> None:
+        self._printed = time.monotonic()
+        if not self.console.is_terminal:
+            self.console.print(f"{text}  {self._printed - self._started:.0f} s", markup=False)
 
     def _status(self, data: Mapping[str, float], metrics: MetricsFile) -> str:
         parts = []

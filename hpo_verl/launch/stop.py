@@ -1,9 +1,10 @@
-"""How the launcher asks a trainer, which may run on another machine, to stop after its step.
+"""What the launcher and the trainer, which may run on another machine, tell each other.
 
-One file in the run's folder, `.stop`: the trainer makes it when it begins to train, and
-so says that it listens; the launcher writes the request into it, and the trainer, before
-it ends early, what it did. It is the file's content that changes, since network file
-systems show a new content to whoever opens a file, but a new file only after a while.
+Two files in the run's folder, made by the launcher, so that a trainer without a launcher
+writes neither. `.stop`: the trainer says that it listens when it begins to train; the launcher
+writes the request, and the trainer, before it ends early, what it did. `.stage`: what the
+trainer is doing. The files' content changes, not their existence, since network file systems
+show a new content to whoever opens a file, but a new file only after a while.
 """
 
 from __future__ import annotations
@@ -13,34 +14,49 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-LISTENING, REQUESTED, STOPPED = "", "stop", "stopped"
+LISTENING, REQUESTED, STOPPED = "listening", "stop", "stopped"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopFile:
-    """The file `.stop` of a run.
+class Message:
+    """A small text file in a run's folder.
 
     Args:
-        folder: the run's folder.
+        path: the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".stop"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make it, empty."""
+        self.path.write_text("")
 
     def read(self) -> str | None:
-        """What the other side wrote last; None where the trainer does not listen."""
+        """What was written last; None where there is no file."""
         try:
             return self.path.read_text()
         except FileNotFoundError:
             return None
 
     def write(self, text: str) -> None:
-        """Tell the other side."""
-        self.path.write_text(text)
+        """Tell the other side; without a file nobody is there to be told."""
+        if self.path.exists():
+            self.path.write_text(text)
 
     def remove(self) -> None:
-        """Forget what was asked."""
+        """Forget what was said."""
         self.path.unlink(missing_ok=True)
+
+
+def stop_message(folder: Path) -> Message:
+    """The request to stop, and the answer, of the run in a folder."""
+    return Message(folder / ".stop")
+
+
+def stage_message(folder: Path) -> Message:
+    """What the trainer of the run in a folder is doing."""
+    return Message(folder / ".stage")
 
 
 class GracefulStop:
@@ -60,7 +76,7 @@ class GracefulStop:
 
     def __init__(
         self,
-        file: StopFile,
+        file: Message,
         announce: Callable[[str], None],
         signals: Sequence[signal.Signals] = SIGNALS,
     ) -> None:
@@ -73,7 +89,7 @@ class GracefulStop:
         self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> GracefulStop:
-        self.file.remove()
+        self.file.create()
         for number in self.signals:
             # A shell lets a job in the background ignore the terminal's Ctrl-C.
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -92,7 +108,7 @@ class GracefulStop:
         self.file.remove()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or self.file.read() is None:
+        if self.asked or self.file.read() != LISTENING:
             raise KeyboardInterrupt
         self.asked = True
         self.file.write(REQUESTED)

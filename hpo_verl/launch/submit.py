@@ -28,7 +28,6 @@ from packaging.version import InvalidVersion, Version
 
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import cluster
-from hpo_verl.launch.process import last_error_line
 from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
@@ -292,7 +291,8 @@ def reported_error(log: str, message: str | None) -> str:
     for position in range(len(lines) - 1, -1, -1):
         if lines[position].startswith("error: "):
             return "\n".join(lines[position:]).removeprefix("error: ")
-    return last_error_line(lines or (message or "").splitlines())
+    lines = lines or (message or "").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def _first_line(error: BaseException) -> str:

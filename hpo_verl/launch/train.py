@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shlex
 import sys
@@ -21,13 +22,16 @@ from hpo_verl.launch.code_origin import own_files
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
-from hpo_verl.launch.process import ProcessLost, TrainingProcess
+from hpo_verl.launch.process import ChildProcess
+from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.quiet import quiet_imports
 from hpo_verl.launch.recipes import compose_resolved, recipes_directory
-from hpo_verl.launch.stop import GracefulStop, StopFile
+from hpo_verl.launch.stop import GracefulStop, stage_message, stop_message
 from hpo_verl.launch.text_mask import secret_mask
 
 RUN_FOLDER_KEY = "hydra.run.dir"
+NO_PROGRESS_KEY = "trainer.guard.max_seconds_without_progress"
+STARTING = "starting Ray"
 RUNS = Path("runs")
 
 
@@ -145,23 +149,16 @@ def check_with_verl(config: DictConfig) -> None:
         preflight.check_with_verl(config)
 
 
-def compose_and_check(
-    recipe: str, overrides: Sequence[str], announce: Callable[[str], None]
-) -> DictConfig:
-    """Compose a recipe, make what it needs and is missing, and check all of it.
+def check_and_prepare(config: DictConfig, announce: Callable[[str], None]) -> None:
+    """Make what a recipe needs and is missing, and check all of it.
 
     Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides.
+        config: what `compose_alone` returned.
         announce: told what is being made.
-
-    Returns:
-        The configuration without Hydra's own part.
 
     Raises:
         HpoVerlError: names the key or file, its value and what is permitted.
     """
-    config = compose_alone(recipe, overrides)
     for text in own_files(config):
         announce(text)
     if not missing(config):
@@ -172,7 +169,6 @@ def compose_and_check(
         make_missing(config, announce)
         checks.check_files(config)
     check_made(config)
-    return config
 
 
 def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
@@ -191,7 +187,7 @@ def train(
     recipe: str,
     overrides: Sequence[str],
     announce: Callable[[str], None],
-    on_metrics: Callable[[DictConfig, MetricsFile], None],
+    on_poll: Callable[[DictConfig, MetricsFile, str], None],
     go_on: bool = False,
 ) -> Finished:
     """Train as a recipe says, and collect what the run leaves.
@@ -200,7 +196,8 @@ def train(
         recipe: name of a recipe.
         overrides: Hydra overrides.
         announce: told what happens, one line each.
-        on_metrics: called about three times a second with the metrics so far.
+        on_poll: called about three times a second with the metrics so far and what the run is
+            doing.
         go_on: from the newest whole checkpoint of the named, or else the last, run.
 
     Returns:
@@ -208,7 +205,8 @@ def train(
 
     Raises:
         HpoVerlError: wrong input, found before Ray starts.
-        TrainingFailed: verl ended with an error, or a process of the run is lost.
+        TrainingFailed: verl ended with an error, an actor or node of the run died, or the run
+            made no progress for longer than permitted.
         TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
     if go_on:
@@ -217,59 +215,85 @@ def train(
         folder = run_folder(recipe, overrides)
         resume.refuse_used_folder(folder)
     checks.check_run_folder(folder)
-    config = compose_and_check(recipe, overrides, announce)
-    with locked(folder):
-        with open_dict(config):
-            config.trainer.default_local_dir = str(
-                config.trainer.default_local_dir or folder / "checkpoints"
-            )
-        start = resume.begin(config, folder, sys.argv, go_on, announce)
-        metrics = MetricsFile(folder / resume.METRICS_NAME)
-        # Those of earlier starts are no news.
-        metrics.read_new()
-        log_file = folder / resume.LOG_NAME
-        announce(f"run folder {folder} (full output: {log_file.name})")
-        started = time.monotonic()
-        arguments = [
-            *("--config-dir", str(recipes_directory()), "--config-name", recipe),
-            *(text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)),
-            f"{RUN_FOLDER_KEY}={folder}",
-        ]
-        if start is not None:
-            arguments += ["trainer.resume_mode=resume_path"]
-            arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
-        variables = functools.partial(environment, config, folder)
-        mask = secret_mask(
-            os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-        )
+    config = compose_alone(recipe, overrides)
+    mask = secret_mask(
+        os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
+    )
+    # It imports verl while this process does, and then waits.
+    child = ChildProcess(
+        lambda _: ("-m", "hpo_verl.verl_plugin.main"),
+        functools.partial(environment, config, folder),
+        mask,
+    )
+    with child:
+        check_and_prepare(config, announce)
+        with locked(folder):
+            return _run(child, recipe, overrides, config, folder, announce, on_poll, go_on)
 
-        def on_poll() -> None:
-            on_metrics(config, metrics)
-            stop.on_poll()
 
-        with (
-            TrainingProcess(arguments, log_file, variables, mask) as process,
-            GracefulStop(StopFile(folder), announce, cluster.stop_signals()) as stop,
-        ):
-            try:
-                code = process.wait(on_poll)
-            except ProcessLost as error:
-                raise TrainingFailed(f"{error}\nfull output: {log_file}") from error
-        seconds = time.monotonic() - started
-        if code != 0:
-            raise TrainingFailed(
-                f"training ended with exit code {code}: {process.failure()}\n"
-                f"full output: {log_file}"
-            )
-        if stop.stopped:
-            raise TrainingStopped(stopped_message(recipe, overrides, config, folder))
-        metrics.read_new()
-        summary = outputs.write_summary(folder, config, metrics, seconds)
-        title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
-        curve = outputs.draw_curve(folder, metrics, title)
-        return Finished(
-            folder,
-            summary,
-            curve,
-            outputs.collect_policy(folder, Path(config.trainer.default_local_dir)),
+def _run(
+    child: ChildProcess,
+    recipe: str,
+    overrides: Sequence[str],
+    config: DictConfig,
+    folder: Path,
+    announce: Callable[[str], None],
+    on_poll: Callable[[DictConfig, MetricsFile, str], None],
+    go_on: bool,
+) -> Finished:
+    """Train in a folder that is locked, with a child that waits for its arguments."""
+    with open_dict(config):
+        config.trainer.default_local_dir = str(
+            config.trainer.default_local_dir or folder / "checkpoints"
         )
+    start = resume.begin(config, folder, sys.argv, go_on, announce)
+    metrics = MetricsFile(folder / resume.METRICS_NAME)
+    # The rows of earlier starts were shown by them.
+    metrics.read_new()
+    log_file = folder / resume.LOG_NAME
+    announce(f"run folder {folder} (full output: {log_file.name})")
+    started = time.monotonic()
+    arguments = [
+        *("--config-dir", str(recipes_directory()), "--config-name", recipe),
+        *(text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)),
+        f"{RUN_FOLDER_KEY}={folder}",
+        f"++ray_kwargs.ray_init._temp_dir={child.temporary}",
+    ]
+    if start is not None:
+        arguments += ["trainer.resume_mode=resume_path"]
+        arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
+    bound = ProgressBound(OmegaConf.select(config, NO_PROGRESS_KEY), NO_PROGRESS_KEY)
+    stage = stage_message(folder)
+    stage.create()
+
+    def poll() -> None:
+        doing = stage.read() or STARTING
+        on_poll(config, metrics, doing)
+        bound.check(doing, len(metrics.rows))
+        stop.on_poll()
+
+    try:
+        with GracefulStop(stop_message(folder), announce, cluster.stop_signals()) as stop:
+            child.go(log_file, json.dumps(arguments))
+            code = child.wait(poll)
+    except NoProgress as error:
+        raise TrainingFailed(f"{error}\nfull output: {log_file}") from error
+    finally:
+        stage.remove()
+    seconds = time.monotonic() - started
+    if code != 0:
+        raise TrainingFailed(
+            f"training ended with exit code {code}: {child.failure()}\nfull output: {log_file}"
+        )
+    if stop.stopped:
+        raise TrainingStopped(stopped_message(recipe, overrides, config, folder))
+    metrics.read_new()
+    summary = outputs.write_summary(folder, config, metrics, seconds)
+    title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
+    curve = outputs.draw_curve(folder, metrics, title)
+    return Finished(
+        folder,
+        summary,
+        curve,
+        outputs.collect_policy(folder, Path(config.trainer.default_local_dir)),
+    )

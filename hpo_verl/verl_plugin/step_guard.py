@@ -46,18 +46,24 @@ class StepGuardSettings:
     Attributes:
         max_not_finite_in_a_row: number of updates (mini-batches) in a row that are not finite, at
             least 1; the last of them ends the run.
+        max_seconds_without_progress: above 0; where no stage of the run ends for so long, the
+            launcher ends it. None for any time.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
     """
 
     max_not_finite_in_a_row: int = 3
+    max_seconds_without_progress: float | None = None
 
     def __post_init__(self) -> None:
         key, value = f"{SECTION}.max_not_finite_in_a_row", self.max_not_finite_in_a_row
         require_number(key, value, 1)
         if not isinstance(value, int):
             raise ConfigError(f"{key} = {value!r}: must be an integer")
+        if self.max_seconds_without_progress is not None:
+            key = f"{SECTION}.max_seconds_without_progress"
+            require_number(key, self.max_seconds_without_progress, 1)
 
 
 def step_guard_settings(config: Mapping[str, Any]) -> StepGuardSettings:

@@ -10,8 +10,9 @@ name in the configuration before the parent sees it. Beyond the metrics, the
 order of responses is made to repeat (`repeatable`), workers fetch only what
 they read (`transfer`), errors of rewards are counted (`reward_errors`), updates
 that are not finite are made known (`guarded_engine`), checkpoints are sealed
-(`sealed_checkpoints`), the run stops when it is asked to (`stopping`), and
-algorithms get what verl does not pass on (`entropy`, `d3s`, `spo_trainer`).
+(`sealed_checkpoints`), the launcher learns what the run is doing and can stop it
+(`launched`), and algorithms get what verl does not pass on (`entropy`, `d3s`,
+`spo_trainer`).
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from hpo_verl.verl_plugin.advantages import compute_hysteretic, group_codes, res
 from hpo_verl.verl_plugin.checks import check_algorithm
 from hpo_verl.verl_plugin.d3s import DownSamplingTrainer
 from hpo_verl.verl_plugin.entropy import TokenEntropy
+from hpo_verl.verl_plugin.launched import Launched
 from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.repeatable import RepeatableOrder
 from hpo_verl.verl_plugin.reward_errors import RewardErrors, run_folder
 from hpo_verl.verl_plugin.sealed_checkpoints import SealedCheckpoints
 from hpo_verl.verl_plugin.spo_trainer import SingleStreamTrainer
 from hpo_verl.verl_plugin.step_guard import GuardedLoss, pop_counts, step_guard_settings
-from hpo_verl.verl_plugin.stopping import StopsOnRequest
 from hpo_verl.verl_plugin.transfer import LeanTransfer
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def register() -> None:
             parent = TRAINER_REGISTRY[parent_mode]
             members = {"parent_mode": parent_mode, "__module__": __name__}
             bases = (
-                *(StopsOnRequest, BatchStatistics, RewardErrors, TokenEntropy),
+                *(Launched, BatchStatistics, RewardErrors, TokenEntropy),
                 *(RepeatableOrder, LeanTransfer, SealedCheckpoints, *ALGORITHM_PARTS, parent),
             )
             register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))

@@ -139,9 +139,9 @@ def test_the_answer_is_found_among_other_lines():
 
 def test_a_ray_of_ones_own_is_started_asked_and_gone(subject, monkeypatch):
     markers = []
-    real = cluster.ProbeProcess.__enter__
+    real = cluster.ChildProcess.__enter__
     monkeypatch.setattr(
-        cluster.ProbeProcess,
+        cluster.ChildProcess,
         "__enter__",
         lambda self: markers.append(self.marker) or real(self),
     )

@@ -1,7 +1,8 @@
-"""A process of a real run is killed or stopped, and what becomes of the run."""
+"""A process of a real run is killed, or does nothing any more, and what becomes of the run."""
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,6 @@ from real_runs import BIN, read_metrics, start, wait_for_step
 
 from hpo_verl.launch.checkpoints import SEAL, step_of
 from hpo_verl.launch.process import MARKER, SHARED_MEMORY, marked_processes
-from hpo_verl.launch.watch import title
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
@@ -28,10 +28,13 @@ SMALLEST = [
     "trainer.total_training_steps=100000",
 ]
 # Title of a process, and how the message calls it.
-ACTOR_WORKER = ("ray::WorkerDict", "the actor worker (WorkerDict, process {pid})")
-ROLLOUT_SERVER = ("ray::HFServer", "the rollout server (HFServer, process {pid})")
-REWARD_WORKER = ("ray::RewardLoopWorker", "the reward worker (RewardLoopWorker, process {pid})")
-RAY_NODE = ("raylet", "the Ray node (raylet, process {pid})")
+ACTOR_WORKER = ("ray::WorkerDict", r"the actor worker \(WorkerDict, process {pid} on [\d.]+\) died")
+ROLLOUT_SERVER = ("ray::HFServer", r"the rollout server \(HFServer, process {pid} on [\d.]+\) died")
+REWARD_WORKER = (
+    "ray::RewardLoopWorker",
+    r"the reward worker \(RewardLoopWorker, process {pid} on [\d.]+\) died",
+)
+RAY_NODE = ("raylet", r"the Ray node [\d.]+ died")
 SCORING_PROCESS = "hpo_verl.rewards.scoring_process"
 
 
@@ -64,7 +67,7 @@ class Run:
         return marked_processes(self.marker)
 
     def find(self, name):
-        (found,) = [p for p in self.processes() if f"{title(p.cmdline())}.".startswith(f"{name}.")]
+        (found,) = [p for p in self.processes() if is_named(p, name)]
         return found
 
     def steps(self):
@@ -79,17 +82,16 @@ class Run:
         return max((seal.parent for seal in seals), key=step_of)
 
     def end(self):
-        """Wait for the end; return exit code, output and seconds. Nothing may be left."""
-        started = time.monotonic()
-        output, _ = self.launcher.communicate(timeout=180)
-        seconds = time.monotonic() - started
-        print(f"ended after {seconds:.1f} s with {self.launcher.returncode}:\n{output}")
+        """Wait for the end; return exit code and output. Nothing may be left."""
+        output, _ = self.launcher.communicate(timeout=300)
+        print(f"ended with {self.launcher.returncode}:\n{output}")
         assert self.processes() == []
         # torch's cache, one for all that a user runs, is made where torch is imported.
         assert all(name.startswith("torchinductor_") for name in os.listdir(self.temporary))
         assert not [file for file in self.shared if Path(file).exists()]
         assert not (self.folder / ".stop").exists()
-        return self.launcher.returncode, output, seconds
+        assert not (self.folder / ".stage").exists()
+        return self.launcher.returncode, output
 
     def clean(self):
         while self.launcher.poll() is None:
@@ -112,6 +114,12 @@ def start_run(cache, tmp_path):
         run.clean()
 
 
+def is_named(process, name):
+    """Whether it is Ray's actor, the module or the program of this name."""
+    first, *others = [*process.cmdline(), ""]
+    return name in others or f"{Path(first.split(' ')[0]).name}.".startswith(f"{name}.")
+
+
 def shared_memory(process):
     return [m.path for m in process.memory_maps() if m.path.startswith(f"{SHARED_MEMORY}/")]
 
@@ -127,23 +135,33 @@ def digests(folder):
 @pytest.mark.parametrize(
     "role", [ACTOR_WORKER, ROLLOUT_SERVER, REWARD_WORKER, RAY_NODE], ids=lambda role: role[0]
 )
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
-def test_a_lost_process_ends_the_run_and_is_named(start_run, role, how):
+def test_a_killed_process_ends_the_run_and_is_named(start_run, role):
     name, shown = role
     run = start_run("trainer.save_freq=1")
     process = run.find(name)
     checkpoint = run.last_checkpoint()
     saved = digests(checkpoint)
     assert saved
-    process.send_signal(how)
-    code, output, seconds = run.end()
+    process.kill()
+    code, output = run.end()
     assert code == 1
-    assert seconds < 120
     error = output[output.index("error: ") :]
-    what = {signal.SIGKILL: "was ended by SIGKILL", signal.SIGSTOP: "has been stopped (SIGSTOP)"}
-    assert f"{shown.format(pid=process.pid)} {what[how]}" in error.splitlines()[0]
+    assert re.search(shown.format(pid=process.pid), error.splitlines()[0]), error
     assert error.splitlines()[-1] == f"full output: {run.folder}/train.log"
     assert digests(checkpoint) == saved
+
+
+def test_a_run_without_progress_ends_and_says_what_it_was_doing(start_run):
+    run = start_run("trainer.save_freq=1", "trainer.guard.max_seconds_without_progress=60")
+    # It does nothing any more, and nobody sees it die.
+    run.find("ray::HFServer").suspend()
+    code, output = run.end()
+    assert code == 1
+    assert re.search(
+        r"error: the run made no progress for 60 s while it was 'step \d+: sampling'; "
+        r"trainer\.guard\.max_seconds_without_progress=60 permits no more",
+        output,
+    ), output
 
 
 def test_a_lost_scoring_process_is_replaced_and_ctrl_c_saves(start_run):
@@ -160,7 +178,7 @@ def test_a_lost_scoring_process_is_replaced_and_ctrl_c_saves(start_run):
 
     assert not list((run.folder / "checkpoints").glob("global_step_*"))
     run.launcher.send_signal(signal.SIGINT)
-    code, output, _ = run.end()
+    code, output = run.end()
     assert code == 130
     *_, stopped, command = output.splitlines()
     checkpoint = run.last_checkpoint()
@@ -180,9 +198,7 @@ def test_a_second_signal_ends_the_run_at_once(start_run):
     time.sleep(3)
     assert run.launcher.poll() is None
     run.launcher.send_signal(signal.SIGTERM)
-    code, output, seconds = run.end()
+    code, output = run.end()
     assert code == 130
-    # What does not end when it is asked to has 15 s.
-    assert seconds < 60
     assert output.splitlines()[-1] == "error: interrupted"
     assert "stopping after this step, with a checkpoint; Ctrl-C again: at once" in output

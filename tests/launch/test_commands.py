@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hpo_verl.algorithms.catalog import ALGORITHMS
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
 from hpo_verl.launch import completion, prepare_recipe, resume, train
-from hpo_verl.launch.recipes import GROUPS, compose_resolved, group_options, recipe_names
+from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
 
 HPO_VERL = "import sys; sys.argv = ['hpo-verl']; from hpo_verl.cli import main; main()"
 SMALL = (
@@ -124,7 +124,7 @@ def test_train_never_begins_anew_where_it_was_to_go_on_and_never_overwrites_a_ru
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "compose_and_check", lambda *given: compose_resolved(*given[:2]))
+    monkeypatch.setattr(train, "check_and_prepare", lambda *given: None)
     monkeypatch.setattr(resume, "checked_record", lambda *given: None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step":0,"data":{}}\n')

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from hpo_verl.launch import train
 from hpo_verl.launch.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
-from hpo_verl.launch.process import TrainingProcess
+from hpo_verl.launch.process import ChildProcess
 from hpo_verl.launch.text_mask import secret_mask
 
 # Assembled here, so that no scanner takes this file for a leak.
@@ -16,9 +16,10 @@ TOKEN = "hf_" + "a1B2" * 8
 
 
 def logged(path, mask, *parts):
-    log = MaskedLog(path, mask)
+    log = MaskedLog(mask)
     writer = os.dup(log.fileno())
-    log.start()
+    log.close_writing()
+    log.start(path)
     for part in parts:
         os.write(writer, part)
     os.close(writer)
@@ -67,9 +68,10 @@ def test_every_other_byte_is_kept(tmp_path):
 
 
 def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path):
-    log = MaskedLog(tmp_path / "log", str)
+    log = MaskedLog(str)
     writer = os.dup(log.fileno())
-    log.start()
+    log.close_writing()
+    log.start(tmp_path / "log")
     feeder = threading.Thread(
         target=lambda: [os.write(writer, b"x" * BLOCK_BYTES) for _ in range(20)]
     )
@@ -83,25 +85,24 @@ def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path):
     assert (tmp_path / "log").stat().st_size == 20 * BLOCK_BYTES
 
 
-def test_the_log_of_a_run_is_masked(tmp_path, monkeypatch):
+PROGRAM = """
+import os, subprocess, sys
+print('token', os.environ['MY_TOKEN'], flush=True)
+subprocess.run([sys.executable, '-c', 'import os, sys; sys.stderr.write(os.environ["MY_TOKEN"])'])
+with open(os.environ['HPO_VERL_FAILURE'], 'w') as file:
+    file.write('refused with ' + os.environ['MY_TOKEN'])
+raise ValueError('no access with ' + os.environ['MY_TOKEN'])
+"""
+
+
+def test_the_log_of_a_run_and_its_reported_failure_are_masked(tmp_path, monkeypatch):
     """Output and errors of the main program and of a process that it starts."""
-    package = tmp_path / "stand_in" / "verl" / "trainer"
-    package.mkdir(parents=True)
-    for folder in (package.parent, package):
-        (folder / "__init__.py").write_text("")
-    (package / "main_ppo.py").write_text(
-        "import os, subprocess, sys\n"
-        "print('token', os.environ['MY_TOKEN'], flush=True)\n"
-        "subprocess.run([sys.executable, '-c', 'import os, sys; '\n"
-        "    'sys.stderr.write(os.environ[\"MY_TOKEN\"])'])\n"
-        "raise ValueError('no access with ' + os.environ['MY_TOKEN'])\n"
-    )
     monkeypatch.setenv("MY_TOKEN", "correct-horse")
     log = tmp_path / "train.log"
-    environment = {"PYTHONPATH": str(package.parents[1])}
-    mask = secret_mask(os.environ)
-    with TrainingProcess([], log, lambda _: environment, mask) as process:
+    with ChildProcess(lambda _: ["-c", PROGRAM], lambda _: {}, secret_mask(os.environ)) as process:
+        process.go(log)
         assert process.wait(lambda: None) == 1
+        assert process.failure() == "refused with ***"
     text = log.read_text()
     assert "correct-horse" not in text
     assert text.startswith("token ***\n***Traceback")
@@ -115,12 +116,11 @@ def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
     class Seen(Exception):
         pass
 
-    def stand_in(arguments, log_file, variables, mask):
+    def stand_in(arguments, variables, mask):
         raise Seen(mask("correct-horse, the-token-of-mine"))
 
-    monkeypatch.setattr(train, "compose_and_check", lambda *_: OmegaConf.create(settings))
-    monkeypatch.setattr(train.resume, "begin", lambda *_: None)
-    monkeypatch.setattr(train, "TrainingProcess", stand_in)
+    monkeypatch.setattr(train, "compose_alone", lambda *_: OmegaConf.create(settings))
+    monkeypatch.setattr(train, "ChildProcess", stand_in)
     monkeypatch.setenv("HF_TOKEN", "the-token-of-mine")
     with pytest.raises(Seen, match=r"^\*\*\*, \*\*\*$"):
         train.train("any", [f"hydra.run.dir={tmp_path}/run"], print, lambda *_: None)

@@ -1,25 +1,20 @@
 """A run's processes, temporary files and shared memory end with it."""
 
 import os
-import re
 import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import psutil
 import pytest
 
 from hpo_verl.launch import process as launch_process
-from hpo_verl.launch import watch
 from hpo_verl.launch.process import (
     MARKER,
     SHARED_MEMORY,
-    ProcessLost,
-    TrainingProcess,
+    ChildProcess,
     end_processes,
-    last_error,
     marked_processes,
     remove_shared_memory,
 )
@@ -34,22 +29,6 @@ sys.exit({code})
 """
 
 
-@pytest.fixture
-def fake_verl(tmp_path, monkeypatch):
-    """Stand in for verl's main program: a package of that name in front of the real one."""
-
-    def install(seconds, code):
-        package = tmp_path / "stand_in" / "verl" / "trainer"
-        package.mkdir(parents=True)
-        (package.parent / "__init__.py").write_text("")
-        (package / "__init__.py").write_text("")
-        (package / "main_ppo.py").write_text(FAMILY.format(seconds=seconds, code=code))
-        monkeypatch.setattr(launch_process, "STOP_SECONDS", 3.0)
-        return lambda temporary: {"PYTHONPATH": str(tmp_path / "stand_in")}
-
-    return install
-
-
 def wait_for(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -57,29 +36,41 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.1)
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(launch_process, "STOP_SECONDS", 3.0)
+
+
+def family(seconds, code):
+    text = FAMILY.format(seconds=seconds, code=code)
+    return ChildProcess(lambda _: ["-c", text], lambda _: {})
+
+
 @pytest.mark.parametrize("code", [0, 3])
-def test_exit_code_and_no_process_left(tmp_path, fake_verl, code):
+def test_exit_code_and_no_process_left(tmp_path, code):
     log = tmp_path / "train.log"
-    with TrainingProcess([], log, fake_verl(0.5, code)) as process:
+    with family(0.5, code) as process:
+        process.go(log)
         assert process.wait(lambda: None) == code
         assert len(marked_processes(process.marker)) == 1
     assert marked_processes(process.marker) == []
     assert "started" in log.read_text()
 
 
-def test_an_exception_ends_all_processes_and_the_temporary_folder(tmp_path, fake_verl):
+def test_an_exception_ends_all_processes_and_the_temporary_folder(tmp_path):
     log = tmp_path / "train.log"
 
     def interrupt():
         if "started" in log.read_text():
             raise KeyboardInterrupt
 
-    process = TrainingProcess([], log, fake_verl(600, 0))
+    process = family(600, 0)
     seen = []
 
     def run():
         with process:
-            seen.append((process._temporary, process._temporary.stat().st_mode & 0o077))
+            seen.append((process.temporary, process.temporary.stat().st_mode & 0o077))
+            process.go(log)
             process.wait(interrupt)
 
     with pytest.raises(KeyboardInterrupt):
@@ -90,79 +81,49 @@ def test_an_exception_ends_all_processes_and_the_temporary_folder(tmp_path, fake
     assert not temporary.exists()
 
 
-# A child whose grandchild is named as Ray names an actor's process.
-ACTOR = """
-import os, signal, subprocess, sys, time
-actor = subprocess.Popen(["ray::WorkerDict.update", "600"], executable="/bin/sleep")
-time.sleep(1)
-{act}
-"""
+WAITING = "import sys; line = sys.stdin.readline(); print('got', repr(line)); sys.exit(not line)"
 
 
-@pytest.fixture
-def fake_verl_with_an_actor(tmp_path, fake_verl, monkeypatch):
-    def install(act):
-        environment = fake_verl(0, 0)
-        main = tmp_path / "stand_in" / "verl" / "trainer" / "main_ppo.py"
-        monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
-        main.write_text(ACTOR.format(act=act))
-        return environment
-
-    return install
+def test_a_child_waits_for_its_line_and_then_logs(tmp_path):
+    log = tmp_path / "train.log"
+    with ChildProcess(lambda _: ["-c", WAITING], lambda _: {}) as process:
+        assert not log.exists()
+        process.go(log, "[1]")
+        assert process.wait(lambda: None) == 0
+    assert log.read_text() == "got '[1]\\n'\n"
 
 
-def test_a_stopped_process_ends_the_run(tmp_path, fake_verl_with_an_actor, monkeypatch):
-    monkeypatch.setattr(watch, "STOPPED_LOOKS", 10)
-    environment = fake_verl_with_an_actor("actor.send_signal(signal.SIGSTOP); time.sleep(600)")
-    process = TrainingProcess([], tmp_path / "train.log", environment)
-    # Not asked to end first, for which it would have all of this.
-    monkeypatch.setattr(launch_process, "STOP_SECONDS", 60.0)
-    started = time.monotonic()
-    named = r"the actor worker \(WorkerDict, process \d+\) has been stopped \(SIGSTOP\) for 2 s"
-    with process, pytest.raises(ProcessLost, match=named):
-        process.wait(lambda: None)
+def test_a_child_that_is_never_let_go_ends_and_leaves_nothing(tmp_path):
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with ChildProcess(lambda _: ["-c", WAITING], lambda _: {}) as process:
+        assert len(marked_processes(process.marker)) == 1
     assert marked_processes(process.marker) == []
-    assert time.monotonic() - started < 30
-
-
-def test_a_dead_process_ends_a_run_that_goes_on(tmp_path, fake_verl_with_an_actor, monkeypatch):
-    monkeypatch.setattr(watch, "DEATH_SECONDS", 1.0)
-    environment = fake_verl_with_an_actor("actor.kill(); time.sleep(600)")
-    process = TrainingProcess([], tmp_path / "train.log", environment)
-    with (
-        process,
-        pytest.raises(ProcessLost, match=r"WorkerDict, process \d+\) was ended by SIGKILL"),
-    ):
-        process.wait(lambda: None)
-    assert marked_processes(process.marker) == []
-
-
-DEATH = r"the actor worker \(WorkerDict, process \d+\) was ended by SIGKILL; "
+    assert not process.temporary.exists()
+    assert set(os.listdir("/proc/self/fd")) == descriptors
 
 
 @pytest.mark.parametrize(
     ("act", "code", "failure"),
     [
-        # The death is the reason, and what verl says of it comes after.
-        ("actor.kill(); time.sleep(1); raise RuntimeError('no groups')", 1, DEATH + ".*no groups"),
-        # The failure is the reason, and the death is that of a run which ends.
+        ("report('ValueError: nan'); print('ray: bye'); sys.exit(1)", 1, "ValueError: nan"),
+        ("print('first'); print('last'); print(' '); sys.exit(1)", 1, "last"),
+        ("sys.exit(1)", 1, "no output"),
         (
-            "import atexit; atexit.register(lambda: (actor.kill(), time.sleep(1)))\n"
-            "raise RuntimeError('nan')",
-            1,
-            "RuntimeError: nan",
-        ),
-        (
-            "os.kill(os.getpid(), signal.SIGKILL)",
+            "print('working', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
             -9,
-            "verl's main program was ended by SIGKILL; no output",
+            "verl's main program was ended by SIGKILL; working",
         ),
     ],
 )
-def test_the_reason_of_a_failure(tmp_path, fake_verl_with_an_actor, act, code, failure):
-    with TrainingProcess([], tmp_path / "train.log", fake_verl_with_an_actor(act)) as process:
+def test_the_reason_of_a_failure(tmp_path, act, code, failure):
+    text = (
+        "import os, signal, sys\n"
+        "report = lambda text: open(os.environ['HPO_VERL_FAILURE'], 'w').write(text)\n" + act
+    )
+    with ChildProcess(lambda _: ["-c", text], lambda _: {}) as process:
+        process.go(tmp_path / "train.log")
         assert process.wait(lambda: None) == code
-    assert re.fullmatch(failure, process.failure()), process.failure()
+        assert process.failure() == failure
 
 
 def test_a_process_that_ignores_the_request_is_killed(monkeypatch):
@@ -196,17 +157,17 @@ def test_a_process_that_one_look_does_not_find_is_ended():
     assert sleeper.wait(5) == -15
 
 
-def test_killing_the_launcher_ends_the_child(tmp_path, fake_verl):
-    environment = fake_verl(600, 0)(None)
+def test_killing_the_launcher_ends_the_child(tmp_path):
     marker = tmp_path / "marker"
     launcher = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "from pathlib import Path\n"
-            "from hpo_verl.launch.process import TrainingProcess\n"
-            f"log, env = Path({str(tmp_path / 'log')!r}), {environment!r}\n"
-            "with TrainingProcess([], log, lambda _: env) as p:\n"
+            "from hpo_verl.launch.process import ChildProcess\n"
+            f"text = {FAMILY.format(seconds=600, code=0)!r}\n"
+            "with ChildProcess(lambda _: ['-c', text], lambda _: {}) as p:\n"
+            f"    p.go(Path({str(tmp_path / 'log')!r}))\n"
             f"    Path({str(marker)!r}).write_text(str(p._child.pid))\n"
             "    p.wait(lambda: None)\n",
         ],
@@ -261,21 +222,3 @@ def test_shared_memory_in_use_stays():
     finally:
         memory.close()
         memory.unlink()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a\nValueError: bad\nmore\n", "ValueError: bad"),
-        (
-            "(pid=1) x\nKeyError: one\nhpo_verl.errors.DataError: two",
-            "hpo_verl.errors.DataError: two",
-        ),
-        ("only this\n", "only this"),
-        ("", "no output"),
-    ],
-)
-def test_last_error(tmp_path, text, expected):
-    log = Path(tmp_path / "log")
-    log.write_text(text)
-    assert last_error(log) == expected

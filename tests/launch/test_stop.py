@@ -5,7 +5,15 @@ import signal
 
 import pytest
 
-from hpo_verl.launch.stop import LISTENING, REQUESTED, SIGNALS, STOPPED, GracefulStop, StopFile
+from hpo_verl.launch.stop import (
+    LISTENING,
+    REQUESTED,
+    SIGNALS,
+    STOPPED,
+    GracefulStop,
+    stage_message,
+    stop_message,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +26,7 @@ def heeded():
 
 @pytest.fixture
 def file(tmp_path):
-    return StopFile(tmp_path)
+    return stop_message(tmp_path)
 
 
 @pytest.fixture
@@ -53,6 +61,7 @@ def test_the_first_asks_and_the_second_interrupts(file, said, number):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_interrupts_where_nobody_listens(file, said, number):
     # What an earlier run left says nothing of this one.
+    file.create()
     file.write(LISTENING)
 
     def stop_once():
@@ -84,6 +93,13 @@ def test_handlers_come_back_and_what_was_ignored_stays_so(file, said):
         assert signal.getsignal(signal.SIGTERM) == before[1]
     finally:
         signal.signal(signal.SIGINT, before[0])
+
+
+def test_a_trainer_without_a_launcher_writes_nothing(file, tmp_path):
+    for message in (file, stage_message(tmp_path / "not there yet")):
+        message.write(LISTENING)
+        assert message.read() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_given_signals_are_heeded(file, said):

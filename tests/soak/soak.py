@@ -27,7 +27,6 @@ import psutil
 
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.process import MARKER, SHARED_MEMORY, marked_processes
-from hpo_verl.launch.watch import title
 
 FIRST_STEPS = 50
 LIMIT_PERCENT = 1.0
@@ -80,7 +79,7 @@ def look(marker: str, step: int) -> Iterator[Sample]:
     for process in marked_processes(marker):
         try:
             memory = process.memory_full_info()
-            name = f"{title(process.cmdline()).split('.')[0].removeprefix('ray::')} {process.pid}"
+            name = f"{process.name().split('.')[0].removeprefix('ray::')} {process.pid}"
             yield Sample(
                 *(step, name, anonymous_bytes(process.pid), memory.pss),
                 *(process.num_fds(), process.num_threads()),

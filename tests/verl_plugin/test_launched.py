@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 
-from hpo_verl.launch.stop import LISTENING, REQUESTED, STOPPED, StopFile
-from hpo_verl.verl_plugin.stopping import StopsOnRequest
+from hpo_verl.launch.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
+from hpo_verl.verl_plugin.launched import Launched
 
 STEPS = 4
 LOGGERS = ["Tracking", "ValidationGenerationsLogger", "DapoFilteredRewardTableLogger", "tqdm"]
@@ -35,29 +35,35 @@ class Loop(trainer_base.PPOTrainer):
     def __init__(self, config, ask_in_step, file):
         self.config = config
         self.ask_in_step = ask_in_step
-        self.file = file
-        self.happened = []
+        self.file, self.before = file, file.read()
+        self.stage = stage_message(file.path.parent)
+        self.happened, self.stages = [], []
         self.global_steps = 0
         self.steps_per_epoch = self.total_training_steps = STEPS
 
     def on_train_begin(self):
-        assert self.file.read() is None
+        assert self.file.read() == self.before
 
     def step(self, metrics, timing_raw):
-        assert self.file.read() == LISTENING
+        assert self.file.read() == (LISTENING if self.before is not None else None)
+        self.on_sample_begin()
+        self.stages.append(self.stage.read())
+        self.on_sample_end()
+        self.stages.append(self.stage.read())
         self.happened.append(f"step {self.global_steps}")
         if self.global_steps == self.ask_in_step:
             self.file.write(REQUESTED)
         return SimpleNamespace(keys=[], partition_id="train")
 
     def _save_checkpoint(self):
+        self.stages.append(self.stage.read())
         self.happened.append(f"save {self.global_steps}")
 
     def on_step_end(self):
         self.happened.append(f"weights {self.global_steps} of {self.total_training_steps}")
 
     def on_sample_end(self):
-        raise AssertionError("a step of this loop takes no samples")
+        pass
 
     def _consume_sync_metrics(self):
         return {}
@@ -73,7 +79,7 @@ def run(tmp_path, monkeypatch):
     for name in UNTOUCHED:
         monkeypatch.setattr(Loop, name, lambda self, *_, **__: None)
 
-    def run(ask_in_step, save_freq):
+    def run(ask_in_step, save_freq, launcher=True):
         config = OmegaConf.create(
             {
                 "trainer": {
@@ -89,9 +95,13 @@ def run(tmp_path, monkeypatch):
                 "global_profiler": {"steps": None},
             }
         )
-        file = StopFile(tmp_path)
-        trainer = type("Trainer", (StopsOnRequest, Loop), {})(config, ask_in_step, file)
+        file = stop_message(tmp_path)
+        if launcher:
+            file.create()
+            stage_message(tmp_path).create()
+        trainer = type("Trainer", (Launched, Loop), {})(config, ask_in_step, file)
         trainer.fit(None)
+        run.stages = trainer.stages
         return trainer.happened, file.read()
 
     return run
@@ -106,6 +116,23 @@ def test_without_a_request_nothing_changes(run):
         *("step 4", "save 4", "weights 4 of 4"),
     ]
     assert state == LISTENING
+
+
+def test_the_launcher_learns_what_the_trainer_does(run):
+    run(ask_in_step=None, save_freq=3)
+    assert run.stages == [
+        *("step 1: sampling", "step 1: updating", "step 2: sampling", "step 2: updating"),
+        *("step 3: sampling", "step 3: updating", "step 3: saving a checkpoint"),
+        *("step 4: sampling", "step 4: updating", "step 4: saving a checkpoint"),
+    ]
+
+
+def test_without_a_launcher_and_with_a_folder_that_is_not_there_it_trains(run, monkeypatch):
+    """Stock verl with our trainer mode: its checkpoint folder comes with the first checkpoint."""
+    monkeypatch.delenv("VERL_FILE_LOGGER_PATH")
+    happened, state = run(ask_in_step=None, save_freq=-1, launcher=False)
+    assert happened[-1] == "weights 4 of 4"
+    assert state is None
 
 
 @pytest.mark.parametrize("save_freq", [100, -1])
@@ -130,4 +157,4 @@ def test_in_the_last_step_there_is_nothing_to_stop(run):
 
 @pytest.mark.parametrize("mode", ["hpo_sync", "hpo_colocate_async", "hpo_separate_async"])
 def test_every_mode_listens(mode):
-    assert issubclass(get_trainer_cls(mode), StopsOnRequest)
+    assert issubclass(get_trainer_cls(mode), Launched)
