@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpo_verl.errors import ConfigError
+from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch.code_origin import refuse_strange_code, refuse_strange_targets
 from hpo_verl.launch.quiet import quiet_imports
 
-VERL_SEARCH_PATH = "pkg://verl.trainer.config"
 GROUPS = ("task", "model", "algo", "hardware")
 
 
@@ -25,6 +26,18 @@ def recipes_directory() -> Path:
     package = Path(__file__).resolve().parent.parent
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def verl_configurations() -> Path:
+    """Folder of verl's own configurations, found without importing verl, which takes seconds.
+
+    Raises:
+        EnvironmentCheckError: verl is not installed.
+    """
+    found = find_spec("verl")
+    if found is None or found.origin is None:
+        raise EnvironmentCheckError("verl is not installed")
+    return Path(found.origin).parent / "trainer" / "config"
 
 
 def recipe_names() -> list[str]:
@@ -71,6 +84,11 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(f"recipe {recipe}: {_first_line(error)}") from error
 
 
+def quoted(value: str) -> str:
+    """A text as a value of a Hydra override, whatever letters it holds."""
+    return QuotedString(value, Quote.single).with_quotes()
+
+
 def without_hydra(config: DictConfig) -> DictConfig:
     """The part of a composed configuration that verl reads."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -96,9 +114,10 @@ def compose_resolved(recipe: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    searched = quoted(f"file://{verl_configurations()}")
     return compose(
         recipe,
-        overrides=[f"hydra.searchpath=[{VERL_SEARCH_PATH}]", *overrides],
+        overrides=[f"hydra.searchpath=[{searched}]", *overrides],
         return_hydra_config=True,
     )
 

@@ -25,7 +25,7 @@ from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import ChildProcess
 from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.quiet import quiet_imports
-from hpo_verl.launch.recipes import compose_resolved, recipes_directory
+from hpo_verl.launch.recipes import compose_resolved, quoted, recipes_directory
 from hpo_verl.launch.stop import GracefulStop, stage_message, stop_message
 from hpo_verl.launch.text_mask import secret_mask
 
@@ -75,11 +75,6 @@ def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
         named_folder(overrides)
         or (RUNS / recipe / f"{datetime.now():%Y-%m-%d_%H-%M-%S}").absolute()
     )
-
-
-def quoted(value: str) -> str:
-    """A text as a value of a Hydra override, whatever letters it holds."""
-    return "'" + value.replace("'", "\\'") + "'"
 
 
 def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, str]:
@@ -256,8 +251,8 @@ def _run(
     arguments = [
         *("--config-dir", str(recipes_directory()), "--config-name", recipe),
         *(text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)),
-        f"{RUN_FOLDER_KEY}={folder}",
-        f"++ray_kwargs.ray_init._temp_dir={child.temporary}",
+        f"{RUN_FOLDER_KEY}={quoted(str(folder))}",
+        f"++ray_kwargs.ray_init._temp_dir={quoted(str(child.temporary))}",
     ]
     if start is not None:
         arguments += ["trainer.resume_mode=resume_path"]

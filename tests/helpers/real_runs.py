@@ -27,8 +27,9 @@ SMALL = [
 NOT_REPEATABLE = ("timing", "perf/", "actor/perf/", "mfu")
 
 
-def start(command, cache, **options):
+def start(command, cache, variables=None, **options):
     environment = {**os.environ, "HPO_VERL_CACHE": str(cache), "RAY_worker_niceness": "0"}
+    environment |= variables or {}
     # Tests that were started in the background ignore Ctrl-C; a run that they start must not.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, env=environment, text=True, preexec_fn=heed, **options)
