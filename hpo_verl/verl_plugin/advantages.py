@@ -7,6 +7,7 @@ the one place where every response of the step is visible.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
@@ -25,10 +26,31 @@ from hpo_verl.core.masking import nonempty_rows, require_finite
 from hpo_verl.core.settings import parse_settings, require_flag
 from hpo_verl.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 SETTINGS: dict[str, type[HPOSettings] | type[AHPOSettings]] = {
     "hpo": HPOSettings,
     "a_hpo": AHPOSettings,
 }
+
+
+class StatisticsHint:
+    """Says once, where verl's own trainer runs, which trainer mode logs the statistics."""
+
+    def __init__(self) -> None:
+        self.needed = True
+
+    def tell(self, estimator: str, alpha: float) -> None:
+        """Log the weight of the first batch, and how to get it for every batch."""
+        if self.needed:
+            logger.warning(
+                f"{estimator}: alpha = {alpha:.3f} in this batch; an estimator cannot add to "
+                "verl's metrics: trainer.v1.trainer_mode=hpo_sync logs hpo/alpha on every step"
+            )
+        self.needed = False
+
+
+statistics_hint = StatisticsHint()
 
 
 def uid_labels(uids: Iterable[Hashable], size: int) -> list[Hashable]:
@@ -184,6 +206,7 @@ def _estimate(
     and a group-relative advantage has no use for it.
     """
     result = compute_hysteretic(estimator, token_level_rewards, response_mask, config, index)
+    statistics_hint.tell(estimator, result.alpha)
     advantages = result.advantages.float().unsqueeze(-1) * response_mask
     return advantages, advantages
 

@@ -28,7 +28,12 @@ from omegaconf import DictConfig, open_dict
 from hpo_verl.algorithms.catalog import HYSTERETIC_ESTIMATORS
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.statistics import batch_statistics
-from hpo_verl.verl_plugin.advantages import compute_hysteretic, group_codes, response_rewards
+from hpo_verl.verl_plugin.advantages import (
+    compute_hysteretic,
+    group_codes,
+    response_rewards,
+    statistics_hint,
+)
 from hpo_verl.verl_plugin.checks import check_algorithm
 from hpo_verl.verl_plugin.d3s import DownSamplingTrainer
 from hpo_verl.verl_plugin.entropy import TokenEntropy
@@ -112,6 +117,7 @@ class BatchStatistics:
     def __init__(self, config: DictConfig) -> None:
         for warning in check_algorithm(config):
             logger.warning(warning)
+        statistics_hint.needed = False
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.parent_mode
         super().__init__(config)  # type: ignore[call-arg]

@@ -14,6 +14,7 @@ from verl.trainer.ppo.core_algos import (
 )
 
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.verl_plugin import advantages as adapter
 from hpo_verl.verl_plugin.advantages import group_codes, register
 
 BOTH = pytest.mark.parametrize("name", ["hpo", "a_hpo"])
@@ -307,3 +308,14 @@ def test_a_wider_response_changes_nothing(name):
     narrow = estimate(name, [1.0, 0.0, 0.0], ["a"] * 3, width=2)
     wide = estimate(name, [1.0, 0.0, 0.0], ["a"] * 3, width=9)
     assert torch.equal(narrow[:, 0], wide[:, 0])
+
+
+def test_verls_own_trainer_is_told_once_where_alpha_is_logged(monkeypatch, caplog):
+    """One prompt, one success among four: 1 positive, 3 negatives, so alpha is 1/3."""
+    monkeypatch.setattr(adapter.statistics_hint, "needed", True)
+    rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
+    for _ in range(2):
+        adapter.ESTIMATORS["a_hpo"](rewards, torch.ones(4, 1), {}, index=["a"] * 4)
+    (record,) = caplog.records
+    assert "a_hpo: alpha = 0.333 in this batch" in record.message
+    assert "trainer.v1.trainer_mode=hpo_sync logs hpo/alpha" in record.message
