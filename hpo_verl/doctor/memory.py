@@ -1,14 +1,19 @@
 """How much memory a run needs, by the arithmetic of recipes/README.md.
 
-Everything here is an estimate, none of it measured on a GPU. P parameters, G
-cards over which weights are sharded, T tokens a card holds at once, h hidden
-size, m intermediate size, L layers, V vocabulary, b bytes a value (2 in
-bfloat16, 4 in float32).
+P parameters, G cards over which weights are sharded, T tokens a card holds at
+once, h hidden size, m intermediate size, k width of the keys, L layers, V
+vocabulary, p parameters of one layer, b bytes of a value (2 in bfloat16, 4 in
+float32).
+
+What verl's FSDP2 engine holds on a card (`Moment`) is measured with tensors
+without data in tests/doctor/test_memory_measured.py. The rest is an estimate:
+OVERHEAD_GIB, vLLM's cache and the host's memory. Nothing was run on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,19 +28,25 @@ ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
+class Moment(NamedTuple):
+    """What a card holds beside its shards at one moment, GiB, and the arithmetic."""
+
+    size: float
+    text: str
+
+
 @dataclass(frozen=True)
 class CardMemory:
     """Memory of one card in the phases of a step, GiB.
 
     Attributes:
         weights: 4 P / G, float32.
-        gradients: 4 P / G.
+        gradients: 4 P / G; 4 P where verl exchanges them after the last micro-batch only.
         adam: 8 P / G, two moments.
-        reference: 4 P / G of a reference policy; 0 without one.
-        gathered: 2 b values of the largest pieces that are whole at a time, the
-            vocabulary's matrices and one layer, with their gradients.
-        activations: b T (h L + 3 m + 8 h) with gradient checkpointing, b T L (3 m + 8 h) without.
-        logits: 2 b T V, values and gradients.
+        loss: the logits become their gradient.
+        layer: the last layer is recomputed and gets its gradient.
+        step: AdamW's square roots of the second moments, 4 P / G.
+        scoring: the entropy of one chunk of tokens; there are no gradients then.
         resident: what stays on the card while responses are sampled.
         rollout: vLLM's share.
         cache_tokens: tokens that vLLM's cache holds beside its weights.
@@ -44,19 +55,20 @@ class CardMemory:
     weights: float
     gradients: float
     adam: float
-    reference: float
-    gathered: float
-    activations: float
-    logits: float
+    loss: Moment
+    layer: Moment
+    step: Moment
+    scoring: Moment
     resident: float
     rollout: float
     cache_tokens: float
 
     @property
     def update(self) -> float:
-        """The update's peak, GiB."""
-        parts = (self.weights, self.gradients, self.adam, self.reference)
-        return sum(parts) + self.gathered + self.activations + self.logits + OVERHEAD_GIB
+        """The peak of scoring and update, GiB."""
+        largest = max(self.loss.size, self.layer.size, self.step.size)
+        peak = max(self.gradients + largest, self.scoring.size)
+        return self.weights + self.adam + peak + OVERHEAD_GIB
 
     @property
     def sampling(self) -> float:
@@ -83,41 +95,98 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     """
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
     host = bool(fsdp.offload_policy)
-    away = host or bool(fsdp.param_offload and fsdp.optimizer_offload)
     gpus, parameters = shards(config), size.parameters
     weights, gradients, adam = (
         0.0 if host else bytes_each * parameters / gpus / GIB for bytes_each in (4, 4, 8)
     )
+    if fsdp.use_no_sync_for_gradient_accumulation:
+        gradients = 4 * parameters / GIB
     share = card * rollout.gpu_memory_utilization
     tensor_parallel = rollout.tensor_model_parallel_size
     cache = share * GIB - 2 * parameters / tensor_parallel - OVERHEAD_GIB * GIB
-    reference = 4 * parameters / gpus / GIB if has_reference(config) else 0.0
+    loss, layer = _backward_moments(size, config, 2)
     return CardMemory(
         weights=weights,
         gradients=gradients,
         adam=adam,
-        reference=reference,
-        **_working_memory(size, config, 2),
-        resident=reference + (0.0 if away else weights + adam),
+        loss=loss,
+        layer=layer,
+        step=Moment(weights, f"4 x {parameters:,} / {gpus}" if weights else "on the host"),
+        scoring=_scoring(size, config),
+        resident=weights * (not fsdp.param_offload) + adam * (not fsdp.optimizer_offload),
         rollout=share,
         cache_tokens=cache / (size.cache_bytes_per_token / tensor_parallel),
     )
 
 
-def _working_memory(size: ModelSize, config: DictConfig, width: int) -> dict[str, float]:
-    """What a rank needs beside its shards, GiB; `width` is the bytes of a value."""
-    tokens = tokens_at_once(config)
-    hidden, middle = size.hidden_size, size.intermediate_size
-    layer = 3 * middle + 8 * hidden
+def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[Moment, Moment]:
+    """The two peaks of the backward pass; `width` is the bytes of a value.
+
+    A layer saves 4 m + 10 h + 2 k values a token: four of the feed-forward, four
+    of each of two norms (a float32 value counts twice), query, attention's output,
+    key and value. Its backward pass takes 2 m + h more at most. Gradient
+    checkpointing keeps the layer's input (h) until it is recomputed.
+
+    Returns:
+        - loss: beside what the layers keep, 5 h of the last norm and the logits. Further
+          tensors of their size are gone when the vocabulary's matrix comes with its
+          gradient and one layer that is fetched ahead: the larger of the two counts.
+        - layer: beside what the layers keep, the work on the last one, the matrix with
+          its gradient, and three times a layer: itself, its gradient, the next one.
+    """
+    tokens, copies = tokens_at_once(config), _logits_copies(config, width)
+    hidden, middle, vocabulary = size.hidden_size, size.intermediate_size, size.vocabulary
+    saved = 4 * middle + 10 * hidden + 2 * size.key_value_heads * size.head_size
+    kept, work = saved, 2 * middle + hidden
     if config.actor_rollout_ref.model.enable_gradient_checkpointing:
-        kept = hidden * size.layers + layer
-    else:
-        kept = layer * size.layers
-    return {
-        "gathered": 2 * width * (size.embedding_parameters + size.layer_parameters) / GIB,
-        "activations": width * tokens * kept / GIB,
-        "logits": 2 * width * tokens * size.vocabulary / GIB,
-    }
+        kept, work = hidden, work + saved
+
+    def moment(values: int, text: str, whole: float, whole_text: str) -> Moment:
+        return Moment(
+            width * (tokens * (kept * size.layers + values) + whole) / GIB,
+            f"{width} x ({tokens} tokens x ({kept} x {size.layers} + {text}) + {whole_text})",
+        )
+
+    layer = size.layer_parameters
+    matrix, matrix_text = 2 * vocabulary * hidden, f"2 x {vocabulary} x {hidden}"
+    ahead = (matrix + layer, f"{matrix_text} + {layer:,.0f}")
+    more = ((copies - 1) * tokens * vocabulary, f"{copies - 1} x {tokens} x {vocabulary}")
+    return (
+        moment(5 * hidden + vocabulary, f"5 x {hidden} + {vocabulary}", *max(ahead, more)),
+        moment(work, str(work), matrix + 3 * layer, f"{matrix_text} + 3 x {layer:,.0f}"),
+    )
+
+
+def _logits_copies(config: DictConfig, width: int) -> int:
+    """How many tensors of the logits' size are alive at once in the update.
+
+    flash-attn writes the gradient over the logits. verl divides into a second
+    tensor by any temperature but 1. With an entropy, its gradient and that of the
+    log-probabilities are tensors of their own; not compiled, the entropy also keeps
+    float32 values. In float32 (on the CPU) verl packs a copy, whose gradient is a third.
+    """
+    actor = config.actor_rollout_ref.actor
+    if width == 4:
+        return 3
+    if actor.entropy_coeff or actor.calculate_entropy:
+        return 3 if actor.fsdp_config.use_torch_compile else 7
+    return 1 if config.actor_rollout_ref.rollout.temperature == 1 else 2
+
+
+def _scoring(size: ModelSize, config: DictConfig) -> Moment:
+    """Logits and the entropy of one chunk: values, softmax and product in float32.
+
+    Compiled, as by default, the entropy may take less.
+    """
+    tokens, fsdp = tokens_at_once(config), config.actor_rollout_ref.actor.fsdp_config
+    chunk = tokens
+    if fsdp.entropy_from_logits_with_chunking:
+        chunk = min(tokens, fsdp.entropy_from_logits_chunk_size)
+    copies = 1 if config.actor_rollout_ref.rollout.temperature == 1 else 2
+    return Moment(
+        (2 * copies * tokens + 12 * chunk) * size.vocabulary / GIB,
+        f"(2 x {copies} x {tokens} + 12 x {chunk} tokens) x {size.vocabulary}",
+    )
 
 
 def shards(config: DictConfig) -> int:
@@ -125,13 +194,6 @@ def shards(config: DictConfig) -> int:
     gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
     group = OmegaConf.select(config, f"{ACTOR}.fsdp_config.fsdp_size") or -1
     return gpus if group < 1 else min(group, gpus)
-
-
-def has_reference(config: DictConfig) -> bool:
-    """Whether a reference policy stays on the cards."""
-    needed = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    away = OmegaConf.select(config, "actor_rollout_ref.ref.fsdp_config.param_offload")
-    return bool(needed) and not away
 
 
 def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
@@ -142,28 +204,32 @@ def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     """
     parameters, ranks = size.parameters, config.trainer.n_gpus_per_node
     if config.trainer.device == "cpu":
-        work = _working_memory(size, config, 4)
+        loss, layer = _backward_moments(size, config, 4)
         shared = 16 * parameters / GIB
-        copies = ranks * (4 * parameters / GIB + sum(work.values()))
+        copies = ranks * (4 * parameters / GIB + max(loss.size, layer.size))
         text = (
-            f"weights, gradients and Adam 16 P = {shared:.1f}; a rank's rollout 4 P, gathered "
-            f"{work['gathered']:.1f}, activations {work['activations']:.1f} and logits "
-            f"{work['logits']:.1f}, times {ranks} = {copies:.1f}"
+            f"weights, gradients and Adam 16 P = {shared:.1f}; a rank's rollout 4 P and the larger "
+            f"of loss {loss.size:.1f} and layer {layer.size:.1f}, times {ranks} = {copies:.1f}"
         )
         return shared + copies, f"{text}; P = {parameters:,}"
     fsdp = config.actor_rollout_ref.actor.fsdp_config
     # Tied embeddings keep FSDP from loading on one rank only.
     readers = ranks if size.tied else 1
     loading = readers * 4 * parameters / GIB
-    nodes = config.trainer.nnodes
+    here = ranks / shards(config)
     kept, text = 0.0, f"loading {readers} x 4 P = {loading:.1f}"
     if fsdp.offload_policy:
-        kept = 16 * parameters / nodes / GIB
-        text += f"; weights, gradients and Adam kept there 16 P / {nodes} = {kept:.1f}"
+        kept = 16 * parameters * here / GIB
+        text += f"; weights, gradients and Adam kept there 16 P x {here:g} = {kept:.1f}"
     elif fsdp.param_offload or fsdp.optimizer_offload:
         each = 4 * bool(fsdp.param_offload) + 8 * bool(fsdp.optimizer_offload)
-        kept = each * parameters / nodes / GIB
-        text += f"; waiting there while sampling {each} P / {nodes} = {kept:.1f}"
+        kept = each * parameters * here / GIB
+        text += f"; waiting there while sampling {each} P x {here:g} = {kept:.1f}"
+    if config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward:
+        # verl's engines keep a policy that is never trained there.
+        reference = 4 * parameters * here / GIB
+        kept += reference
+        text += f"; the reference policy 4 P x {here:g} = {reference:.1f}"
     return max(loading, kept), f"{text}; P = {parameters:,}"
 
 
@@ -184,28 +250,21 @@ def cpu_slots(config: DictConfig) -> tuple[int, str]:
 
 def arithmetic(memory: CardMemory, size: ModelSize, config: DictConfig) -> str:
     """The estimate as a text with every term."""
-    tokens, gpus = tokens_at_once(config), shards(config)
-    hidden, middle, layers = size.hidden_size, size.intermediate_size, size.layers
-    layer = f"3 x {middle} + 8 x {hidden}"
-    if config.actor_rollout_ref.model.enable_gradient_checkpointing:
-        kept = f"({hidden} x {layers} + {layer})"
-    else:
-        kept = f"({layer}) x {layers}"
-    state = f"{size.parameters:,} / {gpus}"
-    terms = [
-        f"weights {memory.weights:.1f} (4 x {state})",
-        f"gradients {memory.gradients:.1f} (4 x {state})",
-        f"Adam {memory.adam:.1f} (8 x {state})",
-        f"gathered {memory.gathered:.1f} (4 x ({size.embedding_parameters:,} + one layer))",
-        f"activations {memory.activations:.1f} (2 x {tokens} tokens x {kept})",
-        f"logits {memory.logits:.1f} (4 x {tokens} x {size.vocabulary})",
-        f"{OVERHEAD_GIB:g}",
+    state = f"{size.parameters:,} / {shards(config)}"
+    moments = [
+        f"{name} {moment.size:.1f} ({moment.text})"
+        for name, moment in (
+            ("loss", memory.loss),
+            ("layer", memory.layer),
+            ("AdamW's step", memory.step),
+            ("scoring, without gradients,", memory.scoring),
+        )
     ]
-    if memory.reference:
-        terms.insert(3, f"reference {memory.reference:.1f} (4 x {state})")
     share = config.actor_rollout_ref.rollout.gpu_memory_utilization
     return (
-        f"update {memory.update:.1f} GiB = {' + '.join(terms)}; "
+        f"update {memory.update:.1f} GiB = weights {memory.weights:.1f} (4 x {state}) + gradients "
+        f"{memory.gradients:.1f} + Adam {memory.adam:.1f} (8 x {state}) + {OVERHEAD_GIB:g} + the "
+        f"largest of {', '.join(moments)}; "
         f"sampling {memory.sampling:.1f} GiB = vLLM {memory.rollout:.1f} ({share:g} of the card) + "
         f"resident {memory.resident:.1f} + {OVERHEAD_GIB:g}; vLLM's cache "
         f"{memory.cache_tokens / 1e6:.1f} M tokens"

@@ -41,9 +41,11 @@ def test_a_machine_with_eight_cards(examine):
         ("host memory", "ok"),
     ]
     text = only(findings, "card memory").detail
-    assert text.startswith("update 45.5 GiB = weights 3.5 (4 x 7,615,616,512 / 8) + ")
-    assert "logits 13.9 (4 x 24576 x 152064)" in text
-    assert "activations 8.5 (2 x 24576 tokens x (3584 x 28 + 3 x 18944 + 8 x 3584))" in text
+    assert text.startswith("update 33.2 GiB = weights 3.5 (4 x 7,615,616,512 / 8) + ")
+    matrix = "2 x 152064 x 3584 +"
+    assert f"loss 14.8 (2 x (24576 tokens x (3584 x 28 + 5 x 3584 + 152064) + {matrix} " in text
+    assert f"layer 15.0 (2 x (24576 tokens x (3584 x 28 + 154112) + {matrix} 3 x " in text
+    assert "scoring, without gradients, 10.4 ((2 x 1 x 24576 + 12 x 2048 tokens) x 152064)" in text
     assert "the smallest card has 79.6" in text
     assert (
         only(findings, "cpus").detail == "3 x 8 + TransferQueue 8 + 1 + driver 1 = 34; there are 64"
@@ -73,7 +75,8 @@ def test_cards_that_somebody_uses(examine):
 
 
 def test_cards_that_are_too_small_for_the_update(examine):
-    finding = only(examine(node(card=Card("x", 40.0, 0.0))), "card memory")
+    changes = {"actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 49152}
+    finding = only(examine(node(card=Card("x", 40.0, 0.0)), changes=changes), "card memory")
     assert (finding.status, "the smallest card has 40.0" in finding.detail) == ("error", True)
     assert finding.fix == "halve actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 
@@ -96,7 +99,7 @@ def test_a_share_without_room_for_a_response(examine):
 def test_what_cannot_be_compared_is_skipped_with_its_arithmetic(examine):
     finding = only(examine(node(0)), "card memory")
     assert finding.status == "skipped"
-    assert finding.detail.startswith("no card here to compare with; on one of 80 GiB: update 45.5")
+    assert finding.detail.startswith("no card here to compare with; on one of 80 GiB: update 33.2")
     assert only(examine(node(), size=None), "card memory").status == "skipped"
     assert only(examine(node(), size=None), "host memory").status == "skipped"
     changes = {"actor_rollout_ref.rollout.name": "sglang"}
@@ -118,7 +121,7 @@ def test_too_few_cpus(examine):
 def test_too_little_host_memory(examine):
     finding = only(examine(node(1, memory=100.0), hardware="1gpu"), "host memory")
     assert finding.status == "error"
-    assert "16 P / 1 = 113.5" in finding.detail
+    assert "16 P x 1 = 113.5" in finding.detail
     assert only(examine(node(1, memory=120.0), hardware="1gpu"), "host memory").status == "ok"
 
 

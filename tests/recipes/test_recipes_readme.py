@@ -45,8 +45,8 @@ def memory_row(name, hardware):
     memory = card_memory(KNOWN_MODELS[HUB_IDS[name]], config, RECIPE_CARD_GIB)
     assert max(memory.update, memory.sampling) < RECIPE_CARD_GIB
     cells = (
-        *(memory.weights, memory.gradients, memory.adam, memory.gathered),
-        *(memory.activations, memory.logits, memory.update, memory.resident, memory.sampling),
+        *(memory.weights, memory.gradients, memory.adam, memory.loss.size, memory.layer.size),
+        *(memory.step.size, memory.scoring.size, memory.update, memory.resident, memory.sampling),
     )
     figures = " | ".join(f"{value:.1f}" for value in cells)
     tokens = tokens_at_once(config)

@@ -1,0 +1,281 @@
+"""Measures the memory of verl's FSDP2 engine with tensors that have shapes and no data.
+
+torch's `FakeTensorMode` runs the real model, verl's real engine and FSDP2 without
+allocating; torch's `FSDPMemTracker` counts the storages. Two CUDA kernels of
+flash-attn are replaced by functions that keep and allocate what its sources do
+(flash_attn_interface.py `FlashAttnVarlenFunc`, csrc/flash_attn/flash_api.cpp
+`mha_varlen_bwd`, ops/triton/cross_entropy.py `CrossEntropyLoss`).
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import verl.utils.model
+import verl.utils.torch_functional as verl_functional
+from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import FSDPOptimizerConfig
+from verl.workers.engine.fsdp import transformer_impl
+
+from hpo_verl.doctor.memory import GIB
+
+ATTENTION = "without_data"
+CPU = torch.device("cpu")
+# As each model's config.json says: hidden, intermediate, layers, heads, key-value heads,
+# vocabulary, tied.
+DIMENSIONS = {
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151_936, True),
+    "Qwen/Qwen2.5-3B-Instruct": (2048, 11_008, 36, 16, 2, 151_936, True),
+    "meta-llama/Llama-3.2-3B-Instruct": (3072, 8192, 28, 24, 8, 128_256, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18_944, 28, 28, 4, 152_064, False),
+}
+
+
+class FlashAttention(torch.autograd.Function):
+    """What flash-attn's attention over packed sequences keeps and allocates."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:2]).float())
+        return out
+
+    @staticmethod
+    def backward(ctx, _):
+        query, key, value, _, _ = ctx.saved_tensors
+        # Sums of the query's gradient in float32, and key and value once for each query head.
+        buffers = [query.new_empty(query.shape, dtype=torch.float32)]
+        buffers += [torch.empty_like(query), torch.empty_like(query)]
+        return tuple(torch.empty_like(t) for t in (query, key, value))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """What flash-attn's cross entropy keeps and allocates."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, in_place):
+        losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        ctx.save_for_backward(logits, log_sums, labels)
+        ctx.in_place = in_place
+        return losses
+
+    @staticmethod
+    def backward(ctx, _):
+        logits = ctx.saved_tensors[0]
+        return (logits if ctx.in_place else torch.empty_like(logits)), None, None
+
+
+def attention(module, query, key, value, mask, **_):
+    packed = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
+    return FlashAttention.apply(*packed).unsqueeze(0), None
+
+
+def cross_entropy(logits, labels, inplace_backward=False):
+    return CrossEntropy.apply(logits, labels, inplace_backward), None
+
+
+class MicroBatch(dict):
+    """Two packed sequences; as much of a TensorDict as `forward_step` asks for."""
+
+    def to(self, _):
+        return self
+
+
+@dataclass(frozen=True)
+class Measured:
+    """GiB beside the shards, except `parameters` (a number), `weights` and `gradients`."""
+
+    parameters: int
+    weights: float
+    gradients: float
+    loss: float
+    layer: float
+    scoring: float
+
+
+def hf_config(repo, layers=None):
+    """The model's configuration for transformers, with another number of layers."""
+    hidden, middle, depth, heads, key_value_heads, vocabulary, tied = DIMENSIONS[repo]
+    kind = LlamaConfig if "Llama" in repo else Qwen2Config
+    return kind(
+        hidden_size=hidden,
+        intermediate_size=middle,
+        num_hidden_layers=layers or depth,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        attn_implementation=ATTENTION,
+    )
+
+
+def from_config(config, torch_dtype, **_):
+    """Instead of `from_pretrained`."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    # It has that type already, and torch cannot swap tensors without data.
+    model.to = lambda _: model
+    return model
+
+
+@contextmanager
+def group_of(ranks):
+    """A process group of which this process is the only rank that exists."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *_, **__: None)
+    auto_class = SimpleNamespace(from_pretrained=lambda _=None, **names: from_config(**names))
+    try:
+        with (
+            mock.patch.object(verl.utils.model, "get_hf_auto_model_class", lambda **_: auto_class),
+            mock.patch.object(transformer_impl, "apply_monkey_patch", lambda **_: None),
+            mock.patch.object(transformer_impl, "fsdp2_load_full_state_dict", lambda *_: None),
+            mock.patch.object(verl_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", True),
+            mock.patch.object(verl_functional, "cross_entropy_loss", cross_entropy, create=True),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def without_data():
+    """Tensors made in here have a shape and a type, no data."""
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+        # verl reads the loss as a number.
+        mode.allow_scalar_outputs = True
+        yield
+
+
+def make_engine(config, repo, layers):
+    """verl's engine with the settings of a recipe; the shards stay where they are counted."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    changes = {"strategy": actor.strategy, "use_torch_compile": False, "offload_policy": False}
+    return transformer_impl.FSDPEngineWithLMHead(
+        model_config=SimpleNamespace(
+            hf_config=hf_config(repo, layers),
+            use_remove_padding=model.use_remove_padding,
+            enable_gradient_checkpointing=model.enable_gradient_checkpointing,
+            enable_activation_offload=model.enable_activation_offload,
+            use_liger=model.use_liger,
+            use_fused_kernels=model.use_fused_kernels,
+            fused_kernel_options=None,
+            lora_rank=0,
+            model_type="language_model",
+            local_path="",
+            trust_remote_code=False,
+        ),
+        engine_config=omega_conf_to_dataclass(OmegaConf.merge(actor.fsdp_config, changes)),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
+        checkpoint_config=None,
+    )
+
+
+def total(tracker, kind="current"):
+    return tracker.get_tracker_snapshot(kind)[CPU]["Total"] / GIB
+
+
+def measure(config, repo, tokens, ranks, layers, with_entropy=False):
+    """Score one micro-batch and take its gradient, with gradients of another one there.
+
+    Args:
+        config: verl's whole configuration.
+        repo: a key of `DIMENSIONS`.
+        tokens: of the packed micro-batch.
+        ranks: cards over which FSDP2 shards.
+        layers: of the model.
+        with_entropy: whether the loss has an entropy term.
+    """
+    with group_of(ranks):
+        engine = make_engine(config, repo, layers)
+        with without_data():
+            engine._build_model_optimizer()
+            return run(engine, config, tokens, with_entropy)
+
+
+def run(engine, config, tokens, with_entropy):
+    """The forward and backward passes of `measure`."""
+    weights = list(engine.module.parameters())
+    ids = torch.zeros(tokens, dtype=torch.long)
+    lengths = torch.tensor([0, tokens // 2, tokens])
+    temperature = config.actor_rollout_ref.rollout.temperature
+    # Packing needs the data; this is its result.
+    engine.prepare_model_inputs = lambda micro_batch: (
+        {"input_ids": ids[None], "position_ids": ids[None], "attention_mask": None},
+        {
+            "input_ids_rmpad_rolled": ids,
+            "temperature_rmpad": torch.ones(tokens),
+            "temperature_is_one": transformer_impl._is_scalar_unit_temperature(temperature),
+            "pad_size": 0,
+        },
+    )
+    batch = MicroBatch(input_ids=torch.nested.nested_tensor_from_jagged(ids, lengths))
+
+    def shards():
+        return sum(t.to_local().untyped_storage().nbytes() for t in weights) / GIB
+
+    engine.module.eval()
+    with FSDPMemTracker(engine.module) as tracker, torch.no_grad():
+        scored = MicroBatch(batch, calculate_entropy=True)
+        engine.forward_step(scored, None, forward_only=True)
+    scoring = total(tracker, "peak") - shards()
+
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    engine.module.train()
+    decoder, seen = engine.module.model.layers, []
+
+    def loss_function(model_output, data, dp_group):
+        terms = ["log_probs", "entropy"] if with_entropy else ["log_probs"]
+        return sum(model_output[name].values().sum() for name in terms), {}
+
+    with FSDPMemTracker(engine.module) as tracker:
+
+        def at_last_layer(_, __, output):
+            output.register_hook(lambda _: seen.append(total(tracker, "peak")))
+
+        handle = decoder[-1].register_forward_hook(at_last_layer)
+        loss, _ = engine.forward_step(
+            MicroBatch(batch, calculate_entropy=with_entropy), loss_function, forward_only=False
+        )
+        loss.backward()
+        handle.remove()
+    layer = max(tracker.memory_tracking[m].local_peak[CPU] for m in decoder) / GIB
+    states = 2 * shards()
+    return Measured(
+        parameters=sum(w.numel() for w in weights),
+        weights=shards(),
+        gradients=total(tracker) - shards(),
+        loss=seen[0] - states,
+        layer=layer - states,
+        scoring=scoring,
+    )
+
+
+def measure_adamw(parameters):
+    """GiB of AdamW's moments, and of its step beside weights, gradients and moments."""
+    with FakeTensorMode():
+        weights = [torch.zeros(parameters // 4, requires_grad=True) for _ in range(4)]
+        # On CUDA torch takes the same path by itself.
+        optimizer = torch.optim.AdamW(weights, foreach=True)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        states = 2 * 4 * parameters / GIB
+        tracker = MemTracker()
+        tracker.track_external(*weights, *(w.grad for w in weights), optimizer)
+        with tracker:
+            optimizer.step()
+            moments = total(tracker) - states
+            optimizer.step()
+        return moments, total(tracker, "peak") - states - moments
