@@ -29,7 +29,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPOptimizerConfig
 from verl.workers.engine.fsdp import transformer_impl
 
-from hpo_verl.doctor.memory import GIB
+from hpo_verl.doctor.memory import GIB, tokens_at_once
 
 ATTENTION = "without_data"
 CPU = torch.device("cpu")
@@ -82,6 +82,10 @@ def attention(module, query, key, value, mask, **_):
     return FlashAttention.apply(*packed).unsqueeze(0), None
 
 
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *_, **__: None)
+
+
 def cross_entropy(logits, labels, inplace_backward=False):
     return CrossEntropy.apply(logits, labels, inplace_backward), None
 
@@ -95,14 +99,21 @@ class MicroBatch(dict):
 
 @dataclass(frozen=True)
 class Measured:
-    """GiB beside the shards, except `parameters` (a number), `weights` and `gradients`."""
+    """GiB of one micro-batch's forward and backward passes.
+
+    Attributes:
+        parameters: number of them.
+        weights: the shards.
+        gradients: what is left of the micro-batch beside the weights.
+        loss: peak until the last layer's output has its gradient, without weights and gradients.
+        layer: peak of the layers' backward passes, likewise.
+    """
 
     parameters: int
     weights: float
     gradients: float
     loss: float
     layer: float
-    scoring: float
 
 
 def hf_config(repo, layers=None):
@@ -130,137 +141,142 @@ def from_config(config, torch_dtype, **_):
 
 
 @contextmanager
-def group_of(ranks):
-    """A process group of which this process is the only rank that exists."""
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *_, **__: None)
+def replaced():
+    """What needs data, files or a GPU, replaced."""
     auto_class = SimpleNamespace(from_pretrained=lambda _=None, **names: from_config(**names))
+    with (
+        mock.patch.object(verl.utils.model, "get_hf_auto_model_class", return_value=auto_class),
+        mock.patch.object(transformer_impl, "apply_monkey_patch"),
+        mock.patch.object(transformer_impl, "fsdp2_load_full_state_dict"),
+        mock.patch.object(verl_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", True),
+        mock.patch.object(verl_functional, "cross_entropy_loss", cross_entropy, create=True),
+    ):
+        yield
+
+
+@contextmanager
+def engine_without_data(config, repo, layers):
+    """verl's engine with a recipe's settings and a whole token budget of two sequences.
+
+    The process group has the recipe's ranks, of which only this one exists. Shards
+    are counted as on the card, whether or not the recipe keeps them on the host.
+
+    Yields:
+        The engine and its micro-batch.
+    """
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        with (
-            mock.patch.object(verl.utils.model, "get_hf_auto_model_class", lambda **_: auto_class),
-            mock.patch.object(transformer_impl, "apply_monkey_patch", lambda **_: None),
-            mock.patch.object(transformer_impl, "fsdp2_load_full_state_dict", lambda *_: None),
-            mock.patch.object(verl_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", True),
-            mock.patch.object(verl_functional, "cross_entropy_loss", cross_entropy, create=True),
-        ):
-            yield
+        changes = {"strategy": actor.strategy, "use_torch_compile": False, "offload_policy": False}
+        engine = transformer_impl.FSDPEngineWithLMHead(
+            model_config=SimpleNamespace(
+                hf_config=hf_config(repo, layers),
+                use_remove_padding=model.use_remove_padding,
+                enable_gradient_checkpointing=model.enable_gradient_checkpointing,
+                enable_activation_offload=model.enable_activation_offload,
+                use_liger=model.use_liger,
+                use_fused_kernels=model.use_fused_kernels,
+                fused_kernel_options=None,
+                lora_rank=0,
+                model_type="language_model",
+                local_path="",
+                trust_remote_code=False,
+            ),
+            engine_config=omega_conf_to_dataclass(OmegaConf.merge(actor.fsdp_config, changes)),
+            optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
+            checkpoint_config=None,
+        )
+        with replaced(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+            # verl reads the loss as a number.
+            mode.allow_scalar_outputs = True
+            engine._build_model_optimizer()
+            yield engine, packed_batch(engine, config)
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def without_data():
-    """Tensors made in here have a shape and a type, no data."""
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
-        # verl reads the loss as a number.
-        mode.allow_scalar_outputs = True
-        yield
+def packed_batch(engine, config):
+    tokens, temperature = tokens_at_once(config), config.actor_rollout_ref.rollout.temperature
+    ids, ends = torch.zeros(tokens, dtype=torch.long), torch.tensor([0, tokens // 2, tokens])
+    inputs = {"input_ids": ids[None], "position_ids": ids[None], "attention_mask": None}
+    arguments = {
+        "input_ids_rmpad_rolled": ids,
+        "temperature_rmpad": torch.ones(tokens),
+        "temperature_is_one": transformer_impl._is_scalar_unit_temperature(temperature),
+        "pad_size": 0,
+    }
+    # Packing reads the lengths, which are data; this is its result.
+    engine.prepare_model_inputs = lambda micro_batch: (inputs, arguments)
+    return MicroBatch(input_ids=torch.nested.nested_tensor_from_jagged(ids, ends))
 
 
-def make_engine(config, repo, layers):
-    """verl's engine with the settings of a recipe; the shards stay where they are counted."""
-    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-    changes = {"strategy": actor.strategy, "use_torch_compile": False, "offload_policy": False}
-    return transformer_impl.FSDPEngineWithLMHead(
-        model_config=SimpleNamespace(
-            hf_config=hf_config(repo, layers),
-            use_remove_padding=model.use_remove_padding,
-            enable_gradient_checkpointing=model.enable_gradient_checkpointing,
-            enable_activation_offload=model.enable_activation_offload,
-            use_liger=model.use_liger,
-            use_fused_kernels=model.use_fused_kernels,
-            fused_kernel_options=None,
-            lora_rank=0,
-            model_type="language_model",
-            local_path="",
-            trust_remote_code=False,
-        ),
-        engine_config=omega_conf_to_dataclass(OmegaConf.merge(actor.fsdp_config, changes)),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
-        checkpoint_config=None,
-    )
-
-
-def total(tracker, kind="current"):
+def held(tracker, kind="current"):
     return tracker.get_tracker_snapshot(kind)[CPU]["Total"] / GIB
 
 
-def measure(config, repo, tokens, ranks, layers, with_entropy=False):
-    """Score one micro-batch and take its gradient, with gradients of another one there.
+def shards(engine):
+    weights = engine.module.parameters()
+    return sum(w.to_local().untyped_storage().nbytes() for w in weights) / GIB
+
+
+def measure_scoring(config, repo):
+    """Peak beside the weights while log-probabilities and entropy are taken, GiB.
+
+    Without gradients a layer leaves nothing behind: one is enough.
+    """
+    with engine_without_data(config, repo, layers=1) as (engine, batch):
+        engine.module.eval()
+        batch["calculate_entropy"] = True
+        with FSDPMemTracker(engine.module) as tracker, torch.no_grad():
+            engine.forward_step(batch, None, forward_only=True)
+        return held(tracker, "peak") - shards(engine)
+
+
+def measure_update(config, repo, layers, with_entropy=False):
+    """Measure a micro-batch that is not the first: gradients of another are there.
 
     Args:
         config: verl's whole configuration.
         repo: a key of `DIMENSIONS`.
-        tokens: of the packed micro-batch.
-        ranks: cards over which FSDP2 shards.
         layers: of the model.
         with_entropy: whether the loss has an entropy term.
     """
-    with group_of(ranks):
-        engine = make_engine(config, repo, layers)
-        with without_data():
-            engine._build_model_optimizer()
-            return run(engine, config, tokens, with_entropy)
-
-
-def run(engine, config, tokens, with_entropy):
-    """The forward and backward passes of `measure`."""
-    weights = list(engine.module.parameters())
-    ids = torch.zeros(tokens, dtype=torch.long)
-    lengths = torch.tensor([0, tokens // 2, tokens])
-    temperature = config.actor_rollout_ref.rollout.temperature
-    # Packing needs the data; this is its result.
-    engine.prepare_model_inputs = lambda micro_batch: (
-        {"input_ids": ids[None], "position_ids": ids[None], "attention_mask": None},
-        {
-            "input_ids_rmpad_rolled": ids,
-            "temperature_rmpad": torch.ones(tokens),
-            "temperature_is_one": transformer_impl._is_scalar_unit_temperature(temperature),
-            "pad_size": 0,
-        },
-    )
-    batch = MicroBatch(input_ids=torch.nested.nested_tensor_from_jagged(ids, lengths))
-
-    def shards():
-        return sum(t.to_local().untyped_storage().nbytes() for t in weights) / GIB
-
-    engine.module.eval()
-    with FSDPMemTracker(engine.module) as tracker, torch.no_grad():
-        scored = MicroBatch(batch, calculate_entropy=True)
-        engine.forward_step(scored, None, forward_only=True)
-    scoring = total(tracker, "peak") - shards()
-
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    engine.module.train()
-    decoder, seen = engine.module.model.layers, []
 
     def loss_function(model_output, data, dp_group):
         terms = ["log_probs", "entropy"] if with_entropy else ["log_probs"]
         return sum(model_output[name].values().sum() for name in terms), {}
 
-    with FSDPMemTracker(engine.module) as tracker:
+    with engine_without_data(config, repo, layers) as (engine, batch):
+        batch["calculate_entropy"] = with_entropy
+        weights, gradients = list(engine.module.parameters()), 0.0
+        if not engine.engine_config.use_no_sync_for_gradient_accumulation:
+            gradients = shards(engine)
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+        engine.module.train()
+        decoder, peaks = engine.module.model.layers, []
 
-        def at_last_layer(_, __, output):
-            output.register_hook(lambda _: seen.append(total(tracker, "peak")))
+        def at_last_layer(_module, _arguments, output):
+            output.register_hook(lambda _: peaks.append(held(tracker, "peak")))
 
-        handle = decoder[-1].register_forward_hook(at_last_layer)
-        loss, _ = engine.forward_step(
-            MicroBatch(batch, calculate_entropy=with_entropy), loss_function, forward_only=False
+        with (
+            engine._gradient_sync_context(is_last_micro_batch=False),
+            FSDPMemTracker(engine.module) as tracker,
+        ):
+            handle = decoder[-1].register_forward_hook(at_last_layer)
+            loss, _ = engine.forward_step(batch, loss_function, forward_only=False)
+            loss.backward()
+            handle.remove()
+        states = shards(engine) + gradients
+        layer = max(tracker.memory_tracking[module].local_peak[CPU] for module in decoder)
+        return Measured(
+            parameters=sum(weight.numel() for weight in weights),
+            weights=shards(engine),
+            gradients=held(tracker) - shards(engine),
+            loss=peaks[0] - states,
+            layer=layer / GIB - states,
         )
-        loss.backward()
-        handle.remove()
-    layer = max(tracker.memory_tracking[m].local_peak[CPU] for m in decoder) / GIB
-    states = 2 * shards()
-    return Measured(
-        parameters=sum(w.numel() for w in weights),
-        weights=shards(),
-        gradients=total(tracker) - shards(),
-        loss=seen[0] - states,
-        layer=layer - states,
-        scoring=scoring,
-    )
 
 
 def measure_adamw(parameters):
@@ -276,6 +292,6 @@ def measure_adamw(parameters):
         tracker.track_external(*weights, *(w.grad for w in weights), optimizer)
         with tracker:
             optimizer.step()
-            moments = total(tracker) - states
+            moments = held(tracker) - states
             optimizer.step()
-        return moments, total(tracker, "peak") - states - moments
+        return moments, held(tracker, "peak") - states - moments
