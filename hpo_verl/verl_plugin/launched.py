@@ -27,9 +27,10 @@ class Launched:
         super()._setup()  # type: ignore[misc]
 
     def on_init_end(self) -> None:
-        """Say that the agent loops come next."""
-        self._say("starting the agent loops")
+        """Say so, and that the agent loops come next."""
+        self._say("sending the weights to the rollout servers")
         super().on_init_end()  # type: ignore[misc]
+        self._say("starting the agent loops")
 
     def on_validate_begin(self) -> None:
         """Say so."""
@@ -66,4 +67,5 @@ class Launched:
             # verl's loop ends after this step, and its modes prepare no further one.
             self.total_training_steps = self.global_steps
             self._stop.write(STOPPED)
+        self._say_in_step("sending the weights to the rollout servers")
         super().on_step_end()  # type: ignore[misc]

@@ -93,12 +93,16 @@ class Watch(threading.Thread):
 
 
 def reason_of(error: BaseException, watch: Watch) -> str:
-    """Why verl failed: a death, if there was one, and the exception."""
+    """Why verl failed: a death, if there was one, and the exception, if it says something else."""
+    from ray.exceptions import RayActorError
+
     deadline = time.monotonic() + RECORD_SECONDS
     while not (death := watch.death()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    text = one_line(root_cause(error))
-    return f"{death}; {text}" if death else text
+    cause = root_cause(error)
+    if death is None:
+        return one_line(cause)
+    return death if isinstance(cause, RayActorError) else f"{death}; {one_line(cause)}"
 
 
 def main() -> None:

@@ -74,7 +74,8 @@ class RayRecord:
 
 
 def _shown(actor: Mapping[str, Any]) -> str:
-    name, address = actor["ActorClassName"], actor["Address"]["IPAddress"]
+    # Ray names a class as Python qualifies it, such as `make.<locals>.WorkerDict`.
+    name, address = actor["ActorClassName"].rpartition(".")[2], actor["Address"]["IPAddress"]
     place = f"{name}, process {actor['Pid']} on {address}"
     return f"the {ROLES[name]} ({place})" if name in ROLES else f"the actor {place}"
 

@@ -20,7 +20,12 @@ from hpo_verl.verl_plugin import main as program
 
 program.LOOK_SECONDS, program.GRACE_SECONDS = 0.2, 1.0
 
-class WorkerDict:
+def make():
+    class WorkerDict(Base):
+        pass
+    return WorkerDict
+
+class Base:
     def pid(self):
         return os.getpid()
     def leave(self):
@@ -32,7 +37,7 @@ def run():
     assert sys.argv[1:] == ["a=1", "b c"], sys.argv
     assert sys.stdin.read() == ""
     ray.init(num_cpus=4, include_dashboard=False, _temp_dir=os.environ["RAY_FOLDER"])
-    kind = ray.remote(WorkerDict)
+    kind = ray.remote(make())
     actor = kind.remote()
     pid = ray.get(actor.pid.remote())
     print("PID", pid, flush=True)
@@ -100,6 +105,13 @@ def test_a_death_is_named_before_the_exception_that_follows(run):
     assert code == 1
     assert said.startswith("the actor worker (WorkerDict, process PID on 127.0.0.1) died (")
     assert said.endswith("; RuntimeError: the step failed")
+
+
+def test_an_exception_about_a_dead_actor_adds_nothing(run):
+    code, said, _ = run("os.kill(pid, signal.SIGKILL); ray.get(actor.pid.remote())")
+    assert code == 1
+    assert said.startswith("the actor worker (WorkerDict, process PID on 127.0.0.1) died (")
+    assert "ActorDiedError" not in said
 
 
 def test_a_run_that_goes_on_after_a_death_is_ended(run):
