@@ -21,6 +21,10 @@ class EnvironmentCheckError(HpoVerlError, RuntimeError):
     """The machine or the installed packages cannot run what was asked for."""
 
 
+class CheckFailedError(HpoVerlError, ValueError):
+    """A check found something with which a run fails or learns nothing."""
+
+
 class WeightSyncError(HpoVerlError, RuntimeError):
     """The rollout server did not receive the actor's weights."""
 

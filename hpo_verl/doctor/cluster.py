@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hpo_verl.doctor.finding import Finding, error, ok, warning
-from hpo_verl.doctor.machine import Card, Node, check_machine
-from hpo_verl.doctor.model_size import ModelSize
+from hpo_verl.doctor.machine import Card, Node, check_machines
 from hpo_verl.doctor.plugin import judge
 from hpo_verl.doctor.probe import LOCAL, find_answer, process_versions
 from hpo_verl.doctor.subject import Subject
-from hpo_verl.launch import checks
-from hpo_verl.launch.model_folders import policy_folder
 from hpo_verl.launch.process import ChildProcess, last_line
 
 NAME = "plugin in Ray"
@@ -35,8 +32,8 @@ def environment(subject: Subject) -> dict[str, str]:
 
 def read_paths(subject: Subject) -> list[str]:
     """Files and folders that every machine of a cluster must see."""
-    data = [str(path) for _, path in checks.data_files(subject.config)]
-    return [*data, str(policy_folder(subject.config))]
+    data = [str(path) for _, path in subject.data_files]
+    return [*data, str(subject.policy_folder)]
 
 
 def ask(subject: Subject) -> dict[str, Any]:
@@ -64,13 +61,8 @@ def ask(subject: Subject) -> dict[str, Any]:
         return answer or {"failure": last_line(log)}
 
 
-def check_cluster(subject: Subject, size: ModelSize | None) -> list[Finding]:
-    """The plugin in a worker of every node; on a cluster also files, versions and machines.
-
-    Args:
-        subject: what is examined.
-        size: dimensions of the policy; None if unknown.
-    """
+def check_cluster(subject: Subject) -> list[Finding]:
+    """The plugin in a worker of every node; on a cluster also files, versions and machines."""
     answer = ask(subject)
     if "failure" in answer:
         where = f"at {subject.address}" if subject.address else "on this machine"
@@ -86,7 +78,7 @@ def check_cluster(subject: Subject, size: ModelSize | None) -> list[Finding]:
     findings = list(_plugin(nodes))
     if subject.address and not any(finding.status == "error" for finding in findings):
         findings += [check_files(nodes), check_versions(subject, nodes)]
-        findings += check_machine(subject, size, [_node(state) for state in nodes.values()])
+        findings += check_machines(subject, [_node(state) for state in nodes.values()])
     return findings
 
 

@@ -10,6 +10,7 @@ from hpo_verl.launch.code_origin import (
     strange_code,
     strange_targets,
     targets,
+    trusted_remotes,
 )
 
 
@@ -27,27 +28,28 @@ def check_targets(whole: Any) -> Finding:
             "targets",
             f"{'; '.join(strange)}: would be called; permitted are names below "
             f"{' and '.join(OWN_PACKAGES)} and Hydra's own launchers and callbacks",
-            "remove the override, or read that code and run verl without the doctor",
+            "remove the setting",
         )
     return ok("targets", f"{count} `_target_` entries, all of verl, hpo_verl or Hydra")
 
 
 def check_code(config: Any) -> Finding:
-    """Modules and files that verl would load besides its own and this package's.
+    """Modules, files and models' code that verl would load besides its own and this package's.
 
     Args:
-        config: the configuration as plain containers.
+        config: the resolved configuration as plain containers.
     """
     strange, files = strange_code(config)
     missing = [f"{key}={path}" for key, path in files if not path.is_file()]
+    trusted = trusted_remotes(config)
+    text = [f"{one}: not code of verl or hpo_verl" for one in strange]
+    text += [f"{one}: no such file" for one in missing]
+    text += [f"{key}=True: would execute code out of a model's folder" for key in trusted]
+    fixes = [f"{key}=false" for key in trusted]
     if strange or missing:
-        text = [f"{one}: not code of verl or hpo_verl" for one in strange]
-        text += [f"{one}: no such file" for one in missing]
-        return error(
-            "code",
-            "; ".join(text),
-            "name a file of yours, which the doctor shows, or pkg://hpo_verl.<module>",
-        )
+        fixes.append("name a file of yours, which is shown, or pkg://hpo_verl.<module>")
+    if text:
+        return error("code", "; ".join(text), ", ".join(fixes))
     if files:
         return warning(
             "code",

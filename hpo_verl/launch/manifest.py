@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep import hub_policy
 from hpo_verl.errors import DataError
 from hpo_verl.launch.checkpoints import holds_checkpoints
-from hpo_verl.launch.checks import data_files
+from hpo_verl.launch.data_files import data_files
 from hpo_verl.launch.files import file_sha256, write_atomically
 from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.model_folders import policy_folder

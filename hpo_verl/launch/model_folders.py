@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,7 @@ from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.prepare import preparations
 
 KEY = "actor_rollout_ref.model.path"
+INDEX = "model.safetensors.index.json"
 # Last part of the keys of further folders that verl takes weights or a tokenizer from.
 FOLDER_KEYS = (
     "tokenizer_path",
@@ -44,22 +46,38 @@ def check_model(config: DictConfig) -> None:
         DataError: names the folder and what it lacks.
     """
     path = policy_folder(config)
-    makers = [p.shown for p in preparations(config) if path == p.output]
-    hint = f"; make it with: {makers[0]}" if makers else ""
     if not path.is_dir():
-        raise DataError(f"{KEY}: {path} is not a folder{hint or HOW_TO_FETCH}")
+        made = any(path == preparation.output for preparation in preparations(config))
+        raise DataError(f"{KEY}: {path} is not a folder{'' if made else HOW_TO_FETCH}")
     for wanted, files in (
         ("a config.json", ["config.json"]),
         ("a tokenizer", ["tokenizer.json", "tokenizer.model", "vocab.json"]),
     ):
         if not any((path / file).is_file() for file in files):
-            raise DataError(f"{KEY}: {path} holds no {wanted.split(' ', 1)[1]}{hint}")
+            raise DataError(f"{KEY}: {path} holds no {wanted.split(' ', 1)[1]}")
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
-        raise DataError(f"{KEY}: {path} holds no weights (*.safetensors){hint}")
+        raise DataError(f"{KEY}: {path} holds no weights (*.safetensors)")
     for file in weights:
         _check_safetensors(file)
-    check_no_code_in(path, KEY)
+    for name in sorted(set(_index(path).values())):
+        if not (path / name).is_file():
+            raise DataError(f"{KEY}: {path} holds no {name}, which {INDEX} names")
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> file, where the weights are in several; empty without an index.
+
+    Raises:
+        DataError: the index cannot be read.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{KEY}: {path} is not an index of weights ({error})") from error
 
 
 def _check_safetensors(file: Path) -> None:
@@ -78,22 +96,35 @@ def _check_safetensors(file: Path) -> None:
         raise DataError(f"{KEY}: {file} has {size} bytes; its header promises {8 + length + end}")
 
 
-def check_other_models(config: DictConfig) -> None:
-    """Check that whatever else a run loads of a model is a folder without code or pickles.
-
-    Raises:
-        DataError: names the key and what it names.
-    """
+def other_folders(config: DictConfig) -> Iterator[tuple[str, Path]]:
+    """Key and folder of whatever else a run loads of a model."""
     named = dict(leaves(OmegaConf.to_container(config, resolve=True)))
     needs_critic = named.get("critic.enable") or named.get("algorithm.adv_estimator") == "gae"
     for key, value in named.items():
         is_critic = key == "critic.model.path" and needs_critic
-        if not value or not (is_critic or key.rsplit(".", 1)[-1] in FOLDER_KEYS):
-            continue
-        folder = Path(str(value)).expanduser()
+        if value and (is_critic or key.rsplit(".", 1)[-1] in FOLDER_KEYS):
+            yield key, Path(str(value)).expanduser()
+
+
+def check_other_models(config: DictConfig) -> None:
+    """Check that whatever else a run loads of a model is a folder without pickles.
+
+    Raises:
+        DataError: names the key and what it names.
+    """
+    for key, folder in other_folders(config):
         if not folder.is_dir():
             raise DataError(f"{key}: {folder} is not a folder{HOW_TO_FETCH}")
-        check_no_code_in(folder, key)
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles and not any(folder.glob("*.safetensors")):
             raise DataError(f"{key}: {folder} holds {pickles[0]}; weights must be safetensors")
+
+
+def check_no_code(config: DictConfig) -> None:
+    """Check that no folder of a model brings code of its own.
+
+    Raises:
+        DataError: names the key and the file.
+    """
+    for key, folder in ((KEY, policy_folder(config)), *other_folders(config)):
+        check_no_code_in(folder, key)

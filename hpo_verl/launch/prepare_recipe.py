@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from hpo_verl.launch import checks
-from hpo_verl.launch.model_folders import policy_folder
-from hpo_verl.launch.prepare import (
-    Preparation,
-    check_made,
-    make_missing,
-    missing,
-    preparations,
-)
-from hpo_verl.launch.recipes import compose_resolved
+from hpo_verl.doctor.checklist import awaited
+from hpo_verl.doctor.composition import compose_resolved
+from hpo_verl.doctor.configuration import check_settings
+from hpo_verl.doctor.data import check_files
+from hpo_verl.doctor.finding import demand
+from hpo_verl.doctor.model import check_model
+from hpo_verl.doctor.subject import Subject
+from hpo_verl.launch.prepare import Preparation, make_missing, preparations
 
 
 def prepare_recipe(
@@ -33,17 +32,15 @@ def prepare_recipe(
         HpoVerlError: a wrong recipe or override; a command failed; something that was there
             is damaged.
     """
-    checks.check_versions()
-    config = compose_resolved(recipe, overrides)
-    checks.check_numbers(config)
+    config, _ = compose_resolved(recipe, overrides)
+    subject = Subject(recipe, tuple(overrides), config, Path())
+    demand([check_settings(subject)])
     wanted = list(preparations(config))
-    absent = {preparation.output for preparation in missing(config)}
-    if not absent & {path.parent for _, path in checks.data_files(config)}:
+    if "data" not in awaited(subject):
         # Before gigabytes of a policy are fetched.
-        checks.check_data(config)
+        demand([check_files(subject)])
     make_missing(config, announce)
-    checks.check_data(config)
-    if any(preparation.output == policy_folder(config) for preparation in wanted):
-        checks.check_model(config)
-    check_made(config)
+    demand([check_files(subject)])
+    if subject.maker(subject.policy_folder):
+        demand(check_model(subject))
     return wanted

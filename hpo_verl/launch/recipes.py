@@ -15,8 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
-from hpo_verl.launch.code_origin import refuse_strange_code, refuse_strange_targets
-from hpo_verl.launch.quiet import quiet_imports
 
 GROUPS = ("task", "model", "algo", "hardware")
 
@@ -92,25 +90,6 @@ def quoted(value: str) -> str:
 def without_hydra(config: DictConfig) -> DictConfig:
     """The part of a composed configuration that verl reads."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-
-
-def compose_resolved(recipe: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a recipe quietly, see whose code it names, and resolve what verl reads of it.
-
-    Raises:
-        ConfigError: names the recipe, group, option or key, and the nearest valid ones; or
-            the code of others that the recipe would run.
-    """
-    with quiet_imports():
-        whole = compose_recipe(recipe, overrides)
-    refuse_strange_targets(OmegaConf.to_container(whole, resolve=False))
-    config = without_hydra(whole)
-    try:
-        OmegaConf.resolve(config)
-    except Exception as error:
-        raise ConfigError(f"recipe {recipe}: {error}") from error
-    refuse_strange_code(OmegaConf.to_container(config))
-    return config
 
 
 def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:

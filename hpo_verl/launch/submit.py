@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,15 +27,17 @@ from urllib.parse import urlsplit
 from omegaconf import OmegaConf
 from packaging.version import InvalidVersion, Version
 
+from hpo_verl.doctor import machine
+from hpo_verl.doctor.checklist import run_checks
+from hpo_verl.doctor.composition import compose_resolved
+from hpo_verl.doctor.finding import demand
+from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
-from hpo_verl.launch import cluster
 from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
     RUN_FOLDER_KEY,
     TrainingFailed,
-    check_with_verl,
-    compose_alone,
     named_folder,
     run_folder,
 )
@@ -200,11 +203,14 @@ def submit(
     if go_on and named_folder(overrides) is None:
         raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
     folder = run_folder(recipe, overrides)
-    config = compose_alone(recipe, overrides)
-    cluster.check_absolute(config, str(folder))
-    check_with_verl(config)
+    config, found = compose_resolved(recipe, overrides)
+    # Files and machines are looked at by the job's own `train`.
+    subject = Subject(recipe, tuple(overrides), config, folder, address, here=False)
+    for line in [*demand(found), *demand(run_checks(subject))]:
+        announce(line)
     client = connect(address)
-    cluster.check_resources(config, node_resources(address))
+    nodes = [_node(resources) for resources in node_resources(address)]
+    demand([machine.check_cards(subject, nodes), machine.check_cpus(subject, nodes)])
     others = [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
     command = ["python", "-m", "hpo_verl", "train", recipe, *others, f"{RUN_FOLDER_KEY}={folder}"]
     command += [FLAG] if go_on else []
@@ -235,6 +241,12 @@ def submit(
         info = client.get_job_info(job)
         text = f"job {job} {status.lower()}: {reported_error(log, info.message)}"
         raise (ConfigError if info.driver_exit_code == EXIT_BAD_INPUT else TrainingFailed)(text)
+
+
+def _node(resources: Mapping[str, float]) -> machine.Node:
+    """A node by Ray's resources, which count a CPU run's ranks as GPUs too."""
+    cards = (machine.Card("GPU", math.inf, 0.0),) * int(resources.get("GPU", 0))
+    return machine.Node(cards, resources.get("CPU", 0.0), math.inf)
 
 
 def follow(client: Any, job: str, write: Callable[[str], None]) -> tuple[str, str]:

@@ -16,16 +16,17 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hpo_verl.doctor.checklist import check_quickly, make_and_check
+from hpo_verl.doctor.composition import compose_resolved
+from hpo_verl.doctor.finding import demand
+from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import HpoVerlError
-from hpo_verl.launch import checks, cluster, outputs, resume
-from hpo_verl.launch.code_origin import own_files
+from hpo_verl.launch import cluster, outputs, resume
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
-from hpo_verl.launch.prepare import check_made, make_missing, missing
 from hpo_verl.launch.process import ChildProcess
 from hpo_verl.launch.progress import NoProgress, ProgressBound
-from hpo_verl.launch.quiet import quiet_imports
-from hpo_verl.launch.recipes import compose_resolved, quoted, recipes_directory
+from hpo_verl.launch.recipes import quoted, recipes_directory
 from hpo_verl.launch.stop import GracefulStop, stage_message, stop_message
 from hpo_verl.launch.text_mask import secret_mask
 
@@ -116,54 +117,25 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
     return variables
 
 
-def compose_alone(recipe: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a recipe and check what needs neither its files nor verl.
-
-    Raises:
-        HpoVerlError: names the key, its value and what is permitted.
-    """
-    checks.check_versions()
-    config = compose_resolved(recipe, overrides)
-    cluster.join(config)
-    checks.check_numbers(config)
-    checks.check_engine_package(config)
-    return config
-
-
-def check_with_verl(config: DictConfig) -> None:
-    """Let verl check a configuration; its import takes seconds, so this comes late.
-
-    Raises:
-        ConfigError: names the section and verl's complaint.
-    """
-    if config.trainer.device == "cpu":
-        os.environ["VERL_PLATFORM"] = "cpu"
-    with quiet_imports():
-        from hpo_verl.verl_plugin import preflight
-
-        preflight.check_with_verl(config)
-
-
-def check_and_prepare(config: DictConfig, announce: Callable[[str], None]) -> None:
-    """Make what a recipe needs and is missing, and check all of it.
+def compose_alone(recipe: str, overrides: Sequence[str], folder: Path) -> tuple[Subject, list[str]]:
+    """Compose a recipe, and make the checks that need neither its files nor verl.
 
     Args:
-        config: what `compose_alone` returned.
-        announce: told what is being made.
+        recipe: name of a recipe.
+        overrides: Hydra overrides.
+        folder: the run's folder.
+
+    Returns:
+        What is to run, and a line for each warning.
 
     Raises:
-        HpoVerlError: names the key or file, its value and what is permitted.
+        HpoVerlError: the first error that a check finds, as the doctor says it.
     """
-    for text in own_files(config):
-        announce(text)
-    if not missing(config):
-        checks.check_files(config)
-    check_with_verl(config)
-    checks.check_machine(config)
-    if missing(config):
-        make_missing(config, announce)
-        checks.check_files(config)
-    check_made(config)
+    config, found = compose_resolved(recipe, overrides)
+    cluster.join(config)
+    address = cluster.joined_address(config)
+    subject = Subject(recipe, tuple(overrides), config, folder, address)
+    return subject, demand(found) + check_quickly(subject)
 
 
 def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
@@ -209,8 +181,8 @@ def train(
     else:
         folder = run_folder(recipe, overrides)
         resume.refuse_used_folder(folder)
-    checks.check_run_folder(folder)
-    config = compose_alone(recipe, overrides)
+    subject, remarks = compose_alone(recipe, overrides, folder)
+    config = subject.config
     mask = secret_mask(
         os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     )
@@ -221,7 +193,9 @@ def train(
         mask,
     )
     with child:
-        check_and_prepare(config, announce)
+        remarks += make_and_check(subject, announce)
+        for remark in dict.fromkeys(remarks):
+            announce(remark)
         with locked(folder):
             return _run(child, recipe, overrides, config, folder, announce, on_poll, go_on)
 

@@ -16,16 +16,18 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import inspect
 import math
 import numbers
 import pickle
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-PACKAGE_PREFIX = "pkg://"
+PACKAGE_PREFIX, FILE_PREFIX = "pkg://", "file://"
 ERROR_CHARACTERS = 500
 READY = ({}, "")
 _PR_SET_PDEATHSIG = 1
@@ -40,14 +42,27 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     """
     if path.startswith(PACKAGE_PREFIX):
         module = importlib.import_module(path.removeprefix(PACKAGE_PREFIX).replace("/", "."))
-        return getattr(module, name)
+        return _function(module, name)
+    path = path.removeprefix(FILE_PREFIX)
     spec = importlib.util.spec_from_file_location("custom_reward_function", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return getattr(module, name)
+    return _function(module, name)
+
+
+def _function(module: Any, name: str) -> Callable[..., Any]:
+    found = getattr(module, name, None)
+    if callable(found):
+        return found
+    own = [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    ]
+    raise AttributeError(f"no function {name!r}; it offers {', '.join(own) or 'no function'}")
 
 
 def checked_result(value: object) -> dict[str, Any]:
@@ -92,13 +107,26 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}"[:ERROR_CHARACTERS]
 
 
+def describe_loading(error: BaseException, path: str) -> str:
+    """Type and message of an exception, and the line of the file that it comes from."""
+    file = path.removeprefix(FILE_PREFIX)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f" (line {frame.lineno})" for frame in frames if frame.filename == file]
+    # A syntax error names its line itself.
+    return describe(error) + ("" if isinstance(error, SyntaxError) else "".join(lines[-1:]))
+
+
 def answer(function: Callable[..., Any], arguments: bytes | str) -> bytes:
     """Score one response; every exception becomes the error's text."""
     if isinstance(arguments, str):
         return pickle.dumps(({}, arguments))
     try:
-        result = checked_result(function(**pickle.loads(arguments)))  # noqa: S301
-        return pickle.dumps((result, ""))
+        value = function(**pickle.loads(arguments))  # noqa: S301
+        if inspect.iscoroutine(value):
+            import asyncio
+
+            value = asyncio.run(value)
+        return pickle.dumps((checked_result(value), ""))
     except BaseException as error:  # a reward that calls sys.exit() is a broken reward
         return pickle.dumps(({}, describe(error)))
 
@@ -122,7 +150,7 @@ def main(descriptor: str, path: str, name: str) -> None:
     try:
         function = load_function(path, name)
     except BaseException as error:
-        connection.send(({}, describe(error)))
+        connection.send(({}, describe_loading(error, path)))
         return
     serve(connection, function)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from hpo_verl.algorithms.catalog import (
     AVERAGING_LOSSES,
     ESTIMATOR_SECTIONS,
@@ -29,6 +31,9 @@ from hpo_verl.verl_plugin.losses import (
 )
 from hpo_verl.verl_plugin.mini_batch import check_engine
 from hpo_verl.verl_plugin.spo import check_spo
+
+# Sections that verl turns into dataclasses, some of them only inside a worker.
+TYPED_SECTIONS = ("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout")
 
 
 def check_algorithm(config: Mapping[str, Any]) -> list[str]:
@@ -152,3 +157,51 @@ def _check_weighted(estimator: str, loss_mode: str, algorithm: Mapping[str, Any]
             "enters the rewards, so groups are hardly ever equal and the counts of signs follow it"
         )
     return warnings
+
+
+def check_guards(config: DictConfig) -> None:
+    """Check the settings of the guards of rewards and updates.
+
+    Raises:
+        ConfigError: names the setting, its value and what is permitted.
+    """
+    from hpo_verl.verl_plugin.reward_guard import guard_settings
+    from hpo_verl.verl_plugin.step_guard import step_guard_settings
+
+    guard_settings(config)
+    step_guard_settings(config)
+
+
+def check_with_verl(config: DictConfig) -> None:
+    """Let verl build its typed sections and validate the whole.
+
+    Raises:
+        ConfigError: names the section and verl's complaint.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    for section in TYPED_SECTIONS:
+        values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
+        # verl passes these on to our estimators untyped.
+        for ours in ESTIMATOR_SECTIONS.values():
+            values.pop(ours, None)
+        try:
+            omega_conf_to_dataclass(DictConfig(values))
+        except Exception as error:
+            raise ConfigError(f"{section}: {_innermost(error)}") from error
+    try:
+        validate_config(
+            config=config,
+            use_reference_policy=need_reference_policy(config),
+            use_critic=need_critic(config),
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"verl refuses the configuration: {_innermost(error)}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    """The message of the error behind Hydra's instantiation error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__

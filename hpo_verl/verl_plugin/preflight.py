@@ -1,8 +1,9 @@
-"""Checks a configuration in the driver, before verl starts Ray.
+"""Checks a configuration in the driver, before stock verl starts Ray.
 
-As a Hydra callback (`hydra.callbacks` in the recipes) the same checks run under
-stock `python -m verl.trainer.main_ppo`; it also gives the run its folder, and
-fits what a recipe says of Ray to the cluster that the run joins.
+As a Hydra callback (`hydra.callbacks` in the recipes) the checks of `hpo-verl train`
+run under stock `python -m verl.trainer.main_ppo`; under `hpo-verl train` they have run
+already. The callback also gives the run its folder, and fits what a recipe says of Ray
+to the cluster that the run joins.
 """
 
 from __future__ import annotations
@@ -16,85 +17,40 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
-from hpo_verl.errors import ConfigError, HpoVerlError
-from hpo_verl.launch import checks, cluster
-from hpo_verl.launch.prepare import check_made
+from hpo_verl.doctor.checklist import run_checks
+from hpo_verl.doctor.composition import checked_composition
+from hpo_verl.doctor.finding import demand
+from hpo_verl.doctor.subject import Subject
+from hpo_verl.doctor.versions import check_base
+from hpo_verl.errors import HpoVerlError
+from hpo_verl.launch import cluster
 from hpo_verl.launch.process import MARKER
 from hpo_verl.launch.recipes import without_hydra
 from hpo_verl.launch.resume import begin
 
 EXIT_BAD_INPUT, EXIT_DEFECT = 2, 1
-# Sections that verl turns into dataclasses, some of them only inside a worker.
-TYPED_SECTIONS = (
-    "algorithm",
-    "actor_rollout_ref.actor",
-    "actor_rollout_ref.rollout",
-)
 
 
 def check(config: DictConfig) -> None:
-    """Check everything that can be known before Ray starts.
+    """Make every check that `hpo-verl train` makes, and print the warnings.
 
     Args:
-        config: the composed configuration, without Hydra's own part.
+        config: the composed configuration, Hydra's own part included.
 
     Raises:
-        HpoVerlError: names the key or file, its value and what is permitted.
+        CheckFailedError: the first error, as the doctor says it.
     """
-    checks.check_all(config)
-    check_made(config)
-    check_with_verl(config)
-
-
-def check_with_verl(config: DictConfig) -> None:
-    """Check the algorithm's settings and what verl's own validation sees.
-
-    Raises:
-        ConfigError: names the section and verl's complaint.
-    """
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
-    from verl.utils.config import omega_conf_to_dataclass, validate_config
-
-    from hpo_verl.verl_plugin.checks import check_algorithm, check_trainer_mode
-    from hpo_verl.verl_plugin.reward_guard import guard_settings
-    from hpo_verl.verl_plugin.step_guard import step_guard_settings
-
-    check_algorithm(config)
-    check_trainer_mode(config)
-    guard_settings(config)
-    step_guard_settings(config)
-    mode = config.trainer.v1.trainer_mode
-    if mode not in TRAINER_REGISTRY:
-        raise ConfigError(
-            f"trainer.v1.trainer_mode={mode!r}: must be one of {', '.join(TRAINER_REGISTRY)}"
-        )
-    check_trainer_mode(config)
-    for section in TYPED_SECTIONS:
-        values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
-        # verl passes these on to our estimators untyped.
-        for ours in ESTIMATOR_SECTIONS.values():
-            values.pop(ours, None)
-        try:
-            omega_conf_to_dataclass(DictConfig(values))
-        except Exception as error:
-            raise ConfigError(f"{section}: {_innermost(error)}") from error
-    try:
-        validate_config(
-            config=config,
-            use_reference_policy=need_reference_policy(config),
-            use_critic=need_critic(config),
-        )
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"verl refuses the configuration: {_innermost(error)}") from error
-
-
-def _innermost(error: BaseException) -> str:
-    """The message of the error behind Hydra's instantiation error, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    resolved, found = checked_composition(config)
+    demand([*check_base(), *found])
+    subject = Subject(
+        str(OmegaConf.select(config, "hydra.job.config_name")),
+        tuple(OmegaConf.select(config, "hydra.overrides.task") or ()),
+        resolved,
+        Path(config.hydra.run.dir),
+        cluster.joined_address(config),
+    )
+    for line in demand([*found, *run_checks(subject)]):
+        print(line, file=sys.stderr)
 
 
 class Preflight(Callback):
@@ -102,17 +58,16 @@ class Preflight(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check, then point verl's loggers and checkpoints into the run folder."""
+        launched = MARKER in os.environ
         try:
             cluster.join(config)
-            if cluster.joins_cluster(config):
-                cluster.check_absolute(without_hydra(config), str(config.hydra.run.dir))
-            check(without_hydra(config))
+            if not launched:
+                check(config)
             folder = Path(config.hydra.run.dir).absolute()
-            checks.check_run_folder(folder)
             with open_dict(config):
                 if not config.trainer.default_local_dir:
                     config.trainer.default_local_dir = str(folder / "checkpoints")
-            if MARKER not in os.environ:
+            if not launched:
                 # Under `hpo-verl train` the run is recorded already.
                 folder.mkdir(parents=True, exist_ok=True)
                 plain = without_hydra(config)

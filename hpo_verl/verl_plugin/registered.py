@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
 from hpo_verl.verl_plugin.trainers import MODE_PREFIX, PARENT_MODES
 
@@ -33,6 +35,39 @@ def absent_names() -> list[str]:
         *_absent("trainer mode", TRAINER_REGISTRY, modes),
         *_absent("rollout", RolloutReplicaRegistry._registry, {"hf": True}),
         *_absent("agent loop", loops, {"seeded_single_turn_agent": True}),
+    ]
+
+
+def selected(config: DictConfig) -> list[tuple[str, str, list[str]]]:
+    """What a configuration selects by name from verl's registries.
+
+    Args:
+        config: verl's whole configuration, resolved.
+
+    Returns:
+        Key, name, and the names that are registered.
+    """
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    rollout = "actor_rollout_ref.rollout"
+    registries: dict[str, Mapping[str, Any]] = {
+        "algorithm.adv_estimator": ADV_ESTIMATOR_REGISTRY,
+        "actor_rollout_ref.actor.policy_loss.loss_mode": POLICY_LOSS_REGISTRY,
+        "trainer.v1.trainer_mode": TRAINER_REGISTRY,
+        f"{rollout}.name": RolloutReplicaRegistry._registry,
+    }
+    if OmegaConf.select(config, "reward.reward_manager.source") == "register":
+        registries["reward.reward_manager.name"] = REWARD_MANAGER
+    if not OmegaConf.select(config, f"{rollout}.agent.agent_loop_config_path"):
+        # The file that this key names would register more.
+        registries[f"{rollout}.agent.default_agent_loop"] = _agent_loop_registry
+    return [
+        (key, str(OmegaConf.select(config, key)), sorted(map(str, registry)))
+        for key, registry in registries.items()
     ]
 
 

@@ -17,41 +17,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager import NaiveRewardManager, register
 
-from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import ConfigError
+from hpo_verl.rewards.guarded_function import (
+    VERLS_FUNCTION,
+    Answer,
+    GuardedFunction,
+    RewardGuardSettings,
+    guard_section,
+)
 from hpo_verl.rewards.scoring_process import checked_result, describe
 from hpo_verl.verl_plugin.coalescer import Coalescer
-from hpo_verl.verl_plugin.guarded_function import Answer, GuardedFunction
 
 NAME = "guarded"
-SECTION = "reward.guard"
-VERLS_FUNCTION = ("pkg://verl.utils.reward_score", "default_compute_score")
-
-
-@dataclass(frozen=True)
-class RewardGuardSettings:
-    """The section `reward.guard`.
-
-    Attributes:
-        time_limit: seconds for one response, in (0, 3600].
-        max_error_fraction: share of a step's responses in [0, 1]; above it the run ends.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
-    """
-
-    time_limit: float = 10.0
-    max_error_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_number(f"{SECTION}.time_limit", self.time_limit, 0, 3600, open_low=True)
-        require_number(f"{SECTION}.max_error_fraction", self.max_error_fraction, 0, 1)
 
 
 def is_guarded(config: Mapping[str, Any]) -> bool:
@@ -69,7 +51,7 @@ def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
         ConfigError: names the setting, its value and what is permitted.
     """
     reward = config["reward"]
-    settings = parse_settings(RewardGuardSettings, reward.get("guard"), SECTION)
+    settings = guard_section(reward.get("guard"))
     model = reward["reward_model"]
     if is_guarded(config) and model["enable"] and not model["enable_resource_pool"]:
         raise ConfigError(

@@ -43,6 +43,7 @@ def subject(places, tmp_path, monkeypatch):
             for key, value in (changes or {}).items():
                 OmegaConf.update(config, key, value, force_add=True)
         OmegaConf.resolve(config)
-        return Subject(recipe, (f"hydra.run.dir={tmp_path / 'run'}",), config, address)
+        folder = tmp_path / "run"
+        return Subject(recipe, (f"hydra.run.dir={folder}",), config, folder, address)
 
     return build

@@ -16,6 +16,7 @@ from hpo_verl.doctor import cluster
 from hpo_verl.doctor.cluster import ask, check_cluster, read_paths
 from hpo_verl.doctor.model_size import KNOWN_MODELS
 from hpo_verl.doctor.probe import MARK, find_answer, process_versions
+from hpo_verl.doctor.subject import Subject
 from hpo_verl.launch.process import MARKER, end_processes, marked_processes
 
 PLUGIN = {
@@ -52,10 +53,12 @@ def only(findings, name):
 
 @pytest.fixture
 def examine(subject, monkeypatch):
+    monkeypatch.setattr(Subject, "size", SIZE)
+
     def run(answer, address="auto"):
         monkeypatch.setattr(cluster, "ask", lambda examined: answer)
         examined = subject(recipe="countdown4-7b", hardware="2x8gpu", address=address)
-        return check_cluster(examined, SIZE)
+        return check_cluster(examined)
 
     return run
 
@@ -67,7 +70,7 @@ def test_two_sound_nodes(examine):
         "node 10.0.0.1",
         "node 10.0.0.2",
     ]
-    assert only(findings, "cpus").detail.endswith("= 58; there are 128")
+    assert only(findings, "cpus").detail.endswith("= 58; there are 64 + 64")
     assert only(findings, "files on the nodes").detail == "data and model are there on all 2"
 
 

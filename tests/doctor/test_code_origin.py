@@ -1,6 +1,7 @@
 """Code of others that a configuration would run is found before anything runs it."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from hpo_verl.doctor.code_origin import check_code, check_targets
 
@@ -42,8 +43,6 @@ def test_any_other_target_is_named(target):
 
 
 def test_nothing_but_our_own_code(subject):
-    from omegaconf import OmegaConf
-
     assert check_code(OmegaConf.to_container(subject().config)).status == "ok"
 
 
@@ -60,8 +59,6 @@ def test_nothing_but_our_own_code(subject):
     ],
 )
 def test_modules_of_others(subject, key, value):
-    from omegaconf import OmegaConf
-
     finding = check_code(OmegaConf.to_container(subject({key: value}).config))
     assert finding.status == "error"
     assert key in finding.detail
@@ -77,3 +74,10 @@ def test_a_file_of_the_users_is_shown_and_a_missing_one_is_an_error(tmp_path):
     finding = check_code(config)
     assert finding.status == "warning"
     assert f"reward.custom_reward_function.path={file} will be executed" in finding.detail
+
+
+@pytest.mark.parametrize("key", ["actor_rollout_ref.model", "critic.model", "data"])
+def test_trusting_the_models_code(subject, key):
+    config = OmegaConf.to_container(subject({f"{key}.trust_remote_code": True}).config)
+    finding = check_code(config)
+    assert (finding.status, finding.fix) == ("error", f"{key}.trust_remote_code=false")

@@ -41,7 +41,7 @@ def doctor(places, tmp_path):
 
 
 def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "check_cluster", lambda *given: [ok(cluster.NAME, "asked")])
+    monkeypatch.setattr(cluster, "check_cluster", lambda subject: [ok(cluster.NAME, "asked")])
     code, document, findings = doctor()
     assert code == 0, findings
     assert document["status"] == "ok"
@@ -53,8 +53,18 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
     assert {"name", "status", "detail", "fix"} == set(document["findings"][0])
     expected = {
         *("python", "verl", "torch", "ray", "transformers", "vllm", "trainer packages", "plugin"),
-        *("recipe", "targets", "code", "settings", "algorithm", "verl's checks", "learning"),
-        *("lengths", "model", "remote code", "positions", "data files", "schema", "reward"),
+        *("recipe", "targets", "code", "settings", "names", "algorithm", "verl's checks"),
+        *(
+            "learning",
+            "steps",
+            "lengths",
+            "model",
+            "remote code",
+            "positions",
+            "data files",
+            "schema",
+            "reward",
+        ),
         *("prompts", "folders", "disk", "shared memory", "ports", "cpus", "host memory"),
         cluster.NAME,
     }
@@ -109,10 +119,10 @@ def test_code_of_others_is_found_before_it_runs(doctor, tmp_path):
 def test_another_machines_files_are_not_claimed(doctor, monkeypatch):
     monkeypatch.setattr(examine, "check_address", lambda address: None)
     asked = []
-    monkeypatch.setattr(cluster, "check_cluster", lambda run, size: asked.append(run.address) or [])
+    monkeypatch.setattr(cluster, "check_cluster", lambda run: asked.append(run.address) or [])
     code, _, findings = doctor("--address", "192.0.2.1:6379")
     assert (code, asked) == (0, ["192.0.2.1:6379"])
-    for name in ("torch", "vllm", "model", "data", "folders", "disk"):
+    for name in ("packages", "model", "data files", "reward", "folders", "disk"):
         assert findings[name]["status"] == "skipped"
         assert "this is not a machine of 192.0.2.1:6379" in findings[name]["detail"]
 

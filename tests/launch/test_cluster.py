@@ -5,9 +5,8 @@ import signal
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import cluster
-from hpo_verl.launch.recipes import compose_recipe, recipe_names, without_hydra
+from hpo_verl.launch.recipes import compose_recipe, without_hydra
 
 
 @pytest.fixture
@@ -52,61 +51,6 @@ def test_workers_get_what_they_cannot_inherit(config, monkeypatch):
     cluster.forward_environment(config)
     after = dict(config.ray_kwargs.ray_init.runtime_env.env_vars)
     assert after == {**before, "TENSORBOARD_DIR": "/run/tensorboard"}
-
-
-def test_recipes_name_absolute_paths_only(config, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for recipe in recipe_names():
-        cluster.check_absolute(without_hydra(compose_recipe(recipe, [])), "/run")
-
-
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("data.train_files=train.parquet", "data.train_files"),
-        ("data.val_files=[/a.parquet,b.parquet]", "data.val_files"),
-        ("trainer.default_local_dir=checkpoints", "trainer.default_local_dir"),
-        ("actor_rollout_ref.model.path=policy", "actor_rollout_ref.model.path"),
-        ("reward.custom_reward_function.path=reward.py", "reward.custom_reward_function.path"),
-        ("prepare.data.output=data", "data.train_files"),
-    ],
-)
-def test_a_path_that_a_job_would_look_for_elsewhere(monkeypatch, tmp_path, override, key):
-    monkeypatch.chdir(tmp_path)
-    config = without_hydra(compose_recipe("countdown-tiny", [override]))
-    with pytest.raises(ConfigError, match=f"^{key}=.*must be absolute"):
-        cluster.check_absolute(config, "/run")
-
-
-def test_a_relative_run_folder(config):
-    cluster.check_absolute(config, "~/runs/a")
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=runs/a"):
-        cluster.check_absolute(config, "runs/a")
-
-
-HEAD, WORKER = {"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}
-
-
-def test_enough_resources(config):
-    # Three CPUs of the rank, one storage unit, TransferQueue's controller and a free one.
-    cluster.check_resources(config, [{"CPU": 3.0}, WORKER])
-
-
-@pytest.mark.parametrize(
-    ("changes", "nodes", "message"),
-    [
-        ({}, [], "the cluster has: no node"),
-        ({}, [HEAD], "1 node.s. with 1 GPU and 3 CPU each; the cluster has: 0 GPU 4 CPU"),
-        ({"n_gpus_per_node": 2}, [WORKER, WORKER], "1 node.s. with 2 GPU and 6 CPU each"),
-        ({"nnodes": 2}, [HEAD, WORKER], "2 node.s. with 1 GPU"),
-        ({}, [{"CPU": 2.0}, WORKER], "reserves 6 of Ray's CPUs"),
-        ({}, [{"CPU": 64.0}, {"CPU": 2.0, "GPU": 1.0}], "with 1 GPU and 3 CPU each"),
-    ],
-)
-def test_too_few_resources(config, changes, nodes, message):
-    config.trainer.update(changes)
-    with pytest.raises(EnvironmentCheckError, match=message):
-        cluster.check_resources(config, nodes)
 
 
 def test_ray_stops_a_job_too_soon_for_a_checkpoint(monkeypatch):

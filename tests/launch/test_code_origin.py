@@ -3,16 +3,10 @@
 import json
 
 import pytest
-from omegaconf import OmegaConf
 
-from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.launch.code_origin import (
-    check_no_code_in,
-    own_files,
-    refuse_strange_code,
-    refuse_strange_targets,
-)
-from hpo_verl.launch.recipes import compose_resolved
+from hpo_verl.doctor.composition import compose_resolved
+from hpo_verl.errors import CheckFailedError, DataError
+from hpo_verl.launch.code_origin import check_no_code_in
 
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -27,30 +21,17 @@ ROLLOUT = "actor_rollout_ref.rollout"
         ("reward.custom_reward_function.path=pkg://evil", "path=pkg://evil"),
         ("reward.reward_manager.module.path=pkg://evil", "path=pkg://evil"),
         (f"{ROLLOUT}.agent.agent_loop_manager_class=evil.M", "manager_class=evil.M"),
-        ("actor_rollout_ref.model.trust_remote_code=true", "trust_remote_code=True: .* False"),
+        (
+            "actor_rollout_ref.model.trust_remote_code=true",
+            "model.trust_remote_code=True: would",
+        ),
         ("data.trust_remote_code=true", "data.trust_remote_code=True"),
+        ("critic.model.trust_remote_code=true", "critic.model.trust_remote_code=True"),
     ],
 )
 def test_a_recipe_with_code_of_others_does_not_compose(override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(CheckFailedError, match=message):
         compose_resolved("countdown-tiny", [override])
-
-
-def test_what_is_ours_and_files_are_permitted(tmp_path):
-    file = tmp_path / "mine.py"
-    config = {
-        "x": {"_target_": "verl.workers.config.ActorConfig", "trust_remote_code": False},
-        "reward": {"custom_reward_function": {"path": str(file)}},
-        "model": {"external_lib": None},
-    }
-    refuse_strange_targets(config)
-    refuse_strange_code(config)
-    with pytest.raises(DataError, match=f"custom_reward_function.path: {file} does not exist"):
-        own_files(OmegaConf.create(config))
-    file.write_text("raise SystemExit('this was executed')")
-    assert own_files(OmegaConf.create(config)) == [
-        f"reward.custom_reward_function.path={file} will be executed"
-    ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import hpo_verl
 
 PACKAGES = [Path(package.__file__).parent for package in (hpo_verl, data_prep)]
 # They talk to the process that scores rewards, which this package starts.
-PICKLING = {"hpo_verl/rewards/scoring_process.py", "hpo_verl/verl_plugin/guarded_function.py"}
+PICKLING = {"hpo_verl/rewards/scoring_process.py", "hpo_verl/rewards/guarded_function.py"}
 ABSENT = ast.Constant(None)
 
 

@@ -84,7 +84,8 @@ def test_prepare_checks_a_policy_that_it_would_make(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == EXIT_BAD_INPUT
-    assert f"{policy} holds no config.json; make it with: python -m" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{policy} holds no config.json; remove {policy}, then hpo-verl prepare" in error
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_train_never_begins_anew_where_it_was_to_go_on_and_never_overwrites_a_ru
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "check_and_prepare", lambda *given: None)
+    monkeypatch.setattr(train, "make_and_check", lambda *given: [])
     monkeypatch.setattr(resume, "checked_record", lambda *given: None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step":0,"data":{}}\n')

@@ -145,10 +145,10 @@ def test_what_is_secret(value, key, expected):
 
 
 def test_masking_leaves_the_recipes_as_they_are():
-    from hpo_verl.launch.recipes import compose_resolved
+    from hpo_verl.doctor.composition import compose_resolved
 
     for recipe in ("countdown-tiny", "countdown4-7b"):
-        plain = OmegaConf.to_container(compose_resolved(recipe, []))
+        plain = OmegaConf.to_container(compose_resolved(recipe, [])[0])
         assert manifest.masked(plain) == plain
 
 

@@ -5,7 +5,7 @@ from model_folders import make_model
 from omegaconf import OmegaConf
 
 from hpo_verl.errors import DataError
-from hpo_verl.launch.model_folders import check_model, check_other_models
+from hpo_verl.launch.model_folders import check_model, check_no_code, check_other_models
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
 OTHERS = [
@@ -45,7 +45,7 @@ def refused(config, message):
 def test_an_incomplete_folder(config, tmp_path, name):
     check_model(config)
     (tmp_path / "model" / name).unlink()
-    with pytest.raises(DataError, match=r"holds no .*make it with: .*tiny_policy .*--seed 3"):
+    with pytest.raises(DataError, match="model holds no "):
         check_model(config)
 
 
@@ -70,8 +70,12 @@ def test_so_is_one_under_every_other_key_that_verl_loads_from(config, tmp_path, 
     refused(config, f"{key}: {HUB} is not a folder; .*fetched at a commit")
     OmegaConf.update(config, key, str(tmp_path / "model"))
     check_other_models(config)
-    (tmp_path / "model" / "own.py").write_text("")
-    refused(config, f"{key}: .*holds code, own.py")
+    check_no_code(config)
+    other = make_model(tmp_path / "other")
+    OmegaConf.update(config, key, str(other))
+    (other / "own.py").write_text("")
+    with pytest.raises(DataError, match=f"{key}: .*holds code, own.py"):
+        check_no_code(config)
 
 
 def test_weights_in_pickles(config, tmp_path):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
-from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.errors import CheckFailedError, ConfigError, EnvironmentCheckError
 from hpo_verl.launch import submit
 from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.launch.train import TrainingFailed
@@ -164,10 +164,15 @@ class Cluster:
 
 
 @pytest.fixture
-def run(monkeypatch):
+def nodes():
+    """Ray's resources of each node, which a test may change."""
+    return [{"CPU": 9.0, "GPU": 1.0}]
+
+
+@pytest.fixture
+def run(monkeypatch, nodes):
     monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(submit, "check_with_verl", lambda config: None)
-    monkeypatch.setattr(submit, "node_resources", lambda address: [{"CPU": 9, "GPU": 1}])
+    monkeypatch.setattr(submit, "node_resources", lambda address: nodes)
 
     def run(cluster, overrides=("hydra.run.dir=/run",), wait=True, go_on=False):
         monkeypatch.setattr(submit, "connect", lambda address: cluster)
@@ -191,7 +196,7 @@ def test_job_is_the_command_with_quoted_overrides(run):
         *(hostile, "seed=3", "hydra.run.dir=/run"),
     ]
     assert cluster.files == {"hpo_verl", "data_prep", "recipes"}
-    assert cluster.said[0] == "job: job-1"
+    assert "job: job-1" in cluster.said
     assert any("ray job stop --address http://head:8265 job-1" in line for line in cluster.said)
 
 
@@ -244,9 +249,35 @@ def test_a_cluster_that_is_gone(run, monkeypatch):
 def test_wrong_input_never_reaches_the_cluster(run):
     cluster = Cluster([], [])
     for overrides in (["algo=grpoo"], ["seed=-1"], ["data.train_files=a.parquet"]):
-        with pytest.raises(ConfigError):
+        with pytest.raises(CheckFailedError):
             run(cluster, overrides)
     assert cluster.submitted is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resources", "message"),
+    [
+        ([], [], "n_gpus_per_node=1: this cluster has none"),
+        ([], [(4, 0)], "this cluster has 0"),
+        (["trainer.n_gpus_per_node=2"], [(9, 1), (9, 1)], "this cluster has 1 . 1"),
+        (["trainer.nnodes=2"], [(9, 0), (9, 1)], "this cluster has 0 . 1"),
+        ([], [(2, 0), (3, 1)], "= 6; there are 2 . 3, with which Ray waits"),
+        ([], [(64, 0), (2, 1)], "there are 64 . 2, .*; 3 of them on each of 1 machines"),
+    ],
+)
+def test_a_cluster_with_too_little_never_gets_the_job(run, nodes, overrides, resources, message):
+    nodes[:] = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in resources]
+    cluster = Cluster([], [])
+    with pytest.raises(CheckFailedError, match=message):
+        run(cluster, ["hydra.run.dir=/run", *overrides])
+    assert cluster.submitted is None
+
+
+def test_three_cpus_of_the_rank_and_three_more_are_enough(run, nodes):
+    nodes[:] = [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 1.0}]
+    cluster = Cluster([], [])
+    run(cluster, wait=False)
+    assert cluster.submitted is not None
 
 
 def test_a_refused_job_is_one_error(run):

@@ -20,7 +20,9 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
-from hpo_verl.launch import checks
+from hpo_verl.doctor.configuration import check_settings
+from hpo_verl.doctor.data import check_files
+from hpo_verl.doctor.subject import Subject
 from hpo_verl.launch.prepare import preparations
 from hpo_verl.launch.recipes import (
     compose_recipe,
@@ -153,12 +155,12 @@ def without_names(config):
 def test_merging_and_building_here_equals_hydra_and_the_preflight():
     from verl.utils.config import omega_conf_to_dataclass
 
-    from hpo_verl.verl_plugin.preflight import check_with_verl
+    from hpo_verl.verl_plugin.checks import check_with_verl
 
     for i, (recipe, extra, hardware, algorithm) in enumerate(rotation()):
         overrides = [*extra, f"hardware={hardware}", f"algo={algorithm}"]
         real = without_hydra(compose_recipe(recipe, overrides))
-        checks.check_numbers(real)
+        assert check_settings(Subject(recipe, (), real, Path())).ok
         check_with_verl(real)
         resolved = OmegaConf.to_container(real, resolve=True)
         if i % 4 == 0:
@@ -307,7 +309,7 @@ def test_the_listed_command_makes_the_data_that_the_recipe_reads(recipe, sizes, 
     )
     made = next(iter(preparations(config)))
     subprocess.run(made.command, check=True, cwd=ROOT, capture_output=True)
-    checks.check_data(config)
+    assert check_files(Subject(recipe, (), config, tmp_path)).ok
 
 
 def test_stock_verl_composes_the_same(tmp_path):

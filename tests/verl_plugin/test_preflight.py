@@ -76,17 +76,27 @@ def test_a_defect_of_a_check_ends_the_start_too(started, monkeypatch, capsys):
     assert "ZeroDivisionError: a defect" in capsys.readouterr().err
 
 
-def test_a_whole_configuration_passes_on_a_cluster(tmp_path, monkeypatch):
-    """With Hydra's own part, of which much is not set yet."""
+def test_what_the_launcher_has_checked_is_not_checked_again(tmp_path, monkeypatch):
+    """On a cluster, with Hydra's own part, of which much is not set yet."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setenv(MARKER, "recorded already")
     for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "RAY_OVERRIDE_JOB_RUNTIME_ENV"):
         monkeypatch.setenv(name, "elsewhere")
-    monkeypatch.setattr(preflight, "check", lambda config: None)
+
+    def check(config):
+        raise AssertionError("`hpo-verl train` has made every check already")
+
+    monkeypatch.setattr(preflight, "check", check)
     config = compose_recipe("countdown-tiny", [f"hydra.run.dir={tmp_path / 'run'}"])
     preflight.Preflight().on_run_start(config)
     assert config.trainer.default_local_dir == str(tmp_path / "run" / "checkpoints")
+
+
+def test_stock_verl_on_a_cluster_refuses_a_relative_folder(monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.delenv(MARKER, raising=False)
     relative = compose_recipe("countdown-tiny", ["hydra.run.dir=run"])
     with pytest.raises(SystemExit) as ended:
         preflight.Preflight().on_run_start(relative)
     assert ended.value.code == preflight.EXIT_BAD_INPUT
+    assert "error: paths: hydra.run.dir=run: must be absolute" in capsys.readouterr().err

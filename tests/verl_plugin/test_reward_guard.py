@@ -14,7 +14,7 @@ from verl.trainer.ppo.reward import load_reward_manager
 
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.rewards import countdown
-from hpo_verl.verl_plugin.guarded_function import GuardedFunction
+from hpo_verl.rewards.guarded_function import GuardedFunction
 from hpo_verl.verl_plugin.reward_guard import GuardedRewardManager, guard_settings
 
 FAULTS = """
@@ -264,7 +264,7 @@ def test_our_rewards_are_loaded_as_packages():
     [("pkg://hpo_verl.nowhere", "f"), ("pkg://hpo_verl.rewards.countdown", "f"), ("/no.py", "f")],
 )
 def test_a_function_that_does_not_load_is_an_error_at_the_start(path, name):
-    with pytest.raises(DataError, match=f"reward function {name} of {path}: "):
+    with pytest.raises(DataError, match=f"{name} of {path} cannot be loaded: "):
         GuardedFunction(path, name, 1.0, 0.1)
 
 

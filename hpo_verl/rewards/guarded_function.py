@@ -7,18 +7,51 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.scoring_process import describe
 
+SECTION = "reward.guard"
+VERLS_FUNCTION = ("pkg://verl.utils.reward_score", "default_compute_score")
 START_SECONDS = 120.0
 # So many responses may run into the time limit whatever the batch's size.
 FREE_HANGS = 3
 
 Answer = tuple[dict[str, Any], str]
 """The reward's result and "", or an empty mapping and what was wrong."""
+
+
+@dataclass(frozen=True)
+class RewardGuardSettings:
+    """The section `reward.guard`.
+
+    Attributes:
+        time_limit: seconds for one response, in (0, 3600].
+        max_error_fraction: share of a step's responses in [0, 1]; above it the run ends.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    time_limit: float = 10.0
+    max_error_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_number(f"{SECTION}.time_limit", self.time_limit, 0, 3600, open_low=True)
+        require_number(f"{SECTION}.max_error_fraction", self.max_error_fraction, 0, 1)
+
+
+def guard_section(section: Mapping[str, Any] | None) -> RewardGuardSettings:
+    """Read and check the section `reward.guard`.
+
+    Raises:
+        ConfigError: names the setting, its value and what is permitted.
+    """
+    return parse_settings(RewardGuardSettings, section, SECTION)
 
 
 class GuardedFunction:
@@ -42,7 +75,7 @@ class GuardedFunction:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         if problem := self._start():
-            raise DataError(f"reward function {name} of {path}: {problem}")
+            raise DataError(f"{name} of {path} cannot be loaded: {problem}")
 
     def score(self, calls: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Call the function for each response, one after the other.
