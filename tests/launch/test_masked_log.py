@@ -6,6 +6,7 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
+from hpo_verl.doctor.subject import Subject
 from hpo_verl.launch import train
 from hpo_verl.launch.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
 from hpo_verl.launch.process import ChildProcess
@@ -119,7 +120,8 @@ def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
     def stand_in(arguments, variables, mask):
         raise Seen(mask("correct-horse, the-token-of-mine"))
 
-    monkeypatch.setattr(train, "compose_alone", lambda *_: OmegaConf.create(settings))
+    subject = Subject("any", (), OmegaConf.create(settings), tmp_path / "run")
+    monkeypatch.setattr(train, "compose_alone", lambda *_: (subject, []))
     monkeypatch.setattr(train, "ChildProcess", stand_in)
     monkeypatch.setenv("HF_TOKEN", "the-token-of-mine")
     with pytest.raises(Seen, match=r"^\*\*\*, \*\*\*$"):
