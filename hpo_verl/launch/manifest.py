@@ -23,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep import hub_policy
 from hpo_verl.errors import DataError
+from hpo_verl.installed import package_versions
 from hpo_verl.launch.checkpoints import holds_checkpoints
 from hpo_verl.launch.checks import data_files
 from hpo_verl.launch.files import file_sha256, write_atomically
 from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.model_folders import policy_folder
-from hpo_verl.launch.outputs import package_versions
 
 FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"

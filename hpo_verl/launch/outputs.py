@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,13 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.errors import DataError
+from hpo_verl.installed import package_versions
 from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.metrics import MetricsFile
 
-PACKAGES = ("hpo-verl", "verl", "torch", "ray", "transformers", "vllm")
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result; those not installed are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def algorithm_name(config: DictConfig) -> str:
