@@ -101,6 +101,7 @@ def _here(subject: Subject) -> list[Finding]:
     packages = versions.check_packages(kind, subject.needs_vllm)
     findings = [
         *(skipped(f.name, reason) if elsewhere else f for f in packages),
+        *([versions.check_cpu_backend()] if subject.on_cpu else []),
         plugin.check_here(),
         *configuration.check_configuration(subject),
     ]

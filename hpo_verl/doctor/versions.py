@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
-from hpo_verl.doctor.finding import Finding, error, ok, skipped, warning
-from hpo_verl.launch.checks import PYTHON_VERSIONS, VERL_VERSIONS, VLLM_CPU_INSTALL
+from hpo_verl.doctor.finding import Finding, attempt, error, ok, skipped, warning
+from hpo_verl.installed import PERMITTED_VERL, TESTED_VERL, installed, is_permitted_verl
+from hpo_verl.launch.checks import (
+    PYTHON_VERSIONS,
+    VLLM_CPU_INSTALL,
+    check_verl_on_cpu,
+    untested_verl,
+)
 
 # "cpu": this repository's constraints-cpu.txt, which its tests run with.
 # "cuda": the pins of verl 0.9.1's own extra `vllm`, not run here.
@@ -18,18 +23,6 @@ TESTED = {
 RAY_LOWEST = (2, 54)
 # What verl's V1 trainer imports and verl's plain installation leaves out.
 COMPANIONS = ("tensordict", "TransferQueue", "pyzmq", "msgspec")
-# One engine under several distribution names.
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, None without it."""
-    for name in DISTRIBUTIONS.get(package, (package,)):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def check_base() -> list[Finding]:
@@ -43,17 +36,22 @@ def check_base() -> list[Finding]:
         if fits
         else error("python", f"{running}; need {wanted}", "make an environment with it")
     )
-    found, permitted = installed("verl"), " or ".join(VERL_VERSIONS)
-    verl = (
-        ok("verl", str(found))
-        if found in VERL_VERSIONS
-        else error(
-            "verl",
-            f"{found or 'not installed'}; need {permitted}",
-            f"pip install 'verl=={VERL_VERSIONS[0]}'",
-        )
-    )
-    return [python, verl]
+    found, tested = installed("verl"), f"pip install 'verl=={TESTED_VERL}'"
+    if not is_permitted_verl(found):
+        need = f"{found or 'not installed'}; need {PERMITTED_VERL}"
+        return [python, error("verl", need, tested)]
+    untested = untested_verl()
+    return [python, warning("verl", untested, tested) if untested else ok("verl", str(found))]
+
+
+def check_cpu_backend() -> Finding:
+    """Whether verl is the one whose internals the CPU backend knows."""
+
+    def look() -> str:
+        check_verl_on_cpu()
+        return f"verl {TESTED_VERL}"
+
+    return attempt("cpu backend", look, f"pip install 'verl=={TESTED_VERL}'")
 
 
 def check_packages(kind: str, vllm_needed: bool) -> list[Finding]:

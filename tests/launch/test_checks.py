@@ -124,8 +124,8 @@ def test_too_little_shared_memory(config):
 
 
 def test_versions(monkeypatch):
-    monkeypatch.setattr(checks, "version", lambda name: "0.8.0")
-    with pytest.raises(EnvironmentCheckError, match=r"verl 0\.8\.0: need 0\.9\.1"):
+    monkeypatch.setattr(checks, "installed", lambda name: "0.8.0")
+    with pytest.raises(EnvironmentCheckError, match=r"verl 0\.8\.0: need >=0\.9\.1,<0\.10"):
         checks.check_versions()
     monkeypatch.setattr(checks, "PYTHON_VERSIONS", ((3, 13), (3, 14)))
     with pytest.raises(EnvironmentCheckError, match=r"Python 3\.\d+: need >= 3\.13"):
