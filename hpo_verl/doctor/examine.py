@@ -14,6 +14,7 @@ from hpo_verl.doctor import (
     code_origin,
     configuration,
     data,
+    imports,
     machine,
     model,
     plugin,
@@ -98,11 +99,15 @@ def _here(subject: Subject) -> list[Finding]:
     kind = "cpu" if subject.on_cpu else "cuda"
     elsewhere = address_is_elsewhere(subject.address)
     reason = f"this is not a machine of {subject.address}; run the doctor on one of them"
-    packages = versions.check_packages(kind, subject.needs_vllm)
+    packages = [
+        *versions.check_packages(kind, subject.needs_vllm),
+        *imports.check_imports(subject),
+    ]
     findings = [
         *(skipped(f.name, reason) if elsewhere else f for f in packages),
         *([versions.check_cpu_backend()] if subject.on_cpu else []),
         plugin.check_here(),
+        imports.check_names(subject),
         *configuration.check_configuration(subject),
     ]
     if has_error(f for f in findings if f.name == "settings"):

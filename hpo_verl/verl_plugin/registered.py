@@ -1,4 +1,4 @@
-"""Tells whether verl's registries hold what the recipes name."""
+"""Tells what verl's registries hold, and whether that is what the recipes name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
 from hpo_verl.verl_plugin.trainers import MODE_PREFIX, PARENT_MODES
 
 OWN_PACKAGE = "hpo_verl."
+
+
+def known_names() -> dict[str, list[str]]:
+    """Key -> the names that verl takes there, as far as it could import what they need."""
+    from verl.checkpoint_engine import CheckpointEngineRegistry
+    from verl.experimental.reward_loop.reward_manager import registry
+    from verl.utils.tracking import Tracking
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    return {
+        # An old name of wandb, which verl still takes.
+        "trainer.logger": [*Tracking.supported_backend, "tracking"],
+        "actor_rollout_ref.actor.strategy": list(EngineRegistry._engines["language_model"]),
+        "actor_rollout_ref.rollout.name": list(RolloutReplicaRegistry._registry),
+        "actor_rollout_ref.rollout.checkpoint_engine.backend": list(
+            CheckpointEngineRegistry._registry
+        ),
+        "reward.reward_manager.name": list(registry.REWARD_MANAGER),
+    }
 
 
 def absent_names() -> list[str]:

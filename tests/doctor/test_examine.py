@@ -56,7 +56,7 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
         *("recipe", "targets", "code", "settings", "algorithm", "verl's checks", "learning"),
         *("lengths", "model", "remote code", "positions", "data files", "schema", "reward"),
         *("prompts", "folders", "disk", "shared memory", "ports", "cpus", "host memory"),
-        "cpu backend",
+        *("cpu backend", "modules", "names"),
         cluster.NAME,
     }
     assert set(findings) == expected
