@@ -26,7 +26,7 @@ from hpo_verl.errors import DataError
 from hpo_verl.installed import package_versions
 from hpo_verl.launch.checkpoints import holds_checkpoints
 from hpo_verl.launch.checks import data_files
-from hpo_verl.launch.files import file_sha256, write_atomically
+from hpo_verl.launch.files import file_sha256, sha256_once, write_atomically
 from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.model_folders import policy_folder
 
@@ -83,7 +83,7 @@ def folder_sha256(files: Sequence[Path]) -> str:
     """SHA-256 over the names and contents of files, whatever their order."""
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda file: file.name):
-        digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        digest.update(f"{path.name}\0{sha256_once(path)}\n".encode())
     return digest.hexdigest()
 
 
