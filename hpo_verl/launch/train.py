@@ -17,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import checks, cluster, outputs, resume
+from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.code_origin import own_files
+from hpo_verl.launch.export import make_policy
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.prepare import check_made, make_missing, missing
@@ -47,7 +49,7 @@ class Finished:
         folder: the run's folder.
         summary: content of `summary.json`.
         curve: the picture.
-        policy: folder of the trained policy; None if the run saved no checkpoint.
+        policy: folder of the trained policy; None if there is none, see `make_policy`.
     """
 
     folder: Path
@@ -180,7 +182,7 @@ def compose_and_check(
 def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
     """Where a run that was stopped left its checkpoint, and the command that goes on."""
     checkpoints = Path(config.trainer.default_local_dir)
-    step = (checkpoints / outputs.TRACKER).read_text().strip()
+    step = (checkpoints / TRACKER).read_text().strip()
     kept = [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
     command = ["hpo-verl", "train", recipe, "--resume", *kept, f"{RUN_FOLDER_KEY}={folder}"]
     return (
@@ -273,5 +275,5 @@ def train(
             folder,
             summary,
             curve,
-            outputs.collect_policy(folder, Path(config.trainer.default_local_dir)),
+            make_policy(folder, announce),
         )
