@@ -165,6 +165,7 @@ def job_environment() -> dict[str, str]:
     """Environment variables of a job and of all its workers."""
     settings = OmegaConf.load(recipes_directory() / "ray" / "runtime_env.yaml")
     variables = {str(name): str(value) for name, value in settings.env_vars.items()}
+    variables |= cluster.network_variables()
     for name in FOLDER_VARIABLES:
         if name in os.environ:
             variables[name] = str(Path(os.environ[name]).expanduser().absolute())
