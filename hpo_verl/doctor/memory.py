@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.doctor.model_size import ModelSize
+from hpo_verl.launch.cluster import cards_a_copy
 
 GIB = 1 << 30
 # CUDA, NCCL, a sleeping vLLM and fragments; likewise beside vLLM's share. GiB.
@@ -84,7 +85,7 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
     host = bool(fsdp.offload_policy)
     away = host or bool(fsdp.param_offload and fsdp.optimizer_offload)
-    gpus, parameters = shards(config), size.parameters
+    gpus, parameters = cards_a_copy(config), size.parameters
     weights, gradients, adam = (
         0.0 if host else bytes_each * parameters / gpus / GIB for bytes_each in (4, 4, 8)
     )
@@ -120,13 +121,6 @@ def _working_memory(size: ModelSize, config: DictConfig, width: int) -> dict[str
     }
 
 
-def shards(config: DictConfig) -> int:
-    """Cards over which FSDP2 shards weights, gradients and moments."""
-    gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    group = OmegaConf.select(config, f"{ACTOR}.fsdp_config.fsdp_size") or -1
-    return gpus if group < 1 else min(group, gpus)
-
-
 def has_reference(config: DictConfig) -> bool:
     """Whether a reference policy stays on the cards."""
     needed = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
@@ -155,15 +149,16 @@ def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     # Tied embeddings keep FSDP from loading on one rank only.
     readers = ranks if size.tied else 1
     loading = readers * 4 * parameters / GIB
-    nodes = config.trainer.nnodes
+    # Machines that share one copy.
+    nodes = cards_a_copy(config) / ranks
     kept, text = 0.0, f"loading {readers} x 4 P = {loading:.1f}"
     if fsdp.offload_policy:
         kept = 16 * parameters / nodes / GIB
-        text += f"; weights, gradients and Adam kept there 16 P / {nodes} = {kept:.1f}"
+        text += f"; weights, gradients and Adam kept there 16 P / {nodes:g} = {kept:.1f}"
     elif fsdp.param_offload or fsdp.optimizer_offload:
         each = 4 * bool(fsdp.param_offload) + 8 * bool(fsdp.optimizer_offload)
         kept = each * parameters / nodes / GIB
-        text += f"; waiting there while sampling {each} P / {nodes} = {kept:.1f}"
+        text += f"; waiting there while sampling {each} P / {nodes:g} = {kept:.1f}"
     return max(loading, kept), f"{text}; P = {parameters:,}"
 
 
@@ -184,7 +179,7 @@ def cpu_slots(config: DictConfig) -> tuple[int, str]:
 
 def arithmetic(memory: CardMemory, size: ModelSize, config: DictConfig) -> str:
     """The estimate as a text with every term."""
-    tokens, gpus = tokens_at_once(config), shards(config)
+    tokens, gpus = tokens_at_once(config), cards_a_copy(config)
     hidden, middle, layers = size.hidden_size, size.intermediate_size, size.layers
     layer = f"3 x {middle} + 8 x {hidden}"
     if config.actor_rollout_ref.model.enable_gradient_checkpointing:

@@ -14,10 +14,13 @@ from hpo_verl.doctor.model_size import ModelSize
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.launch import checks
+from hpo_verl.launch.cluster import cards_a_copy
 from hpo_verl.launch.process import SHARED_MEMORY
 
-# Bytes a parameter of what verl saves, all in float32 at most.
-SAVED_BYTES = {"model": 4, "optimizer": 8, "hf_model": 4}
+# Bytes a parameter of what verl saves, all in float32 at most: of each copy that cards share,
+# and once.
+SAVED_BYTES = {"model": 4, "optimizer": 8}
+SAVED_ONCE_BYTES = {"hf_model": 4}
 LOOPBACK = "127.0.0.1"
 
 
@@ -77,7 +80,12 @@ def check_disk(subject: Subject, size: ModelSize | None) -> Finding:
     if size is None and every > 0:
         return skipped("disk", "the dimensions of the policy are unknown")
     contents = subject.get(f"{ACTOR}.checkpoint.save_contents", ["model", "optimizer", "extra"])
-    each = sum(SAVED_BYTES.get(str(name), 0) for name in contents)
+    copies = subject.get("trainer.nnodes") * subject.get("trainer.n_gpus_per_node")
+    copies //= cards_a_copy(subject.config)
+    each = sum(
+        copies * SAVED_BYTES.get(str(name), 0) + SAVED_ONCE_BYTES.get(str(name), 0)
+        for name in contents
+    )
     parameters = size.parameters if size else 0
     count = _checkpoints_at_once(subject) if every > 0 else 0
     needed = count * each * parameters + base
