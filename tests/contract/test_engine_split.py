@@ -74,9 +74,7 @@ def test_machines_with_a_copy_each_have_the_gradients_of_one(folder, results):
     expected, _, _ = results[1]["hpo", "token-mean", 1]
     norm = torch.stack([gradient.square().sum() for gradient in expected.values()]).sum().sqrt()
     for rank in (0, 1):
-        names, shape, gradients, found = torch.load(
-            folder / f"copies{rank}.pt", weights_only=False
-        )
+        names, shape, gradients, found = torch.load(folder / f"copies{rank}.pt", weights_only=False)
         assert (names, shape) == (("ddp", "fsdp"), (2, 1))
         assert set(gradients) == set(expected)
         for key, gradient in expected.items():
