@@ -115,7 +115,9 @@ class Preflight(Callback):
                 if not config.trainer.default_local_dir:
                     config.trainer.default_local_dir = str(folder / "checkpoints")
             if MARKER not in os.environ:
-                # Under `hpo-verl train` the run is recorded already.
+                # Under `hpo-verl train` the run is recorded already, and this said.
+                if untested := checks.untested_verl():
+                    print(untested)
                 folder.mkdir(parents=True, exist_ok=True)
                 plain = without_hydra(config)
                 if begin(plain, folder, sys.argv, resume=False, announce=print):
