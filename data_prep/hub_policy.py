@@ -27,7 +27,7 @@ from data_prep.splits import check_output
 from data_prep.tables import first_line
 from hpo_verl.errors import DataError
 from hpo_verl.launch.code_origin import check_no_code_in
-from hpo_verl.launch.files import file_sha256
+from hpo_verl.launch.files import remember_sha256, sha256_once
 
 MANIFEST = "fetched.json"
 WEIGHTS = ".safetensors"
@@ -60,10 +60,15 @@ class HubFile:
         """Whether it holds parameters."""
         return self.name.endswith(WEIGHTS)
 
+    @property
+    def has_sha256(self) -> bool:
+        """Whether the digest is a SHA-256."""
+        return len(self.digest) == hashlib.sha256().digest_size * 2
+
     def describes(self, path: Path) -> bool:
         """Whether a file on disk has this digest."""
-        if len(self.digest) == hashlib.sha256().digest_size * 2:
-            return file_sha256(path) == self.digest
+        if self.has_sha256:
+            return sha256_once(path) == self.digest
         content = path.read_bytes()
         header = b"blob %d\0" % len(content)
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
@@ -168,6 +173,13 @@ def check(directory: str | Path) -> dict[str, Any]:
         if not file.describes(found):
             raise DataError(f"{found}: its content is not that of the commit; {remedy}")
     return manifest
+
+
+def made(directory: Path) -> None:
+    """Take over the digests of what the command has just fetched, so that nothing is read twice."""
+    for file in read_manifest(directory)[1]:
+        if file.has_sha256:
+            remember_sha256(directory / Path(file.name).name, file.digest)
 
 
 def _repo(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from hpo_verl.doctor import (
     configuration,
     data,
+    imports,
     machine,
     model,
     plugin,
@@ -64,6 +65,10 @@ def _packages(subject: Subject) -> list[Finding]:
     return versions.check_packages("cpu" if subject.on_cpu else "cuda", subject.needs_vllm)
 
 
+def _cpu_backend(subject: Subject) -> list[Finding]:
+    return [versions.check_cpu_backend()] if subject.on_cpu else []
+
+
 def _plugin(subject: Subject) -> Finding:
     del subject  # In this process, whatever is to run.
     return plugin.check_here()
@@ -78,6 +83,8 @@ CHECKS = (
     _check("paths", storage.check_paths),
     _check("machine", machine.check_here, "here", "own ray", again=True),
     _check("packages", _packages, "here"),
+    _check("cpu backend", _cpu_backend, "here"),
+    _check("modules", imports.check_modules, "here"),
     _check("folders", storage.check_folders, "here"),
     _check("disk", storage.check_disk, "here", after=["folders"], again=True),
     _check("shared memory", storage.check_shared_memory, "here", "own ray"),
@@ -87,7 +94,8 @@ CHECKS = (
     _check("reward", data.check_reward, "here", "data", after=["schema"]),
     _check("model", model.check_model, "here", "policy"),
     _check("plugin", _plugin, "verl"),
-    _check("names", configuration.check_names, "verl", after=["plugin"]),
+    _check("driver", imports.check_driver, "here", "verl"),
+    _check("names", configuration.check_names, "verl", after=["plugin", "modules"]),
     _check("algorithm", configuration.check_algorithm, "verl", after=["names"]),
     _check("verl's checks", configuration.check_with_verl, "verl", after=["names"]),
     _check("prompts", data.check_prompts, "here", "data", "policy", "verl", after=["schema"]),

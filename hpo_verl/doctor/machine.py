@@ -77,21 +77,37 @@ def find_cards() -> list[Card]:
     Raises:
         EnvironmentCheckError: nvidia-smi is there and fails.
     """
+    try:
+        return [_card(line) for line in _query("name,memory.total,memory.used")]
+    except ValueError as problem:
+        raise EnvironmentCheckError(f"{SMI} fails: {problem}") from problem
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver on this machine; None without one.
+
+    Raises:
+        EnvironmentCheckError: nvidia-smi is there and fails.
+    """
+    return next(iter(_query("driver_version")), "").strip() or None
+
+
+def _query(fields: str) -> list[str]:
+    """What nvidia-smi says of each card, one line a card; nothing where it is not installed."""
     program = shutil.which(SMI)
     if program is None:
         return []
-    fields = "--query-gpu=name,memory.total,memory.used"
     try:
         printed = subprocess.run(  # noqa: S603
-            [program, fields, "--format=csv,noheader,nounits"],
+            [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
             check=True,
             capture_output=True,
             text=True,
             timeout=SMI_SECONDS,
         ).stdout
-        return [_card(line) for line in printed.splitlines() if line.strip()]
-    except (OSError, ValueError, subprocess.SubprocessError) as problem:
+    except (OSError, subprocess.SubprocessError) as problem:
         raise EnvironmentCheckError(f"{SMI} fails: {problem}") from problem
+    return [line for line in printed.splitlines() if line.strip()]
 
 
 def _card(line: str) -> Card:

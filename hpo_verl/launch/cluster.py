@@ -30,6 +30,9 @@ START_ONLY = (
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # What a cluster's workers cannot inherit from the driver's environment.
 FORWARDED = ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "VERL_PLATFORM", "HF_HUB_OFFLINE")
+# The interfaces between machines: NCCL_SOCKET_IFNAME, NCCL_IB_HCA and the like.
+NETWORK_PREFIX, GLOO_INTERFACE = "NCCL_", "GLOO_SOCKET_IFNAME"
+THREADS, AUTO = "OMP_NUM_THREADS", "auto"
 
 
 def joined_address(config: DictConfig) -> str | None:
@@ -63,11 +66,36 @@ def join(config: DictConfig) -> None:
             ray_init.pop(key, None)
 
 
+def network_variables() -> dict[str, str]:
+    """What this process's environment says of the interfaces of NCCL and gloo."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(NETWORK_PREFIX) or name == GLOO_INTERFACE
+    }
+
+
 def forward_environment(config: DictConfig) -> None:
-    """Give this process's settings for verl's workers to Ray, which takes them to every node."""
+    """Give this process's settings for verl's workers to Ray, which takes them to every node.
+
+    What the configuration itself says of NCCL and gloo stays. `OMP_NUM_THREADS=auto`
+    becomes the number of CPUs that this process may use.
+    """
     key = "ray_kwargs.ray_init.runtime_env.env_vars"
-    variables = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    configured = OmegaConf.select(config, key) or {}
+    network = network_variables()
+    variables = {name: network[name] for name in network.keys() - configured.keys()}
+    variables |= {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    if configured.get(THREADS) == AUTO:
+        variables[THREADS] = str(len(os.sched_getaffinity(0)))
     with open_dict(config):
         OmegaConf.update(config, key, variables, merge=True, force_add=True)
     # A job's own runtime environment may name the same variables; Ray would refuse that.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+
+
+def cards_a_copy(config: DictConfig) -> int:
+    """Cards over which FSDP shards one copy of weights, gradients and moments."""
+    cards = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    size = OmegaConf.select(config, "actor_rollout_ref.actor.fsdp_config.fsdp_size") or -1
+    return cards if size < 1 else min(size, cards)

@@ -1,4 +1,4 @@
-"""`hpo-verl export`: a checkpoint of verl as a Hugging Face folder."""
+"""A checkpoint of verl as a Hugging Face folder: `hpo-verl export`, and a run's `policy/`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,65 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+from omegaconf import OmegaConf
+
 from hpo_verl.errors import DataError, EnvironmentCheckError
-from hpo_verl.launch.checkpoints import TRACKER
+from hpo_verl.launch.checkpoints import SEAL, TRACKER, holds_checkpoints, step_folders
+from hpo_verl.launch.manifest import CONFIG_NAME
+from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.quiet import quiet_imports
+from hpo_verl.launch.resume import CHECKPOINTS_NAME, METRICS_NAME
+
+POLICY_NAME = "policy"
+
+
+def checkpoints_of(source: Path) -> Path:
+    """Where a folder's checkpoints lie: in it, below it, or where a run's `config.yaml` says.
+
+    Raises:
+        DataError: there are none; names the folders.
+    """
+    config = source / CONFIG_NAME
+    places = [source, source / CHECKPOINTS_NAME]
+    if config.is_file():
+        try:
+            named = OmegaConf.select(OmegaConf.load(config), "trainer.default_local_dir")
+        except Exception as error:
+            raise DataError(f"{config} cannot be read ({error})") from error
+        places += [Path(str(named)).expanduser()] if named else []
+    for place in places:
+        if holds_checkpoints(place):
+            return place
+    shown = " or ".join(map(str, dict.fromkeys(places)))
+    raise DataError(f"{source}: no checkpoint (global_step_N) in {shown}")
+
+
+def _last_checkpoint(source: Path) -> Path:
+    """The newest whole checkpoint of a folder; of a run's, the newest that it had reached.
+
+    Another start of the same experiment may have gone on in the same folder.
+    """
+    folder = checkpoints_of(source)
+    tracker = folder / TRACKER
+    noted = tracker.read_text().strip() if tracker.is_file() else ""
+    metrics = MetricsFile(source / METRICS_NAME)
+    try:
+        metrics.read_new()
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{metrics.path} cannot be read ({error})") from error
+    last = metrics.rows[-1][0] if metrics.rows else None
+    found = step_folders(folder)
+    for step, path in found:
+        whole = (path / SEAL).is_file() or noted == str(step)
+        if whole and (last is None or step <= last):
+            return path
+    there = ", ".join(path.name for _, path in found) or "none"
+    reached = "" if last is None else f" up to step {last}, the run's last"
+    raise DataError(f"{folder} holds no whole checkpoint{reached}; there are: {there}")
 
 
 def checkpoint_folder(source: Path) -> Path:
@@ -28,17 +82,10 @@ def checkpoint_folder(source: Path) -> Path:
     for folder in (source, source / "actor"):
         if (folder / "fsdp_config.json").is_file():
             return folder
-    for folder in (source, source / "checkpoints"):
-        tracker = folder / TRACKER
-        if tracker.is_file():
-            actor = folder / f"global_step_{tracker.read_text().strip()}" / "actor"
-            if not (actor / "fsdp_config.json").is_file():
-                raise DataError(f"{tracker} names {actor.parent.name}, which is no FSDP checkpoint")
-            return actor
-    raise DataError(
-        f"{source} is neither a run with checkpoints ({TRACKER}) nor an FSDP checkpoint "
-        "(actor/fsdp_config.json)"
-    )
+    actor = _last_checkpoint(source) / "actor"
+    if not (actor / "fsdp_config.json").is_file():
+        raise DataError(f"{actor.parent} is no FSDP checkpoint: it has no actor/fsdp_config.json")
+    return actor
 
 
 def shard_files(checkpoint: Path) -> list[Path]:
@@ -71,7 +118,8 @@ def export(source: Path, target: Path) -> Path:
 
     Raises:
         DataError: no checkpoint, an incomplete one, or one that holds more than tensors.
-        EnvironmentCheckError: the target exists, cannot be written, or the disk is too small.
+        EnvironmentCheckError: the target exists or cannot be written; the disk or the memory
+            is too small.
     """
     checkpoint = checkpoint_folder(source)
     shards = shard_files(checkpoint)
@@ -81,14 +129,12 @@ def export(source: Path, target: Path) -> Path:
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise EnvironmentCheckError(f"{target}: no permission to write to {existing}")
-    # Shards may be float32; what is written takes half of that at most.
-    needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(existing).free
-    if free < needed:
-        raise EnvironmentCheckError(f"{target}: {free >> 20} MiB free; need {needed >> 20} MiB")
     with quiet_imports():
         from hpo_verl.verl_plugin import merge
 
-    merge.check_shards(shards)
+    disk, memory = merge.needed_bytes(shards)
+    _require(f"{target}: disk", shutil.disk_usage(existing).free, disk)
+    _require(f"{checkpoint}: memory", psutil.virtual_memory().available, memory)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -98,3 +144,37 @@ def export(source: Path, target: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
+
+
+def _require(what: str, free: int, needed: int) -> None:
+    if free < needed:
+        raise EnvironmentCheckError(f"{what}: {free >> 20} MiB free; need {needed >> 20} MiB")
+
+
+def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
+    """Make `policy/` of a finished run, of its last checkpoint.
+
+    Whatever is wrong is told and never fails the run: its checkpoint can be exported later.
+
+    Args:
+        folder: the run's folder, with its `config.yaml`.
+        announce: told why there is no policy, and the command that makes one.
+
+    Returns:
+        The folder; None where the run saved no checkpoint, or where it cannot be made here.
+    """
+    target, partial = folder / POLICY_NAME, folder / f".{POLICY_NAME}"
+    try:
+        checkpoints_of(folder)
+    except DataError:
+        return None
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        export(folder, partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except Exception as error:
+        # The training is done, and its checkpoint is there.
+        announce(f"no {POLICY_NAME}/: {error}; later: hpo-verl export {folder} --out {POLICY_NAME}")
+        return None
+    return target

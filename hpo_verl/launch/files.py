@@ -16,6 +16,38 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+# To read so much takes longer than a tick of a file system's clock, so that a change
+# after the read shows in the file's times.
+READ_ONCE_BYTES = 64 << 20
+_known: dict[tuple[int, ...], str] = {}
+
+
+def sha256_once(path: Path) -> str:
+    """SHA-256 of a file's content; a large file is read once a process, as long as it stays.
+
+    What tells a change is the inode, the size, and the times of the last change, of which
+    nobody can set the one of the inode.
+    """
+    before = _state(path)
+    if before in _known:
+        return _known[before]
+    digest = file_sha256(path)
+    if before == _state(path):
+        remember_sha256(path, digest)
+    return digest
+
+
+def remember_sha256(path: Path, digest: str) -> None:
+    """Take over the digest of a large file that a process of this start has just computed."""
+    if path.stat().st_size >= READ_ONCE_BYTES:
+        _known[_state(path)] = digest
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk.
 

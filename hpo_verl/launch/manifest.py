@@ -23,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep import hub_policy
 from hpo_verl.errors import DataError
+from hpo_verl.installed import package_versions
 from hpo_verl.launch.checkpoints import holds_checkpoints
+from hpo_verl.launch.cluster import cards_a_copy
 from hpo_verl.launch.data_files import data_files
-from hpo_verl.launch.files import file_sha256, write_atomically
+from hpo_verl.launch.files import file_sha256, sha256_once, write_atomically
 from hpo_verl.launch.leaves import leaves
 from hpo_verl.launch.model_folders import policy_folder
-from hpo_verl.launch.outputs import package_versions
 
 FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"
@@ -83,7 +84,7 @@ def folder_sha256(files: Sequence[Path]) -> str:
     """SHA-256 over the names and contents of files, whatever their order."""
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda file: file.name):
-        digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        digest.update(f"{path.name}\0{sha256_once(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -140,6 +141,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
             for key in ("data.train_files", "data.val_files")
         },
         "world size": manifest["world_size"],
+        "number of cards that share one copy of the weights": manifest["cards_a_copy"],
     }
 
 
@@ -173,6 +175,7 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
             for key, path in data_files(config)
         ],
         "world_size": config.trainer.nnodes * config.trainer.n_gpus_per_node,
+        "cards_a_copy": cards_a_copy(config),
         "seeds": {
             key: value
             for key, value in leaves(OmegaConf.to_container(config, resolve=True))

@@ -1,36 +1,20 @@
-"""What a finished run leaves for its user: the policy, a summary and a picture."""
+"""What a finished run leaves for its user: a summary and a picture; the policy: `export`."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.errors import DataError
-from hpo_verl.launch.checkpoints import TRACKER
+from hpo_verl.installed import package_versions
 from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.metrics import MetricsFile
 
-PACKAGES = ("hpo-verl", "verl", "torch", "ray", "transformers", "vllm")
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result; those not installed are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def algorithm_name(config: DictConfig) -> str:
@@ -68,37 +52,6 @@ def write_summary(
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def collect_policy(folder: Path, checkpoints: Path) -> Path | None:
-    """Copy the Hugging Face model of the last checkpoint to `policy/`.
-
-    Args:
-        folder: the run's folder.
-        checkpoints: verl's `trainer.default_local_dir`.
-
-    Returns:
-        The folder, or None where the run saved no checkpoint with `hf_model`.
-
-    Raises:
-        DataError: the tracker file names a checkpoint that is not there.
-    """
-    tracker = checkpoints / TRACKER
-    if not tracker.is_file():
-        return None
-    checkpoint = checkpoints / f"global_step_{tracker.read_text().strip()}"
-    if not checkpoint.is_dir():
-        raise DataError(f"{tracker} names {checkpoint.name}, which does not exist")
-    source = checkpoint / "actor" / "huggingface"
-    if not any(source.glob("*.safetensors")):
-        return None
-    target = folder / "policy"
-    partial = folder / ".policy"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    return target
 
 
 def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:

@@ -115,6 +115,8 @@ def check_made(config: DictConfig) -> None:
 def make_missing(config: DictConfig, announce: Callable[[str], None]) -> None:
     """Run the commands whose output is missing.
 
+    A module under `prepare` may offer `made(folder)`, which is told what it has just made.
+
     Args:
         config: composed recipe.
         announce: told what is being made.
@@ -130,3 +132,5 @@ def make_missing(config: DictConfig, announce: Callable[[str], None]) -> None:
                 f"prepare.{preparation.name}: exit code {finished.returncode} from "
                 f"{preparation.shown}"
             )
+        if made := getattr(importlib.import_module(preparation.module), "made", None):
+            made(preparation.output)

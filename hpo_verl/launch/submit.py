@@ -33,6 +33,7 @@ from hpo_verl.doctor.composition import compose_resolved
 from hpo_verl.doctor.finding import demand
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.launch import cluster
 from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
@@ -167,6 +168,7 @@ def job_environment() -> dict[str, str]:
     """Environment variables of a job and of all its workers."""
     settings = OmegaConf.load(recipes_directory() / "ray" / "runtime_env.yaml")
     variables = {str(name): str(value) for name, value in settings.env_vars.items()}
+    variables |= cluster.network_variables()
     for name in FOLDER_VARIABLES:
         if name in os.environ:
             variables[name] = str(Path(os.environ[name]).expanduser().absolute())

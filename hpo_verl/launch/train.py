@@ -22,6 +22,8 @@ from hpo_verl.doctor.finding import demand
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import HpoVerlError
 from hpo_verl.launch import cluster, outputs, resume
+from hpo_verl.launch.checkpoints import TRACKER
+from hpo_verl.launch.export import make_policy
 from hpo_verl.launch.lock import locked
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.process import ChildProcess
@@ -52,7 +54,7 @@ class Finished:
         folder: the run's folder.
         summary: content of `summary.json`.
         curve: the picture.
-        policy: folder of the trained policy; None if the run saved no checkpoint.
+        policy: folder of the trained policy; None if there is none, see `make_policy`.
     """
 
     folder: Path
@@ -141,7 +143,7 @@ def compose_alone(recipe: str, overrides: Sequence[str], folder: Path) -> tuple[
 def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
     """Where a run that was stopped left its checkpoint, and the command that goes on."""
     checkpoints = Path(config.trainer.default_local_dir)
-    step = (checkpoints / outputs.TRACKER).read_text().strip()
+    step = (checkpoints / TRACKER).read_text().strip()
     kept = [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
     command = ["hpo-verl", "train", recipe, "--resume", *kept, f"{RUN_FOLDER_KEY}={folder}"]
     return (
@@ -260,9 +262,4 @@ def _run(
     summary = outputs.write_summary(folder, config, metrics, seconds)
     title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
     curve = outputs.draw_curve(folder, metrics, title)
-    return Finished(
-        folder,
-        summary,
-        curve,
-        outputs.collect_policy(folder, Path(config.trainer.default_local_dir)),
-    )
+    return Finished(folder, summary, curve, make_policy(folder, announce))

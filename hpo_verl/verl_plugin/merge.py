@@ -30,23 +30,31 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def check_shards(shards: list[Path]) -> None:
-    """Check that shards hold tensors and nothing that would run when they are loaded.
+def needed_bytes(shards: list[Path]) -> tuple[int, int]:
+    """What merging takes, after a look that the shards hold tensors and nothing that would run.
 
     verl's merger loads them without this restriction, so that a shard from a
-    stranger could run anything.
+    stranger could run anything. It reads all of them, the first twice, and then
+    holds the model in bfloat16 two times.
+
+    Returns:
+        Bytes of disk and of memory, at most.
 
     Raises:
         DataError: names the file.
     """
+    merged = 0
     for shard in shards:
         try:
             with _quiet():
-                torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+                tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+            merged += sum(2 * getattr(t, "_local_tensor", t).numel() for t in tensors.values())
         except Exception as error:
             raise DataError(
                 f"{shard} is damaged, or holds more than tensors: {str(error).splitlines()[0]}"
             ) from error
+    sizes = [shard.stat().st_size for shard in shards]
+    return merged, sizes[0] + max(sum(sizes), 2 * merged)
 
 
 def merge(checkpoint: Path, target: Path) -> None:

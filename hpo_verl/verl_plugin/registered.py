@@ -1,11 +1,11 @@
-"""Tells whether verl's registries hold what the recipes name."""
+"""Tells what verl's registries hold, and whether that is what the recipes name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
 from hpo_verl.verl_plugin.trainers import MODE_PREFIX, PARENT_MODES
@@ -45,30 +45,48 @@ def selected(config: DictConfig) -> list[tuple[str, str, list[str]]]:
         config: verl's whole configuration, resolved.
 
     Returns:
-        Key, name, and the names that are registered.
+        Key, name, and the names that are registered, as far as verl could import what they need.
     """
+    from verl.checkpoint_engine import CheckpointEngineRegistry
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.utils.tracking import Tracking
+    from verl.workers.engine import EngineRegistry
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    rollout = "actor_rollout_ref.rollout"
-    registries: dict[str, Mapping[str, Any]] = {
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    registries: dict[str, Iterable[Any]] = {
         "algorithm.adv_estimator": ADV_ESTIMATOR_REGISTRY,
-        "actor_rollout_ref.actor.policy_loss.loss_mode": POLICY_LOSS_REGISTRY,
+        f"{actor}.policy_loss.loss_mode": POLICY_LOSS_REGISTRY,
         "trainer.v1.trainer_mode": TRAINER_REGISTRY,
+        # An old name of wandb, which verl still takes.
+        "trainer.logger": [*Tracking.supported_backend, "tracking"],
+        f"{actor}.strategy": EngineRegistry._engines["language_model"],
         f"{rollout}.name": RolloutReplicaRegistry._registry,
     }
+    if not OmegaConf.select(config, f"{rollout}.checkpoint_engine.custom_backend_module"):
+        engines = CheckpointEngineRegistry._registry
+        registries[f"{rollout}.checkpoint_engine.backend"] = engines
     if OmegaConf.select(config, "reward.reward_manager.source") == "register":
         registries["reward.reward_manager.name"] = REWARD_MANAGER
     if not OmegaConf.select(config, f"{rollout}.agent.agent_loop_config_path"):
         # The file that this key names would register more.
         registries[f"{rollout}.agent.default_agent_loop"] = _agent_loop_registry
     return [
-        (key, str(OmegaConf.select(config, key)), sorted(map(str, registry)))
+        (key, str(name), sorted(map(str, registry)))
         for key, registry in registries.items()
+        for name in values(config, key)
     ]
+
+
+def values(config: DictConfig, key: str) -> list[Any]:
+    """What a key holds: the entries of a list, one value, or nothing."""
+    value = OmegaConf.select(config, key)
+    if isinstance(value, ListConfig):
+        return list(value)
+    return [] if value is None else [value]
 
 
 def _absent(kind: str, registry: Mapping[str, Any], expected: Mapping[str, bool]) -> Iterator[str]:

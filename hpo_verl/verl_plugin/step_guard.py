@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import ConfigError
+from hpo_verl.installed import package_versions
 from hpo_verl.verl_plugin.recorded_batch import (
     COUNTS,
     MASK,
@@ -177,8 +177,8 @@ class Update:
 
     def recorded(self) -> RecordedBatch:
         """The mini-batch with what is needed to evaluate it again."""
-        packages = {name: version(name) for name in ("hpo-verl", "verl", "torch")}
-        info = {**self.settings, "counts": self.counts, "versions": packages, "found": ""}
+        facts = {"counts": self.counts, "versions": package_versions(), "found": ""}
+        info = {**self.settings, **facts}
         return RecordedBatch(info, [with_tokens(*pair) for pair in self.micro_batches])
 
 

@@ -2,8 +2,8 @@
 
 Arguments: rank, folder with a tiny model, port of a group of one, port of a group of two.
 Rank 0 first trains one mini-batch alone in 1, 2 and 8 micro-batches; then both
-ranks do so together, half of the mini-batch each. Gradients and statistics
-are written to the folder.
+ranks do so together, half of the mini-batch each; last with a copy of the weights
+each. Gradients and statistics are written to the folder.
 """
 
 import os
@@ -72,7 +72,7 @@ def gradients(engine):
     }
 
 
-def make_engine(model_path, lr=0.0):
+def make_engine(model_path, lr=0.0, fsdp_size=-1):
     """verl's engine for a tiny model, on the ranks of the process group."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -91,6 +91,7 @@ def make_engine(model_path, lr=0.0):
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
             use_torch_compile=False,
+            fsdp_size=fsdp_size,
             dtype="float32",
             mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
         ),
@@ -154,6 +155,31 @@ def train(model_path, rank, world):
     return results
 
 
+def train_copies(model_path, rank):
+    """Mesh, gradients and their norm where each of the two ranks has a copy of its own."""
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics
+
+    engine = make_engine(model_path, fsdp_size=1)
+    config = ActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        loss_agg_mode="token-mean",
+        policy_loss=PolicyLossConfig(loss_mode="hpo"),
+    )
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        engine.forward_backward_batch(
+            mini_batch(range(4 * rank, 4 * rank + 4), 2),
+            partial(loss_with_statistics, config=config),
+        )
+        found, norm = gradients(engine), engine.optimizer_step()
+    mesh = engine.module.lm_head.weight.device_mesh
+    return mesh.mesh_dim_names, tuple(mesh.shape), found, norm
+
+
 def main(rank, folder, alone, together):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     import verl  # noqa: F401
@@ -172,6 +198,8 @@ def main(rank, folder, alone, together):
     results = train(folder, rank, 2)
     if rank == 0:
         torch.save(results, folder / "two.pt")
+    copies = train_copies(folder, rank)
+    torch.save(copies, folder / f"copies{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

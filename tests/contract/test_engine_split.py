@@ -11,10 +11,15 @@ OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     save_tiny_model(folder)
     run_ranks("engine_split_worker.py", folder, free_port(), free_port())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     # Written by the worker, in a folder of this test.
     return {
         ranks: torch.load(folder / f"{name}.pt", weights_only=False)
@@ -62,3 +67,16 @@ def test_the_clip_bounds_of_bapo_are_those_of_the_whole_mini_batch(results):
         share = bounds["actor/bapo_positive_share"][0]
         assert split["actor/bapo_positive_share"] == [pytest.approx(share, rel=1e-5)]
     assert results[1]["hpo", "token-mean", 1][2] == {}
+
+
+def test_machines_with_a_copy_each_have_the_gradients_of_one(folder, results):
+    """`fsdp_size` below the number of ranks, as in hardware=2x8gpu."""
+    expected, _, _ = results[1]["hpo", "token-mean", 1]
+    norm = torch.stack([gradient.square().sum() for gradient in expected.values()]).sum().sqrt()
+    for rank in (0, 1):
+        names, shape, gradients, found = torch.load(folder / f"copies{rank}.pt", weights_only=False)
+        assert (names, shape) == (("ddp", "fsdp"), (2, 1))
+        assert set(gradients) == set(expected)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(gradients[key], gradient, rtol=1e-5, atol=1e-7, msg=key)
+        assert found == pytest.approx(norm.item(), rel=1e-5)

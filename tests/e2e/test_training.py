@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint_states import plain, saved_weights
 from real_runs import (
     BIN,
     SMALL,
@@ -70,9 +72,11 @@ def test_alpha_and_signs_are_logged_on_every_step(trained):
 def test_weights_moved_and_the_server_has_them(trained, cache):
     folder = trained.folder
     before = load_file(cache / "tiny-policy-countdown-0" / "model.safetensors")
-    after = load_file(folder / "policy" / "model.safetensors")
+    after = saved_weights(folder, STEPS)
     assert before.keys() == after.keys()
     assert any((before[name] - after[name]).abs().max() > 1e-5 for name in before)
+    policy = load_file(folder / "policy" / "model.safetensors")
+    assert all(torch.equal(policy[name], after[name].bfloat16()) for name in before)
     # From step 2 on, a server without the new weights would disagree with the actor.
     for step, data in read_metrics(folder).items():
         if step:
@@ -92,8 +96,9 @@ def test_a_run_takes_less_than_8_gibibytes(trained):
 def test_stock_verl_beside_it_repeats_the_run_bit_for_bit(trained):
     first, second = read_metrics(trained.folder), read_metrics(trained.beside)
     assert repeatable(first) == repeatable(second)
-    saved = f"checkpoints/global_step_{STEPS}/actor/huggingface/model.safetensors"
-    assert (trained.folder / saved).read_bytes() == (trained.beside / saved).read_bytes()
+    assert plain(saved_weights(trained.folder, STEPS)) == plain(
+        saved_weights(trained.beside, STEPS)
+    )
 
 
 @pytest.mark.parametrize(

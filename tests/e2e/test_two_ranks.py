@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import torch
+from checkpoint_states import saved_weights
 from real_runs import BIN, SMALL, STEPS, read_metrics, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,11 +67,14 @@ def test_export_puts_the_ranks_shards_together(trained, two_ranks, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"{checkpoint} -> {tmp_path / 'policy'}\n"
-    # verl's trainer itself wrote the whole model, in float32.
+    # Each rank holds one half of the rows, in float32.
     exported = load_file(tmp_path / "policy" / "model.safetensors")
-    whole = load_file(two_ranks / "policy" / "model.safetensors")
-    assert exported.keys() == whole.keys()
-    assert all(torch.equal(exported[name], whole[name].bfloat16()) for name in whole)
+    halves = [saved_weights(two_ranks, STEPS, rank, 2) for rank in range(2)]
+    assert exported.keys() == halves[0].keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, torch.cat([half[name] for half in halves]).bfloat16()), name
+    made = load_file(two_ranks / "policy" / "model.safetensors")
+    assert all(torch.equal(made[name], tensor) for name, tensor in exported.items())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype="auto")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "policy")("1+2", return_tensors="pt")
     assert torch.isfinite(model(**tokens).logits).all()

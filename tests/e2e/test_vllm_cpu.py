@@ -4,6 +4,7 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+from checkpoint_states import saved_weights
 from real_runs import BIN, SMALL, STEPS, read_metrics, run_and_watch
 from safetensors.torch import load_file
 
@@ -59,7 +60,7 @@ def test_the_server_samples_with_the_actors_weights_after_every_update(run):
 def test_weights_moved(run, cache):
     folder, _, _ = run
     before = load_file(cache / "tiny-policy-countdown-0" / "model.safetensors")
-    after = load_file(folder / "policy" / "model.safetensors")
+    after = saved_weights(folder, STEPS)
     assert before.keys() == after.keys()
     assert all((before[name] - after[name]).abs().max() > 1e-4 for name in before)
 

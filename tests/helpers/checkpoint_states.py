@@ -19,6 +19,13 @@ def bits(tensor):
     return type(tensor).__name__, local.dtype, tuple(local.shape), content
 
 
+def saved_weights(run, step, rank=0, ranks=1):
+    """Name -> tensor of a rank's part of a run's checkpoint, as the actor held it."""
+    name = f"checkpoints/global_step_{step}/actor/model_world_size_{ranks}_rank_{rank}.pt"
+    loaded = torch.load(run / name, weights_only=False)
+    return {key: getattr(tensor, "_local_tensor", tensor) for key, tensor in loaded.items()}
+
+
 def plain(value):
     """Nested containers with every tensor as its bits."""
     if isinstance(value, torch.Tensor):

