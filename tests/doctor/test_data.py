@@ -193,8 +193,8 @@ async def later(solution_str, extra_info, bonus, **row):
 @pytest.mark.parametrize(
     ("name", "status", "detail"),
     [
-        ("fails", "error", "100 of 100 sampled rows, first on row 1: KeyError: 'target'"),
-        ("infinite", "error", "first on row 1: ValueError: the reward is inf"),
+        ("fails", "error", "fails on sampled row 1: KeyError: 'target'"),
+        ("infinite", "error", "fails on sampled row 1: ValueError: the reward is inf"),
         ("text", "error", "TypeError: the reward is of type str, not a number"),
         ("uneven", "error", "the keys it returns differ from row to row"),
         ("blind", "warning", "in 100 of 100 rows the known answer scores no better"),
@@ -258,8 +258,8 @@ def often(extra_info, **row):
     [
         ("hangs", "guarded", "error", "the reward did not return within 0.5 s"),
         ("rare", "guarded", "warning", "sampled rows, first on row "),
-        ("rare", "naive", "error", "sampled rows, first on row "),
-        ("often", "guarded", "error", "sampled rows, first on row "),
+        ("rare", "naive", "error", "fails on sampled row "),
+        ("often", "guarded", "error", "fails on sampled row "),
     ],
 )
 def test_a_reward_that_fails_now_and_then(examine, tmp_path, name, manager, status, detail):

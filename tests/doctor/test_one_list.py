@@ -133,12 +133,12 @@ ON_THIS_MACHINE = [
     (
         [f"{REWARD}.path={{files}}/rewards.py", f"{REWARD}.name=nan"],
         "reward",
-        "100 of 100 sampled rows, first on row 1: ValueError: the reward is nan",
+        "fails on sampled row 1: ValueError: the reward is nan",
     ),
     (
         [f"{REWARD}.path={{files}}/rewards.py", f"{REWARD}.name=fails"],
         "reward",
-        "100 of 100 sampled rows, first on row 1: KeyError: 'target'",
+        "fails on sampled row 1: KeyError: 'target'",
     ),
     (
         [
