@@ -13,7 +13,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 mkdir -p "$work/source" "$work/wheels" "$work/runs"
-for name in pyproject.toml README.md LICENSE constraints-cpu.txt hpo_verl data_prep recipes; do
+for name in pyproject.toml README.md LICENSE constraints-cpu.txt constraints-gpu.txt hpo_verl data_prep recipes; do
     cp -r "$repository/$name" "$work/source/"
 done
 find "$work/source" -name __pycache__ -type d -prune -exec rm -r {} +
