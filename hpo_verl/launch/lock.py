@@ -39,10 +39,10 @@ def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> 
                 f"run folder {folder}: another run is using it; {remedy}"
             ) from error
         except OSError as error:
+            reason = f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}"
             raise EnvironmentCheckError(
-                f"run folder {folder}: its file system keeps no locks "
-                f"({errno.errorcode.get(error.errno)}: {error.strerror}); {remedy} on a local disk, or "
-                "mount this one with locks (Lustre: option flock; NFS: its lock service)"
+                f"run folder {folder}: its file system keeps no locks ({reason}); {remedy} on a "
+                "local disk, or mount this one with locks (Lustre: option flock; NFS: lock service)"
             ) from error
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")

@@ -1,4 +1,4 @@
-"""Every documented installation resolves. uv reads metadata from the package index; nothing is built or installed."""
+"""Every extra and both sets of pins resolve: uv reads metadata from the package index only."""
 
 import functools
 import re
@@ -30,9 +30,11 @@ NOTHING_IN = {("bench", "3.10")}
 def resolve(python, *arguments, platform=OLDEST):
     """Name -> version or address of what uv would install for a Python on Linux."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "pyproject.toml"]
-    options = ["--python", sys.executable, "--python-version", python, "--python-platform", platform]
+    target = ["--python-version", python, "--python-platform", platform]
+    # This interpreter, so that uv does not search the machine for one of that version.
+    options = ["--python", sys.executable, "--no-annotate", "--no-header"]
     done = subprocess.run(
-        [*command, *options, "--no-annotate", "--no-header", *arguments],
+        [*command, *target, *options, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
