@@ -1,10 +1,10 @@
 """Every extra and both sets of pins resolve: uv reads metadata from the package index only."""
 
-import functools
 import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,6 @@ CUDA_ONLY = re.compile(r"(nvidia-|cuda-|triton$)")
 NOTHING_IN = {("bench", "3.10")}
 
 
-@functools.cache
 def resolve(python, *arguments, platform=OLDEST):
     """Name -> version or address of what uv would install for a Python on Linux."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "pyproject.toml"]
@@ -65,18 +64,30 @@ def torch_for_the_cpu(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def resolved(torch_for_the_cpu):
+    """Extra and Python -> the resolution, several at a time since each waits for the index."""
+    options = {None: [], **{extra: ["--extra", extra] for extra in EXTRAS}}
+    options["cpu-vllm"] += ["--find-links", torch_for_the_cpu]
+    with ThreadPoolExecutor(4) as pool:
+        return {
+            (extra, python): pool.submit(resolve, python, *arguments)
+            for extra, arguments in options.items()
+            for python in PYTHONS
+        }
+
+
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_package_resolves(python):
-    found = resolve(python)
+def test_the_package_resolves(python, resolved):
+    found = resolved[None, python].result()
     assert found["verl"].startswith("0.9.")
     assert "vllm" not in found
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_every_extra_resolves(extra, python, torch_for_the_cpu):
-    arguments = ["--find-links", torch_for_the_cpu] if extra == "cpu-vllm" else []
-    found = resolve(python, "--extra", extra, *arguments)
+def test_every_extra_resolves(extra, python, resolved):
+    found = resolved[extra, python].result()
     if (extra, python) in NOTHING_IN:
         return
     for requirement in PROJECT["optional-dependencies"][extra]:
@@ -84,8 +95,8 @@ def test_every_extra_resolves(extra, python, torch_for_the_cpu):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_gpu_extra_can_train(python):
-    found = resolve(python, "--extra", "gpu")
+def test_the_gpu_extra_can_train(python, resolved):
+    found = resolved["gpu", python].result()
     # verl's defaults attend and compute log-probabilities with flash-attn; `nccl` needs cupy.
     assert {"vllm", "flash-attn", "cupy-cuda13x"} <= set(found)
     assert {"nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= set(found)
