@@ -5,7 +5,8 @@
 #
 #   docker/check_install.sh [train]     with `train`: the image's default command too, for two steps
 #
-# PYTHON=python3.11 and TORCH_INDEX=URL choose the interpreter and torch's index.
+# PYTHON=python3.11 and TORCH_INDEX=URL choose the interpreter and torch's index. pip asks it again
+# for every package: where PyTorch's cannot be reached, name another.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3.11}
