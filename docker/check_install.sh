@@ -5,7 +5,8 @@
 #
 #   docker/check_install.sh [train]     with `train`: the image's default command too, for two steps
 #
-# PYTHON=python3.11 and TORCH_INDEX=URL choose the interpreter and torch's index.
+# PYTHON=python3.11 and TORCH_INDEX=URL choose the interpreter and torch's index. pip asks it again
+# for every package: where PyTorch's cannot be reached, name another.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3.11}
@@ -13,7 +14,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 mkdir -p "$work/source" "$work/wheels" "$work/runs"
-for name in pyproject.toml README.md LICENSE constraints-cpu.txt hpo_verl data_prep recipes; do
+for name in pyproject.toml README.md LICENSE constraints-cpu.txt constraints-gpu.txt hpo_verl data_prep recipes; do
     cp -r "$repository/$name" "$work/source/"
 done
 find "$work/source" -name __pycache__ -type d -prune -exec rm -r {} +

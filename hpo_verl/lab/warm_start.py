@@ -128,7 +128,13 @@ def _locked(seed: int) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{folder}: cannot write: {error.strerror}") from error
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: its file system keeps no locks ({error.strerror}); "
+                "set HPO_VERL_CACHE to a folder on a local disk"
+            ) from error
         yield
 
 

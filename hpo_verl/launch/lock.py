@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> 
         remedy: what to do where another process holds it, for the message.
 
     Raises:
-        EnvironmentCheckError: another process holds it, or the folder cannot be made.
+        EnvironmentCheckError: another process holds it, the file system keeps no locks, or the
+            folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,9 +34,15 @@ def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> 
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise EnvironmentCheckError(
                 f"run folder {folder}: another run is using it; {remedy}"
+            ) from error
+        except OSError as error:
+            reason = f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}"
+            raise EnvironmentCheckError(
+                f"run folder {folder}: its file system keeps no locks ({reason}); {remedy} on a "
+                "local disk, or mount this one with locks (Lustre: option flock; NFS: lock service)"
             ) from error
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")

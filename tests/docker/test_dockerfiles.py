@@ -41,7 +41,7 @@ def test_base_images_are_build_arguments_with_an_exact_tag(path):
         (source,) = values(stage, "FROM")
         name = re.match(r"\$\{(\w+)\}", source).group(1)
         image, _, tag = defaults[name].rpartition(":")
-        assert image in ("verlai/verl", "python")
+        assert image in ("nvidia/cuda", "python")
         assert re.search(r"\d", tag)
         assert "latest" not in tag
 
@@ -131,9 +131,28 @@ def test_the_cpu_image_pins_what_it_installs():
     assert any(step.endswith(torch) for step in steps)
 
 
-def test_the_gpu_image_moves_nothing_that_its_base_brings():
+def test_the_gpu_image_installs_the_extra_with_its_pins_and_checks_them():
     (step,) = [s for s in install_steps(FILES[0]) if "pip install" in s]
-    assert step.index("pip list --format=freeze") < step.index("--constraint /wheels/base.txt")
+    install, check = step.index("pip install"), step.index("-m pip check")
+    assert install < step.index("--constraint constraints-gpu.txt") < check
+    assert install < step.index('"$(echo /wheels/*.whl)[gpu]"') < check
+
+
+def test_base_python_torch_and_flash_attn_of_the_gpu_image_belong_together():
+    pins = (ROOT / "constraints-gpu.txt").read_text()
+    address = re.search(r"^flash-attn @ (https://\S+\.whl)$", pins, re.MULTILINE).group(1)
+    python, abi, platform = address.removesuffix(".whl").rsplit("-", 3)[1:]
+    assert (python, abi, platform) == ("cp312", "cp312", "linux_x86_64")
+    head, _, final = stages(FILES[0])
+    (step,) = [s for s in install_steps(FILES[0]) if "pip install" in s]
+    assert step.startswith("python3.12 -m venv")
+    assert any("python3.12 python3.12-dev python3.12-venv" in s for s in values(final, "RUN"))
+    # Triton and FlashInfer compile at run time: a base with nvcc, of torch's own CUDA.
+    (base,) = [text for text in values(head, "ARG") if text.startswith("CUDA_IMAGE=")]
+    cuda = re.search(r"nvidia/cuda:(\d+\.\d+)\.\d+-devel-ubuntu24\.04$", base).group(1)
+    runtime = re.search(r"^nvidia-cuda-runtime==(\d+\.\d+)", pins, re.MULTILINE).group(1)
+    assert cuda == runtime
+    assert re.search(r"^torch==2\.11\.0$", pins, re.MULTILINE)
 
 
 def test_continuation_lines_and_comments_are_read_as_docker_reads_them(tmp_path):

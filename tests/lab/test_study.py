@@ -1,6 +1,7 @@
 """Cells, their files, and studies that are killed and go on."""
 
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from lab_policies import QUICK, keep_warm_starts, quick_study
 from hpo_verl import cli
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 from hpo_verl.lab import study as study_module
+from hpo_verl.lab import warm_start
 from hpo_verl.lab.estimators import Batch
 from hpo_verl.lab.results import (
     cell_path,
@@ -33,6 +35,15 @@ from hpo_verl.launch.lock import locked
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_cache_whose_file_system_keeps_no_locks(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("hpo_verl.lab.warm_start.fcntl.flock", refuse)
+    with pytest.raises(DataError, match=r"no locks \(No locks available\); set HPO_VERL_CACHE"):
+        warm_start.make(quick_study().cells()[0].start)
 
 
 def cell_of(study, variant, seed=0):
