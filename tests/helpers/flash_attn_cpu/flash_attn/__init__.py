@@ -73,6 +73,9 @@ def flash_attn_varlen_func(
         if int(lengths.max()) > int(longest):
             raise RuntimeError(f"max_seqlen {int(longest)} is below {int(lengths.max())}")
         parts.append(packed.split(lengths.tolist()))
+    if not sequences_seen["flash_attn_varlen_func"]:
+        # For the log of a run.
+        print(f"flash-attn's stand-in: {len(parts[0])} packed sequences of {q.dtype}", flush=True)
     sequences_seen["flash_attn_varlen_func"] += len(parts[0])
     rows = zip(*parts, strict=True)
     return torch.cat([_attend(*row, softmax_scale, causal) for row in rows])
