@@ -32,7 +32,6 @@ PRODUCTION = [
     "transfer_queue.backend.SimpleStorage.num_data_storage_units=2",
     "actor_rollout_ref.model.use_remove_padding=true",
     "~actor_rollout_ref.model.override_config.attn_implementation",
-    "actor_rollout_ref.model.enable_gradient_checkpointing=true",
     f"{ACTOR}.entropy_from_logits_with_chunking=true",
     f"{ROLLOUT}.agent.num_workers=2",
     f"~{ROLLOUT}.agent.agent_loop_manager_class",
