@@ -2,7 +2,7 @@
 
 verl goes on from whatever checkpoint its folder holds. The manifest beside the
 checkpoints tells whose they are, so that no run goes on from those of another
-algorithm, policy, tokenizer, data file or number of ranks.
+algorithm, policy, tokenizer, data file, number of ranks or of DataLoader workers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from hpo_verl.launch.model_folders import policy_folder
 
 FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"
+WORKERS_KEY = "data.dataloader_num_workers"
 MASK = "***"
 # Words of a key, in snake_case or upper case, whose text is nobody else's business.
 SECRET_WORDS = {"token", "secret", "password", "passwd", "pass", "credential", "credentials"}
@@ -141,7 +142,11 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
             for key in ("data.train_files", "data.val_files")
         },
         "world size": manifest["world_size"],
-        "number of cards that share one copy of the weights": manifest["cards_a_copy"],
+        "number of cards that share one copy of the weights": manifest.get(
+            "cards_a_copy", manifest["world_size"]
+        ),
+        # The loader of the data takes its own state back with as many workers only.
+        WORKERS_KEY: manifest.get(WORKERS_KEY),
     }
 
 
@@ -176,6 +181,7 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
         ],
         "world_size": config.trainer.nnodes * config.trainer.n_gpus_per_node,
         "cards_a_copy": cards_a_copy(config),
+        WORKERS_KEY: OmegaConf.select(config, WORKERS_KEY),
         "seeds": {
             key: value
             for key, value in leaves(OmegaConf.to_container(config, resolve=True))
@@ -208,7 +214,8 @@ def check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); {way_out}") from error
     for key, now in identity(manifest).items():
-        if recorded[key] != now:
+        # None: written before this was recorded.
+        if recorded[key] not in (now, None):
             raise DataError(
                 f"{folder} holds checkpoints of a run with another {key}: {recorded[key]}, "
                 f"now {now}; {way_out}"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
@@ -55,6 +56,8 @@ class SealedCheckpoints:
     config: DictConfig
     global_steps: int
     logger: Any
+    train_dataloader: Any
+    train_dataloader_it: Any
     _checkpoints_kept: int | None
     _unsealed: Path | None = None
     _metrics_path: str | None = None
@@ -100,6 +103,22 @@ class SealedCheckpoints:
                 os.environ[METRICS_VARIABLE] = os.devnull
         super().fit(agent_loop_manager)  # type: ignore[misc]
         self.seal_checkpoint()
+
+    def _fetch_one_gen_batch(self) -> Any:
+        """Fetch a batch; a checkpoint holds the seed that its DataLoader's workers were given."""
+        self._seed_workers()
+        if self.train_dataloader_it is None:
+            # After the last batch of an epoch it is of no use, and verl makes another.
+            self.train_dataloader_it = iter(self.train_dataloader)
+            self._seed_workers()
+        return super()._fetch_one_gen_batch()  # type: ignore[misc]
+
+    def _seed_workers(self) -> None:
+        seed = self.config.data.get("seed")
+        if seed is not None:
+            # verl would have it drawn from a generator that nothing has seeded.
+            generator = torch.Generator().manual_seed(seed + self.global_steps)
+            self.train_dataloader.generator = generator
 
     def on_train_begin(self) -> None:
         """Give verl's file logger the run's file again, to add to it."""

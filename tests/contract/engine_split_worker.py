@@ -1,9 +1,10 @@
 """One rank of verl's FSDP2 engine on CPU; run by test_engine_split.py.
 
 Arguments: rank, folder with a tiny model, port of a group of one, port of a group of two.
-Rank 0 first trains one mini-batch alone in 1, 2 and 8 micro-batches; then both
-ranks do so together, half of the mini-batch each; last with a copy of the weights
-each. Gradients and statistics are written to the folder.
+Rank 0 first trains one mini-batch alone, padded and with torch's attention, in one piece. All
+else is packed, through flash attention and its cross-entropy, as on GPUs: rank 0 alone in 1, 2
+and 8 micro-batches and in those that fit a number of tokens; then both ranks together, half of
+the mini-batch each; last with a copy of the weights each. Gradients, statistics and what the model returned are written to the folder.
 """
 
 import os
@@ -14,9 +15,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+TOKENS = 24
+"""How many fit into a micro-batch of dynamic size; the longest two sequences are 12 tokens."""
+PADDED = {"use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}
+# verl's own values, for the model of a test in float32.
+PACKED = {"use_remove_padding": True, "override_config": {}}
 
-def mini_batch(rows, micro_batch_size):
-    """The same eight responses everywhere, of which `rows` are taken."""
+
+def mini_batch(rows, micro_batch_size, packed=True):
+    """The same eight responses everywhere, of which `rows` are taken.
+
+    A micro-batch has so many rows, or as many as fit into `TOKENS` where the number is None.
+    """
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(0)
@@ -55,9 +65,10 @@ def mini_batch(rows, micro_batch_size):
         non_tensor_dict={
             "temperature": 1.0,
             "global_batch_size": 8,
-            "use_dynamic_bsz": False,
+            "use_dynamic_bsz": micro_batch_size is None,
             "micro_batch_size_per_gpu": micro_batch_size,
-            "use_remove_padding": False,
+            "max_token_len_per_gpu": TOKENS,
+            "use_remove_padding": packed,
             "use_fused_kernels": False,
             "calculate_entropy": False,
         },
@@ -72,7 +83,7 @@ def gradients(engine):
     }
 
 
-def make_engine(model_path, lr=0.0, fsdp_size=-1):
+def make_engine(model_path, lr=0.0, path=None, fsdp_size=-1):
     """verl's engine for a tiny model, on the ranks of the process group."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -84,9 +95,8 @@ def make_engine(model_path, lr=0.0, fsdp_size=-1):
         model_config=HFModelConfig(
             path=str(model_path),
             load_tokenizer=False,
-            use_remove_padding=False,
-            enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa"},
+            enable_gradient_checkpointing=True,
+            **(path or PACKED),
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
@@ -102,7 +112,7 @@ def make_engine(model_path, lr=0.0, fsdp_size=-1):
     return engine
 
 
-def train(model_path, rank, world):
+def train(model_path, rank, world, packed=True):
     """Return gradients, sums of statistics and clip bounds for every loss and split."""
     from verl.utils.metric import Metric
     from verl.workers.config import ActorConfig, PolicyLossConfig
@@ -111,10 +121,13 @@ def train(model_path, rank, world):
     from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
     from hpo_verl.verl_plugin.loss_statistics import PREFIX, loss_with_statistics
 
-    engine = make_engine(model_path)
+    engine = make_engine(model_path, path=PACKED if packed else PADDED)
     share = 8 // world
     rows = range(rank * share, (rank + 1) * share)
-    results = {}
+    # Rows of a micro-batch by the number of them on all ranks.
+    splits = {parts * world: share // parts for parts in (1, 2, 8 // world)}
+    splits = splits | {"tokens": None} if packed else {1: 8}
+    results = {"outputs": outputs(engine, mini_batch(rows, None, packed))}
     # A share that the upper bound reaches on its way.
     informed = {
         "bapo": BAPOPolicyLossConfig(positive_share=0.77, clip_high_start=1.0),
@@ -122,7 +135,7 @@ def train(model_path, rank, world):
     }
     for loss, modes in LOSS_AGG_MODES.items():
         for mode in modes:
-            for parts in (1, 2, 8 // world):
+            for name, size in splits.items():
                 config = ActorConfig(
                     strategy="fsdp2",
                     rollout_n=1,
@@ -133,7 +146,7 @@ def train(model_path, rank, world):
                 with engine.train_mode():
                     engine.optimizer_zero_grad()
                     output = engine.forward_backward_batch(
-                        mini_batch(rows, share // parts),
+                        mini_batch(rows, size, packed),
                         partial(loss_with_statistics, config=config),
                     )
                     gathered = [None] * world
@@ -151,8 +164,25 @@ def train(model_path, rank, world):
                         for key, value in output["metrics"].items()
                         if key.startswith("actor/bapo_")
                     }
-                    results[loss, mode, parts * world] = (gradients(engine), sums, bounds)
-    return results
+                    results[loss, mode, name] = (gradients(engine), sums, bounds)
+    return results | {"calls": calls()}
+
+
+def outputs(engine, data):
+    """Log-probabilities and entropies of the rows, as verl computes the old ones."""
+    from verl.utils import tensordict_utils as tu
+
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    with engine.eval_mode():
+        found = engine.forward_backward_batch(data, None, forward_only=True)["model_output"]
+    return {name: [row.clone() for row in found[name].unbind()] for name in found}
+
+
+def calls():
+    """Sequences that went through the stand-in for flash attention so far."""
+    from flash_attn import sequences_seen
+
+    return dict(sequences_seen)
 
 
 def train_copies(model_path, rank):
@@ -189,6 +219,13 @@ def main(rank, folder, alone, together):
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{alone}", rank=0, world_size=1
         )
+        os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"
+        torch.save(train(folder, 0, 1, packed=False), folder / "padded.pt")
+        del os.environ["VERL_DISABLE_FLASH_ATTN_CE"]
+        # Here transformers takes the padding out for flash attention, and puts it back.
+        engine = make_engine(folder, path={**PACKED, "use_remove_padding": False})
+        unpadded = outputs(engine, mini_batch(range(8), None, packed=False))
+        torch.save({"outputs": unpadded, "calls": calls()}, folder / "unpadded.pt")
         torch.save(train(folder, 0, 1), folder / "one.pt")
         dist.destroy_process_group()
     os.environ["WORLD_SIZE"] = "2"

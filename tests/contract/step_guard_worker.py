@@ -1,8 +1,8 @@
 """One rank of verl's FSDP2 engine on CPU; run by test_step_guard_engine.py.
 
 Arguments: rank, folder with a tiny model, port. Two ranks train half of a
-mini-batch each, in two micro-batches, with one fault after another. What each
-update left is written to the folder.
+mini-batch each, in two packed micro-batches, with one fault after another. What
+each update left is written to the folder.
 """
 
 import os
@@ -67,8 +67,9 @@ def spoil_logits(engine):
         calls.append(1)
         if len(calls) % 2 == 0:
             output.logits = output.logits.clone()
-            # Row 7 has a prompt of four tokens and a response of two.
-            output.logits[1, 4] = NAN
+            # Row 7 has a prompt of four tokens and a response of two; packed, row 6 with its
+            # three and four stands before it.
+            output.logits[0, 7 + 4] = NAN
 
     return engine.module.register_forward_hook(hook)
 

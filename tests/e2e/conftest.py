@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from real_runs import BIN, SMALL, Watched, run_and_watch, start
+from real_runs import BIN, SMALL, Watched, rollouts, run_and_watch, start
 
 
 class Trained(NamedTuple):
@@ -31,6 +31,7 @@ def trained(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "a_hpo"
     beside = tmp_path_factory.mktemp("stock")
     command = [BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, f"hydra.run.dir={folder}"]
+    command.append(f"trainer.rollout_data_dir={rollouts(folder)}")
     stock = [
         *(sys.executable, "-m", "verl.trainer.main_ppo"),
         *("--config-dir", Path(__file__).parents[2] / "recipes"),

@@ -3,54 +3,25 @@
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 from real_runs import BIN, SMALL, STEPS, read_metrics, start
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
-# Two updates a step. Loaded by verl in every process; acts in the actor alone.
-SPOIL = """
-import os
-from wrapt import register_post_import_hook
-
-def spoil(module):
-    engine = module.FSDPEngineWithLMHead
-    train, outputs = engine.train_batch, engine.prepare_model_outputs
-    first, last = map(int, os.environ["SPOILED_UPDATES"].split("-"))
-
-    def count(self, *args, **kwargs):
-        self.updates = getattr(self, "updates", 0) + 1
-        return train(self, *args, **kwargs)
-
-    def with_nan(self, *args, **kwargs):
-        import torch
-        found = outputs(self, *args, **kwargs)
-        if torch.is_grad_enabled() and first <= self.updates <= last:
-            # The log-probability of the first response's last token stands one place before it.
-            log_probs = found["log_probs"]
-            factor = torch.ones_like(log_probs.values())
-            factor[log_probs.offsets()[1] - 2] = float("nan")
-            found["log_probs"] = torch.nested.nested_tensor_from_jagged(
-                log_probs.values() * factor, log_probs.offsets()
-            )
-        return found
-
-    engine.train_batch, engine.prepare_model_outputs = count, with_nan
-
-register_post_import_hook(spoil, "verl.workers.engine.fsdp.transformer_impl")
-"""
+SPOILED = Path(__file__).parents[1] / "helpers" / "spoiled"
 
 
 @pytest.fixture(scope="module")
 def runs(cache, tmp_path_factory):
     """Folder, output and exit code of a run spoiled once, and of one that stays spoiled."""
     place = tmp_path_factory.mktemp("not_finite")
-    (place / "spoil.py").write_text(SPOIL)
     processes = {}
+    # Two updates a step.
     for name, updates in (("once", "3-3"), ("always", "3-99")):
         environment = {
-            "PYTHONPATH": f"{place}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{SPOILED}:{os.environ.get('PYTHONPATH', '')}",
             "VERL_USE_EXTERNAL_MODULES": "spoil",
             "SPOILED_UPDATES": updates,
         }

@@ -10,9 +10,12 @@ import pytest
 from ray_cluster import RayCluster
 from real_runs import BIN, SMALL, listening_addresses, read_metrics, repeatable, wait_for_step
 
+from hpo_verl import __version__
 from hpo_verl.launch.process import SHARED_MEMORY
+from hpo_verl.verl_plugin.batch_file import load
 
 REPOSITORY = Path(__file__).parents[2]
+SPOIL = REPOSITORY / "tests" / "helpers" / "spoiled" / "spoil.py"
 # One short step, without validation and checkpoint.
 SHORTEST = [
     "data.train_batch_size=8",
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def cluster(trained, cache):
-    cluster = RayCluster(cache)
+    cluster = RayCluster(cache, imported=SPOIL)
     yield cluster
     cluster.stop()
 
@@ -76,6 +79,35 @@ def test_a_job_trains_bit_for_bit_like_a_run_of_its_own(submit, cluster, trained
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").glob("events.*"))
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    wait_until_idle(cluster)
+
+
+def test_the_cluster_lacks_the_package(cluster, tmp_path):
+    for code in ("import hpo_verl", "from importlib.metadata import version; version('hpo-verl')"):
+        done = subprocess.run(
+            [cluster.python, "-c", code],
+            env=cluster.environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "NotFoundError: " in done.stderr
+
+
+@pytest.mark.slow
+def test_an_update_with_a_nan_is_skipped_and_recorded(submit, cluster, tmp_path):
+    folder = tmp_path / "run"
+    # Two updates a step, of which the third is spoiled.
+    spoiled = "+ray_kwargs.ray_init.runtime_env.env_vars.SPOILED_UPDATES=3-3"
+    job = submit(*SMALL, "trainer.val_before_train=false", f"hydra.run.dir={folder}", spoiled)
+    output, errors = job.communicate()
+    assert job.returncode == 0, output + errors
+    metrics = read_metrics(folder)
+    assert [metrics[step]["hpo/updates_not_finite"] for step in (1, 2, 3)] == [0, 1, 0]
+    file = folder / "not_finite_0001_rank0.safetensors"
+    assert load(file).info["versions"]["hpo-verl"] == __version__
     wait_until_idle(cluster)
 
 

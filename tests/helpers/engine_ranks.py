@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from flash_attention import with_flash_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 WORKERS = Path(__file__).parents[1] / "contract"
@@ -31,7 +32,7 @@ def save_tiny_model(folder):
 
 def run_ranks(worker, folder, *ports):
     """Run `worker RANK FOLDER PORT...` on two ranks to the end; both must succeed."""
-    environment = os.environ | {
+    environment = with_flash_attention(os.environ) | {
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",
         "VERL_ENGINE_VENDOR": "hpo",

@@ -52,7 +52,7 @@ class Plain(PPOTrainerSync):
         self.parameter_sync_step = 1
         self.train_dataset = Rows()
         self.train_dataloader = StatefulDataLoader(
-            self.train_dataset, BATCH, num_workers=0, drop_last=True, collate_fn=collate_fn,
+            self.train_dataset, BATCH, num_workers=1, drop_last=True, collate_fn=collate_fn,
             sampler=create_rl_sampler(config.data, self.train_dataset),
         )  # fmt: skip
         self.train_dataloader_it = None

@@ -1,17 +1,19 @@
-"""A Ray head and a second node, as processes of this machine, on loopback, with a token."""
+"""A Ray head and a second node, as processes of this machine, on loopback, with a token.
+
+Like the machines of a cluster they have everything but this package, which a job brings along.
+"""
 
 import os
 import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
-from real_runs import BIN
+from bare_environment import make_bare_environment
 
 MARKER = "HPO_VERL_TEST_CLUSTER"
 # Ray's own processes on a node without work; IDLE ones wait for some.
@@ -30,9 +32,14 @@ def free_ports(count):
 
 
 class RayCluster:
-    """The head has no GPU, the second node a nominal one, so that the ranks run there."""
+    """The head has no GPU, the second node a nominal one, so that the ranks run there.
 
-    def __init__(self, cache):
+    Args:
+        cache: Where data and policies are.
+        imported: A module that every process of the cluster imports at its start.
+    """
+
+    def __init__(self, cache, imported=None):
         # Short, since Ray puts sockets below it.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self.mark = secrets.token_hex(8)
@@ -40,13 +47,14 @@ class RayCluster:
         gcs, dashboard, client, *agents = free_ports(5)
         self.url = f"http://127.0.0.1:{dashboard}"
         (self.folder / "tmp").mkdir()
+        self.python = make_bare_environment(self.folder / "python", imported)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             **self.token,
             MARKER: self.mark,
             "HPO_VERL_CACHE": str(cache),
             "TMPDIR": str(self.folder / "tmp"),
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": f"{self.python.parent}:{os.environ['PATH']}",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "GLOO_SOCKET_IFNAME": "lo",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,13 +64,14 @@ class RayCluster:
         common += ["--object-store-memory=200000000"]
         self.nodes = []
         self._start(
-            [BIN / "ray", "start", "--head", f"--port={gcs}", f"--temp-dir={self.folder / 'r'}"],
+            [self.python, "-m", "ray.scripts.scripts", "start", "--head", f"--port={gcs}"],
+            [f"--temp-dir={self.folder / 'r'}"],
             ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-gpus=0"],
             [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agents[0]}"],
             common,
         )
         self._start(
-            [sys.executable, Path(__file__).with_name("loopback_node.py"), "start"],
+            [self.python, Path(__file__).with_name("loopback_node.py"), "start"],
             [f"--address=127.0.0.1:{gcs}", "--num-gpus=1"],
             [f"--dashboard-agent-listen-port={agents[1]}"],
             common,

@@ -40,6 +40,11 @@ def read_metrics(folder):
     return {row["step"]: row["data"] for row in map(json.loads, lines)}
 
 
+def rollouts(folder):
+    """Where the run of a folder is told to write its responses: beside it."""
+    return folder.parent / "rollouts"
+
+
 def repeatable(metrics):
     return {
         step: {key: value for key, value in data.items() if not key.startswith(NOT_REPEATABLE)}

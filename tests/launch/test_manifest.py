@@ -28,6 +28,7 @@ def run(tmp_path):
                 "seed": 5,
                 "train_files": [str(tmp_path / "train.parquet")],
                 "val_files": str(tmp_path / "val.parquet"),
+                "dataloader_num_workers": 8,
             },
             "actor_rollout_ref": {
                 "model": {"path": str(policy), "tokenizer_path": None},
@@ -175,6 +176,9 @@ CHANGES = {
     "data.train_files": lambda config, path: (path / "train.parquet").write_bytes(b"other"),
     "data.val_files": lambda config, path: (path / "val.parquet").write_bytes(b"other"),
     "world size": lambda config, path: config.trainer.update(nnodes=1),
+    "data.dataloader_num_workers": lambda config, path: config.data.update(
+        dataloader_num_workers=0
+    ),
 }
 
 
@@ -191,6 +195,17 @@ def test_another_run_does_not_go_on_from_its_checkpoints(run, name, mode):
         record(config, folder)
     assert "trainer.default_local_dir=" in str(refused.value)
     assert {file: file.read_bytes() for file in folder.iterdir()} == files
+
+
+def test_checkpoints_of_before_the_number_of_workers_was_recorded(run):
+    config, folder, tmp_path = run
+    record(config, folder)
+    trained(tmp_path)
+    path = tmp_path / "checkpoints" / "manifest.json"
+    older = json.loads(path.read_text())
+    del older["data.dataloader_num_workers"]
+    path.write_text(json.dumps(older))
+    record(config, folder)
 
 
 def test_a_named_checkpoint_is_checked_too(run):

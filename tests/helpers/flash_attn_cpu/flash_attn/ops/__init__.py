@@ -1,0 +1,1 @@
+"""Kernels of flash-attn outside of attention."""

@@ -1,0 +1,1 @@
+"""Kernels that flash-attn writes in Triton."""
