@@ -60,11 +60,13 @@ def check_with_verl(config: DictConfig) -> None:
     from hpo_verl.verl_plugin.checks import check_algorithm, check_trainer_mode
     from hpo_verl.verl_plugin.reward_guard import guard_settings
     from hpo_verl.verl_plugin.step_guard import step_guard_settings
+    from hpo_verl.verl_plugin.weight_update import weight_update_timeout
 
     check_algorithm(config)
     check_trainer_mode(config)
     guard_settings(config)
     step_guard_settings(config)
+    weight_update_timeout(config.actor_rollout_ref.rollout)
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_REGISTRY:
         raise ConfigError(
