@@ -8,8 +8,11 @@ import pytest
 import zmq
 
 from hpo_verl.errors import ConfigError, WeightSyncError
+from hpo_verl.launch.recipes import compose_resolved
+from hpo_verl.verl_plugin.preflight import check_with_verl
 from hpo_verl.verl_plugin.weight_update import (
     DEFAULT_SECONDS,
+    KEY,
     Transfer,
     WatchedSocket,
     server_failed,
@@ -120,3 +123,9 @@ def test_the_limit_is_read_from_verls_place_for_further_settings():
 def test_a_limit_that_is_no_positive_number_is_refused(value):
     with pytest.raises(ConfigError, match=r"rollout\.custom\.weight_update_timeout = "):
         weight_update_timeout({"custom": {"weight_update_timeout": value}})
+
+
+def test_the_limit_is_a_key_of_the_recipes_and_checked_before_anything_starts():
+    check_with_verl(compose_resolved("countdown-tiny", [f"{KEY}=60"]))
+    with pytest.raises(ConfigError, match=r"weight_update_timeout = 0: must be a number"):
+        check_with_verl(compose_resolved("countdown-tiny", [f"{KEY}=0"]))
