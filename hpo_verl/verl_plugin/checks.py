@@ -167,9 +167,11 @@ def check_guards(config: DictConfig) -> None:
     """
     from hpo_verl.verl_plugin.reward_guard import guard_settings
     from hpo_verl.verl_plugin.step_guard import step_guard_settings
+    from hpo_verl.verl_plugin.weight_update import weight_update_timeout
 
     guard_settings(config)
     step_guard_settings(config)
+    weight_update_timeout(config["actor_rollout_ref"]["rollout"])
 
 
 def check_with_verl(config: DictConfig) -> None:

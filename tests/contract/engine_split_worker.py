@@ -4,7 +4,8 @@ Arguments: rank, folder with a tiny model, port of a group of one, port of a gro
 Rank 0 first trains one mini-batch alone, padded and with torch's attention, in one piece. All
 else is packed, through flash attention and its cross-entropy, as on GPUs: rank 0 alone in 1, 2
 and 8 micro-batches and in those that fit a number of tokens; then both ranks together, half of
-the mini-batch each; last with a copy of the weights each. Gradients, statistics and what the model returned are written to the folder.
+the mini-batch each; last with a copy of the weights each. Gradients, statistics and what the
+model returned are written to the folder.
 """
 
 import os

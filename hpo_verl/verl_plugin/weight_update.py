@@ -1,0 +1,128 @@
+"""How a transfer of weights to a rollout server ends where the server fails.
+
+An error of the server ends the run at once. The time limit, one setting for every kind of
+server in verl's own place for further settings of a rollout, is for one that says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+
+from hpo_verl.core.settings import require_number
+from hpo_verl.errors import WeightSyncError
+
+KEY = "actor_rollout_ref.rollout.custom.weight_update_timeout"
+DEFAULT_SECONDS = 300.0
+# How often a waiting sender looks at the server's reply.
+POLL_MILLISECONDS = 100
+
+ReplyT = TypeVar("ReplyT")
+
+
+def weight_update_timeout(rollout: Any) -> float:
+    """Seconds that the server may take over one bucket of weights.
+
+    Args:
+        rollout: verl's rollout configuration, a mapping or its dataclass.
+
+    Raises:
+        ConfigError: not a number above 0.
+    """
+    seconds = (rollout.get("custom") or {}).get(KEY.rsplit(".", 1)[-1], DEFAULT_SECONDS)
+    require_number(KEY, seconds, 0, open_low=True)
+    return float(seconds)
+
+
+def too_late(what: str, seconds: float) -> WeightSyncError:
+    """The error of a server that did not take something in time."""
+    return WeightSyncError(
+        f"the rollout server did not take {what} within {seconds:g} s; the limit is {KEY}"
+    )
+
+
+async def within(reply: Awaitable[ReplyT], seconds: float, what: str) -> ReplyT:
+    """Wait for the server's reply.
+
+    Args:
+        reply: of the server.
+        seconds: the limit.
+        what: the server takes, for the message.
+
+    Raises:
+        WeightSyncError: no reply in time.
+    """
+    try:
+        return await asyncio.wait_for(reply, seconds)
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise too_late(what, seconds) from error
+
+
+@dataclass
+class Transfer:
+    """One transfer of weights.
+
+    Attributes:
+        seconds: that the server may take over one bucket.
+        reply: of the server to the whole transfer; None for a rank that another one speaks for.
+    """
+
+    seconds: float
+    reply: Future[Any] | None = None
+
+
+class WatchedSocket:
+    """A socket whose waits end with the server's error, or after the transfer's time.
+
+    Args:
+        socket: the sender's, bound to a file.
+        file: that.
+        transfer: what it belongs to.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], file: Path, transfer: Transfer) -> None:
+        self._socket = socket
+        self._file = file
+        self._transfer = transfer
+
+    def send_pyobj(self, message: Any) -> None:
+        """Send, once the server is connected."""
+        self._wait(zmq.POLLOUT)
+        # A connection needs the file no longer, and none stays where the run is killed.
+        self._file.unlink(missing_ok=True)
+        self._socket.send_pyobj(message)
+
+    def recv(self) -> bytes:
+        """The server's next answer."""
+        self._wait(zmq.POLLIN)
+        return self._socket.recv()
+
+    def close(self) -> None:
+        """Close, and drop what was not taken."""
+        self._socket.close(linger=0)
+
+    def _wait(self, event: int) -> None:
+        reply, seconds = self._transfer.reply, self._transfer.seconds
+        deadline = time.monotonic() + seconds
+        while not self._socket.poll(POLL_MILLISECONDS, event):
+            # A reply without an error comes after the last answer, which is then here too.
+            error = reply.exception() if reply is not None and reply.done() else None
+            if error is not None:
+                raise server_failed(error) from error
+            if time.monotonic() > deadline:
+                raise too_late("a bucket of weights", seconds)
+
+
+def server_failed(error: BaseException) -> WeightSyncError:
+    """The error of a transfer that failed on the server's side."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return WeightSyncError(
+        f"the rollout server failed to take the weights: {lines[-1] if lines else repr(error)}"
+    )
