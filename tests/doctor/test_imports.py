@@ -105,7 +105,7 @@ def test_a_name_that_verl_does_not_know(subject, key, value):
     finding = check_names(subject({key: value}))
     last = value[-1] if isinstance(value, list) else value
     assert finding.status == "error"
-    assert finding.detail.startswith(f"{key}={last}: not registered with verl; did you mean ")
+    assert finding.detail.startswith(f"{key}={last}: not registered with verl; ")
 
 
 @pytest.mark.parametrize("key", BUILT_IN)
@@ -149,10 +149,11 @@ def test_verls_source_imports_the_modules_of_the_table(key):
         (None, "580.65.06", "skipped"),
     ],
 )
-def test_the_driver_and_the_cuda_of_torch(monkeypatch, cuda, driver, status):
+def test_the_driver_and_the_cuda_of_torch(subject, monkeypatch, cuda, driver, status):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(imports, "driver_version", lambda: driver)
-    finding = imports.check_driver()
+    assert imports.check_driver(subject()) == []
+    (finding,) = imports.check_driver(subject(recipe="countdown3-1.5b", hardware="1gpu"))
     assert finding.status == status
     if status == "error":
         assert finding.detail == "575.57.08, torch for CUDA 13.0 needs >= 580"

@@ -176,7 +176,7 @@ def test_each_machine_keeps_a_copy_of_its_own(config):
     away = {f"{ACTOR}.fsdp_config.offload_policy": True}
     needed, text = host_memory(QWEN_7B, config(away, "2x8gpu"))
     assert isclose(needed, 16 * QWEN_7B.parameters / GIB)
-    assert "16 P / 1 = " in text
+    assert "16 P x 1 = " in text
     spread = away | {f"{ACTOR}.fsdp_config.fsdp_size": -1}
     assert isclose(host_memory(QWEN_7B, config(spread, "2x8gpu"))[0], needed / 2)
 
@@ -186,7 +186,7 @@ def test_host_memory_on_the_cpu(subject):
     changes = {"trainer.n_gpus_per_node": 2, f"{ACTOR}.ppo_max_token_len_per_gpu": 400}
     needed, text = host_memory(SMALL, subject(changes).config)
     layer = (2**20 - 2**15) / 2
-    # Two layers that save 1792 values a token, and the work on one.
-    rank = 4 * 2**20 + 4 * (400 * (2 * 1792 + 576) + 2 * 2**14 + 3 * layer)
+    # Two layers whose input of 64 values is kept, one that saves 1792 again, and the work on it.
+    rank = 4 * 2**20 + 4 * (400 * (2 * 64 + 1792 + 576) + 2 * 2**14 + 3 * layer)
     assert isclose(needed, (16 * 2**20 + 2 * rank) / GIB)
     assert "times 2" in text

@@ -133,7 +133,6 @@ def test_whether_a_disk_is_shared_is_not_claimed(subject):
             3 * 8 * 7_615_616_512 / GIB + 1,
             3,
         ),
-        ({"trainer.save_freq": -1}, 1, 0),
         # Two copies, of which verl saves both.
         ({"actor_rollout_ref.actor.fsdp_config.fsdp_size": 4}, 3 * 24 * 7_615_616_512 / GIB + 1, 3),
     ],

@@ -67,5 +67,7 @@ def test_every_download_names_a_revision(name):
 
 def test_temporary_files_have_names_that_nobody_can_guess():
     """`mkdtemp` makes a folder of mode 0700; `mktemp` gives a name alone. The doctor asks where."""
-    used = {name.rsplit(".", 1)[-1] for _, name, _ in CALLS if name.startswith("tempfile.")}
-    assert used == {"mkdtemp", "TemporaryDirectory", "gettempdir"}
+    used = {
+        name.split(".")[1].split("(")[0] for _, name, _ in CALLS if name.startswith("tempfile.")
+    }
+    assert used == {"mkdtemp", "TemporaryDirectory", "TemporaryFile", "gettempdir"}
