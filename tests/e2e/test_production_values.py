@@ -33,6 +33,7 @@ PRODUCTION = [
     "actor_rollout_ref.model.use_remove_padding=true",
     "~actor_rollout_ref.model.override_config.attn_implementation",
     f"{ACTOR}.entropy_from_logits_with_chunking=true",
+    f"{ROLLOUT}.max_num_seqs=1024",
     f"{ROLLOUT}.agent.num_workers=2",
     f"~{ROLLOUT}.agent.agent_loop_manager_class",
 ]
