@@ -113,7 +113,7 @@ def check_versions(subject: Subject, nodes: Mapping[str, Any]) -> Finding:
     if subject.needs_vllm:
         without = [address for address, s in nodes.items() if "vllm" not in s["versions"]]
         if without:
-            fix = "pip install 'hpo-verl[gpu]' on these machines"
+            fix = "pip install --constraint constraints-gpu.txt '.[gpu]' on these machines"
             return error(name, f"vllm is not installed on {', '.join(without)}", fix)
     here = process_versions()
     other = [

@@ -23,7 +23,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 STRATEGY = "actor_rollout_ref.actor.strategy"
 ENGINE = f"{ROLLOUT}.checkpoint_engine.backend"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
-FLASH_ATTENTION = ("flash_attn", "'hpo-verl[gpu]'")
+FLASH_ATTENTION = ("flash_attn", "--constraint constraints-gpu.txt '.[gpu]'")
 CUPY = ("cupy", "'verl[cupy-cu130]'")
 MOONCAKE = ("mooncake", "mooncake-transfer-engine")
 # Key -> value -> modules that verl 0.9.1 imports for it, each with what pip installs.

@@ -151,7 +151,8 @@ def check_shared_memory(subject: Subject) -> Finding:
     free = shutil.disk_usage(SHARED_MEMORY).free
     store = subject.get("ray_kwargs.ray_init.object_store_memory", 0)
     bucket = subject.get(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 0)
-    ranks = subject.get("trainer.n_gpus_per_node", 1)
+    # On cards verl hands weights over by CUDA's own means.
+    ranks = subject.get("trainer.n_gpus_per_node", 1) if subject.on_cpu else 0
     needed = ranks * bucket << 20
     fix = f"enlarge {SHARED_MEMORY}; in Docker --shm-size=64g"
     if free < store:

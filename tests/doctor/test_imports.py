@@ -83,7 +83,9 @@ def test_flash_attention_on_a_gpu(subject, absent, changes, needs):
     assert finding.status == ("error" if needs else "ok")
     assert finding.detail.count("imports flash_attn, not installed") == len(needs)
     assert all(key in finding.detail for key in needs)
-    assert finding.fix == ("pip install 'hpo-verl[gpu]', or another value" if needs else "")
+    assert finding.fix == (
+        "pip install --constraint constraints-gpu.txt '.[gpu]', or another value" if needs else ""
+    )
 
 
 def test_the_tiny_recipe_needs_no_flash_attention(subject, absent):

