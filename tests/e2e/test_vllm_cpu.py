@@ -53,7 +53,7 @@ class OtherRun:
 
     def __init__(self):
         self.file = Path("/tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock")  # noqa: S108
-        assert not self.file.exists(), "such a run is under way"
+        assert not self.file.exists(), f"{self.file} is of another run, or was left by one"
         self.socket = zmq.Context.instance().socket(zmq.REQ)
         self.socket.bind(f"ipc://{self.file}")
         self.number = self.file.stat().st_ino
@@ -68,6 +68,8 @@ def other_run():
     run = OtherRun()
     yield run
     run.socket.close(linger=0)
+    # ZeroMQ closes in a thread of its own, and may not come to it.
+    run.file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
