@@ -4,6 +4,7 @@
 in the middle of a transfer. `make test-vllm` runs this file in an environment of its own.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 from real_runs import BIN, SMALL, STEPS, listening_addresses, read_metrics, run_processes, start
@@ -77,6 +79,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("vllm")
 
 
+def processes_of(cache):
+    """Living processes of `hpo-verl` with this cache, whoever else runs on this machine."""
+    found = {}
+    for pid, process in run_processes().items():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("HPO_VERL_CACHE") == str(cache):
+                found[pid] = process
+    return found
+
+
 def run_all(commands, folder, cache):
     """Run commands at the same time to their ends; nothing of them may remain.
 
@@ -88,7 +100,7 @@ def run_all(commands, folder, cache):
     Returns:
         Exit codes by name, and where the runs listened.
     """
-    others, shared, files = run_processes(), set(os.listdir(SHARED_MEMORY)), sockets()
+    shared, files = set(os.listdir(SHARED_MEMORY)), sockets()
     processes, addresses = {}, set()
     for name, command in commands.items():
         with (folder / f"{name}.txt").open("w") as output:
@@ -100,10 +112,9 @@ def run_all(commands, folder, cache):
                 stderr=subprocess.STDOUT,
             )
     while any(process.poll() is None for process in processes.values()):
-        ours = {pid: found for pid, found in run_processes().items() if pid not in others}
-        addresses |= listening_addresses(ours)
+        addresses |= listening_addresses(processes_of(cache))
         time.sleep(1)
-    assert set(run_processes()) - set(others) == set()
+    assert processes_of(cache) == {}
     assert set(os.listdir(SHARED_MEMORY)) - shared == set()
     assert sockets() == files
     return {name: process.returncode for name, process in processes.items()}, addresses
