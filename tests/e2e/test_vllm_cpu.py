@@ -4,6 +4,7 @@
 in the middle of a transfer. `make test-vllm` runs this file in an environment of its own.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 from checkpoint_states import saved_weights
@@ -54,7 +56,7 @@ class OtherRun:
 
     def __init__(self):
         self.file = Path("/tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock")  # noqa: S108
-        assert not self.file.exists(), "such a run is under way"
+        assert not self.file.exists(), f"{self.file} is of another run, or was left by one"
         self.socket = zmq.Context.instance().socket(zmq.REQ)
         self.socket.bind(f"ipc://{self.file}")
         self.number = self.file.stat().st_ino
@@ -69,11 +71,23 @@ def other_run():
     run = OtherRun()
     yield run
     run.socket.close(linger=0)
+    # ZeroMQ closes in a thread of its own, and may not come to it.
+    run.file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("vllm")
+
+
+def processes_of(cache):
+    """Living processes of `hpo-verl` with this cache, whoever else runs on this machine."""
+    found = {}
+    for pid, process in run_processes().items():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("HPO_VERL_CACHE") == str(cache):
+                found[pid] = process
+    return found
 
 
 def run_all(commands, folder, cache):
@@ -87,7 +101,7 @@ def run_all(commands, folder, cache):
     Returns:
         Exit codes by name, and where the runs listened.
     """
-    others, shared, files = run_processes(), set(os.listdir(SHARED_MEMORY)), sockets()
+    shared, files = set(os.listdir(SHARED_MEMORY)), sockets()
     processes, addresses = {}, set()
     for name, command in commands.items():
         with (folder / f"{name}.txt").open("w") as output:
@@ -99,10 +113,9 @@ def run_all(commands, folder, cache):
                 stderr=subprocess.STDOUT,
             )
     while any(process.poll() is None for process in processes.values()):
-        ours = {pid: found for pid, found in run_processes().items() if pid not in others}
-        addresses |= listening_addresses(ours)
+        addresses |= listening_addresses(processes_of(cache))
         time.sleep(1)
-    assert set(run_processes()) - set(others) == set()
+    assert processes_of(cache) == {}
     assert set(os.listdir(SHARED_MEMORY)) - shared == set()
     assert sockets() == files
     return {name: process.returncode for name, process in processes.items()}, addresses
