@@ -35,6 +35,9 @@ NAMED_KEYS = frozenset(
         "worker_cls",
     }
 )
+# verl imports what `optimizer_impl` names; these are the packages that its documentation knows.
+OPTIMIZER_KEY = "optimizer_impl"
+OPTIMIZERS = ("torch.optim", "torchao.optim", "bitsandbytes.optim")
 # Ends of keys whose value is a file, or `pkg://` and a module, that verl loads.
 FILE_KEYS = (
     "custom_cls.path",
@@ -91,7 +94,8 @@ def strange_code(config: Any) -> tuple[list[str], list[tuple[str, Path]]]:
             continue
         # A list of modules ends in its index.
         name = [part for part in key.split(".") if not part.isdigit()]
-        if name[-1] in NAMED_KEYS and not _of_ours(value):
+        named = name[-1] in NAMED_KEYS or (name[-1] == OPTIMIZER_KEY and value not in OPTIMIZERS)
+        if named and not _of_ours(value):
             strange.append(f"{key}={value}")
         elif ".".join(name).endswith(FILE_KEYS):
             if not value.startswith(PACKAGE_PREFIX):

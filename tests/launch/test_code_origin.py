@@ -17,6 +17,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
         ("actor_rollout_ref.actor.policy_loss._target_=os.system", "_target_=os.system"),
         ("+hydra.callbacks.mine._target_=evil.Callback", "mine._target_=evil.Callback"),
         ("actor_rollout_ref.actor._target_=${seed}", r"_target_=\$\{seed\}"),
+        ("actor_rollout_ref.actor.optim.optimizer_impl=evil", "optim.optimizer_impl=evil"),
         ("actor_rollout_ref.model.external_lib=evil", "model.external_lib=evil"),
         ("reward.custom_reward_function.path=pkg://evil", "path=pkg://evil"),
         ("reward.reward_manager.module.path=pkg://evil", "path=pkg://evil"),

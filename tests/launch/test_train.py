@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.errors import EnvironmentCheckError
-from hpo_verl.launch.lock import locked
 from hpo_verl.launch.train import environment, stopped_message
 
 
@@ -47,14 +45,3 @@ def test_a_stopped_run_names_its_checkpoint_and_the_command_that_goes_on(tmp_pat
         *("hpo-verl", "train", "countdown-tiny", "--resume", "algo=grpo", "tasks=[a, b]"),
         f"hydra.run.dir={tmp_path}",
     ]
-
-
-def test_a_run_folder_in_use(tmp_path):
-    with (
-        locked(tmp_path / "run"),
-        pytest.raises(EnvironmentCheckError, match="another run is using it"),
-        locked(tmp_path / "run"),
-    ):
-        pass
-    with locked(tmp_path / "run"):
-        pass
