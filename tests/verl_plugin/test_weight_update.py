@@ -8,8 +8,8 @@ import pytest
 import zmq
 
 from hpo_verl.errors import ConfigError, WeightSyncError
-from hpo_verl.launch.recipes import compose_resolved
-from hpo_verl.verl_plugin.preflight import check_with_verl
+from hpo_verl.launch.recipes import compose_recipe, without_hydra
+from hpo_verl.verl_plugin.checks import check_guards
 from hpo_verl.verl_plugin.weight_update import (
     DEFAULT_SECONDS,
     KEY,
@@ -126,6 +126,6 @@ def test_a_limit_that_is_no_positive_number_is_refused(value):
 
 
 def test_the_limit_is_a_key_of_the_recipes_and_checked_before_anything_starts():
-    check_with_verl(compose_resolved("countdown-tiny", [f"{KEY}=60"]))
+    check_guards(without_hydra(compose_recipe("countdown-tiny", [f"{KEY}=60"])))
     with pytest.raises(ConfigError, match=r"weight_update_timeout = 0: must be a number"):
-        check_with_verl(compose_resolved("countdown-tiny", [f"{KEY}=0"]))
+        check_guards(without_hydra(compose_recipe("countdown-tiny", [f"{KEY}=0"])))
