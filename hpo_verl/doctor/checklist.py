@@ -95,7 +95,7 @@ CHECKS = (
     _check("model", model.check_model, "here", "policy"),
     _check("plugin", _plugin, "verl"),
     _check("driver", imports.check_driver, "here", "verl"),
-    _check("names", configuration.check_names, "verl", after=["plugin", "modules"]),
+    _check("names", configuration.check_names, "verl", after=["plugin"]),
     _check("algorithm", configuration.check_algorithm, "verl", after=["names"]),
     _check("verl's checks", configuration.check_with_verl, "verl", after=["names"]),
     _check("prompts", data.check_prompts, "here", "data", "policy", "verl", after=["schema"]),

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from hpo_verl.doctor.finding import Finding, attempt, error, ok, skipped, warning
+from hpo_verl.doctor.imports import MODULES
 from hpo_verl.doctor.subject import Subject
 from hpo_verl.errors import ConfigError
 from hpo_verl.launch.checkpoints import TRACKER
@@ -85,7 +86,12 @@ def check_names(subject: Subject) -> Finding:
         from hpo_verl.verl_plugin.registered import selected
 
         chosen = selected(subject.config)
-    unknown = [(key, name, known) for key, name, known in chosen if name not in known]
+    # What verl knows and could not import here is the finding of another check.
+    unknown = [
+        (key, name, known)
+        for key, name, known in chosen
+        if name not in known and name not in MODULES.get(key, ())
+    ]
     if unknown:
         return error(
             "names",
