@@ -148,7 +148,7 @@ def test_a_ray_of_ones_own_is_started_asked_and_gone(subject, monkeypatch):
         "__enter__",
         lambda self: markers.append(self.marker) or real(self),
     )
-    findings = check_cluster(subject(), None)
+    findings = check_cluster(subject())
     assert [(f.name, f.status) for f in findings] == [(cluster.NAME, "ok")], findings
     assert findings[0].detail.startswith("node 127.0.0.1: loaded by verl")
     assert marked_processes(markers[0]) == []
