@@ -25,7 +25,7 @@ SMALLEST = [
     "actor_rollout_ref.rollout.n=4",
     "trainer.val_before_train=false",
     "trainer.test_freq=-1",
-    "trainer.total_training_steps=100000",
+    "trainer.total_training_steps=1000",
 ]
 # Title of a process, and how the message calls it.
 ACTOR_WORKER = ("ray::WorkerDict", r"the actor worker \(WorkerDict, process {pid} on [\d.]+\) died")
