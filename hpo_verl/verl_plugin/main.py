@@ -94,12 +94,14 @@ class Watch(threading.Thread):
 
 def reason_of(error: BaseException, watch: Watch) -> str:
     """Why verl failed: a death, if there was one, and the exception, if it says something else."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayError
 
-    deadline = time.monotonic() + RECORD_SECONDS
+    cause = root_cause(error)
+    # Ray's own error is about something that is gone; a node's death is recorded late.
+    seconds = GRACE_SECONDS if isinstance(cause, RayError) else RECORD_SECONDS
+    deadline = time.monotonic() + seconds
     while not (death := watch.death()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    cause = root_cause(error)
     if death is None:
         return one_line(cause)
     return death if isinstance(cause, RayActorError) else f"{death}; {one_line(cause)}"
