@@ -33,14 +33,14 @@ test: $(STAMP) lint
 test-all: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not vllm"
 
-# vLLM on the CPU, in an environment of its own: it needs an older fastapi and numpy. It asks for
+# vLLM on the CPU, in an environment of its own: it needs an older fastapi, numpy and setuptools. It asks for
 # torchvision, torchaudio and torchcodec too, whose builds for CUDA make transformers fail.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm
 
 $(VLLM_STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	sed '/^fastapi==/d; /^numpy==/d' constraints-cpu.txt > $(VLLM_VENV)/constraints.txt
+	sed -E '/^(fastapi|numpy|setuptools)==/d' constraints-cpu.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt torch==2.13.0
 	$(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt --editable '.[cpu-vllm,dev]'
