@@ -202,11 +202,11 @@ def replay(
     Examples:
       hpo-verl replay runs/countdown-tiny/2026-01-31_12-00-00/not_finite_0001_rank0.safetensors
     """
-    from hpo_verl.launch.quiet import quiet_imports
+    from hpo_verl.runs.quiet import quiet_imports
 
     with quiet_imports():
-        from hpo_verl.verl_plugin.batch_file import load
-        from hpo_verl.verl_plugin.recorded_batch import report as evaluate_again
+        from hpo_verl.verl_plugin.engine.batch_file import load
+        from hpo_verl.verl_plugin.engine.recorded_batch import report as evaluate_again
     for line in evaluate_again(file, load(file)):
         print(line)
 
@@ -285,11 +285,11 @@ def doctor(
 
       hpo-verl doctor --quick
     """
-    from hpo_verl.doctor import report
-    from hpo_verl.doctor.examine import examine, examine_installation, has_error
+    from hpo_verl.checks import report
+    from hpo_verl.checks.examine import examine, examine_installation, has_error
     from hpo_verl.errors import ConfigError
-    from hpo_verl.launch.quiet import stdout_reserved
     from hpo_verl.launch.recipes import recipe_names
+    from hpo_verl.runs.quiet import stdout_reserved
 
     arguments = overrides or []
     if quick and (recipe or address):

@@ -12,7 +12,7 @@ import verl
 import hpo_verl
 from hpo_verl import installed
 from hpo_verl.launch import manifest
-from hpo_verl.verl_plugin.step_guard import Update
+from hpo_verl.verl_plugin.engine.step_guard import Update
 
 ROOT = Path(hpo_verl.__file__).parents[1]
 
@@ -116,7 +116,7 @@ def test_another_verl_is_refused_on_the_cpu(another_verl):
 
 
 CHECKS = """
-from hpo_verl.doctor import versions
+from hpo_verl.checks import versions
 print([f.status + ": " + f.detail for f in versions.check_base() if f.name == "verl"][0])
 print(versions.check_cpu_backend().detail)
 """

@@ -27,7 +27,7 @@ from hpo_verl.lab.statistics import (
     THRESHOLD_FACTOR,
     shown,
 )
-from hpo_verl.launch.files import write_atomically
+from hpo_verl.runs.files import write_atomically
 
 RESULTS = "results.parquet"
 _STYLE = """

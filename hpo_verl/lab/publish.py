@@ -28,8 +28,8 @@ from hpo_verl.lab.results import (
 )
 from hpo_verl.lab.settings import variant_order
 from hpo_verl.lab.statistics import shown
-from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.recipes import recipes_directory
+from hpo_verl.runs.files import write_atomically
 
 MANIFEST = "manifest.json"
 _KINDS = ("-curves", "-intervals", "-alpha", "-ablation")

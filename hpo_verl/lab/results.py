@@ -21,7 +21,7 @@ from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.installed import package_versions
 from hpo_verl.lab.settings import Cell
 from hpo_verl.lab.trainer import Outcome
-from hpo_verl.launch.files import write_atomically
+from hpo_verl.runs.files import write_atomically
 
 _KEY = b"hpo_verl_lab"
 _SETTINGS = ("training", "evaluation")

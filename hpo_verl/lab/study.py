@@ -22,7 +22,7 @@ from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.lab.results import cell_path, read_results, require_same_settings, write_result
 from hpo_verl.lab.settings import Cell, Study
 from hpo_verl.lab.trainer import run_cell
-from hpo_verl.launch.lock import locked
+from hpo_verl.runs.lock import locked
 
 
 class Finished(NamedTuple):

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from data_prep.countdown_prompts import tiny
-from data_prep.countdown_puzzles import Ranges, sample_puzzles
-from data_prep.telelogs import synthetic_rows
+from data_prep.countdown.prompts import tiny
+from data_prep.countdown.puzzles import Ranges, sample_puzzles
+from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.errors import ConfigError
 from hpo_verl.launch.recipes import nearest, recipes_directory
 from hpo_verl.rewards import countdown, telelogs
@@ -77,7 +77,7 @@ def find_task(name: str) -> Task:
 
 
 def puzzle_key(ground_truth: Any) -> tuple[tuple[int, ...], int]:
-    """Return a Countdown puzzle up to order, as `data_prep.tiny_policy` holds puzzles out."""
+    """Return a Countdown puzzle up to order, as `data_prep.policies.tiny` holds puzzles out."""
     return tuple(sorted(ground_truth["numbers"])), ground_truth["target"]
 
 
@@ -123,7 +123,7 @@ def _countdown_worked(
     """Sums worked out from left to right; the target is the value of the last one, in hindsight.
 
     The questions' puzzles are not looked at: those drawn here may include them, as those of
-    `data_prep.tiny_demos` do. Held-out puzzles are kept out by the caller.
+    `data_prep.policies.demos` do. Held-out puzzles are kept out by the caller.
     """
     ranges = _recipe_ranges(numbers)
     while True:

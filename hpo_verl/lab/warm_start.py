@@ -1,6 +1,6 @@
 """Warm starts: policies that are right in a given share of their answers.
 
-Every seed has one skilled policy: that of `data_prep.tiny_policy`, taught the task by a second
+Every seed has one skilled policy: that of `data_prep.policies.tiny`, taught the task by a second
 warm start where it does not know it. From there it imitates careless answers until its success,
 measured on training questions, has fallen to the level wanted. So all levels of a seed share
 their skill and differ in how seldom they use it.
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_prep import tiny_policy
+from data_prep.policies import tiny as tiny_policy
 from hpo_verl.errors import DataError
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.sampling import noise, sample

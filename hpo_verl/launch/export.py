@@ -13,11 +13,11 @@ import psutil
 from omegaconf import OmegaConf
 
 from hpo_verl.errors import DataError, EnvironmentCheckError
-from hpo_verl.launch.checkpoints import SEAL, TRACKER, holds_checkpoints, step_folders
 from hpo_verl.launch.manifest import CONFIG_NAME
-from hpo_verl.launch.metrics import MetricsFile
-from hpo_verl.launch.quiet import quiet_imports
 from hpo_verl.launch.resume import CHECKPOINTS_NAME, METRICS_NAME
+from hpo_verl.runs.checkpoints import SEAL, TRACKER, holds_checkpoints, step_folders
+from hpo_verl.runs.metrics import MetricsFile
+from hpo_verl.runs.quiet import quiet_imports
 
 POLICY_NAME = "policy"
 

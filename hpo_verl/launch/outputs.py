@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.installed import package_versions
-from hpo_verl.launch.files import write_atomically
-from hpo_verl.launch.metrics import MetricsFile
+from hpo_verl.runs.files import write_atomically
+from hpo_verl.runs.metrics import MetricsFile
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpo_verl.doctor.checklist import awaited
-from hpo_verl.doctor.composition import compose_resolved
-from hpo_verl.doctor.configuration import check_settings
-from hpo_verl.doctor.data import check_files
-from hpo_verl.doctor.finding import demand
-from hpo_verl.doctor.model import check_model
-from hpo_verl.doctor.subject import Subject
+from hpo_verl.checks.checklist import awaited
+from hpo_verl.checks.composition import compose_resolved
+from hpo_verl.checks.configuration import check_settings
+from hpo_verl.checks.data import check_files
+from hpo_verl.checks.finding import demand
+from hpo_verl.checks.model import check_model
+from hpo_verl.checks.subject import Subject
 from hpo_verl.launch.prepare import Preparation, make_missing, preparations
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hpo_verl.launch.metrics import MetricsFile, has_validation
+from hpo_verl.runs.metrics import MetricsFile, has_validation
 
 # Without a terminal, at least one line in this time.
 LINE_SECONDS = 60.0

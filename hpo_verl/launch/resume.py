@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.launch import checkpoints
-from hpo_verl.launch.files import write_atomically
 from hpo_verl.launch.manifest import CONFIG_NAME, Record, checked_record
+from hpo_verl.runs import checkpoints
+from hpo_verl.runs.files import write_atomically
 
 FLAG = "--resume"
 METRICS_NAME = "metrics.jsonl"

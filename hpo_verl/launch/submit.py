@@ -27,11 +27,11 @@ from urllib.parse import urlsplit
 from omegaconf import OmegaConf
 from packaging.version import InvalidVersion, Version
 
-from hpo_verl.doctor import machine
-from hpo_verl.doctor.checklist import run_checks
-from hpo_verl.doctor.composition import compose_resolved
-from hpo_verl.doctor.finding import demand
-from hpo_verl.doctor.subject import Subject
+from hpo_verl.checks import machine
+from hpo_verl.checks.checklist import run_checks
+from hpo_verl.checks.composition import compose_resolved
+from hpo_verl.checks.finding import demand
+from hpo_verl.checks.subject import Subject
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import cluster
 from hpo_verl.launch.recipes import recipes_directory

@@ -23,19 +23,19 @@ def _register_algorithms(core_algos: Any) -> None:
 
 
 def _register_engine(engines: Any) -> None:
-    import_module("hpo_verl.verl_plugin.mini_batch").register()
+    import_module("hpo_verl.verl_plugin.engine.mini_batch").register()
 
 
 def _register_trainers(trainers: Any) -> None:
-    import_module("hpo_verl.verl_plugin.trainers").register()
+    import_module("hpo_verl.verl_plugin.trainer.modes").register()
 
 
 def _register_agent_loop(agent_loops: Any) -> None:
-    import_module("hpo_verl.verl_plugin.agent_loop")
+    import_module("hpo_verl.verl_plugin.rollout.agent_loop")
 
 
 def _register_reward_manager(reward_managers: Any) -> None:
-    import_module("hpo_verl.verl_plugin.reward_guard")
+    import_module("hpo_verl.verl_plugin.rollout.reward_guard")
 
 
 def _register_hf_replica(replica: Any) -> None:
@@ -46,11 +46,11 @@ def _register_hf_replica(replica: Any) -> None:
 
 
 def _watch_vllm_weights(adapters: Any) -> None:
-    import_module("hpo_verl.verl_plugin.vllm_weights").watch(adapters)
+    import_module("hpo_verl.verl_plugin.rollout.vllm_weights").watch(adapters)
 
 
 def _name_vllm_sockets(servers: Any) -> None:
-    import_module("hpo_verl.verl_plugin.vllm_weights").name_sockets(servers)
+    import_module("hpo_verl.verl_plugin.rollout.vllm_weights").name_sockets(servers)
 
 
 def register() -> None:

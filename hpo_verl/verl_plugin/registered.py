@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
-from hpo_verl.verl_plugin.trainers import MODE_PREFIX, PARENT_MODES
+from hpo_verl.verl_plugin.trainer.modes import MODE_PREFIX, PARENT_MODES
 
 OWN_PACKAGE = "hpo_verl."
 

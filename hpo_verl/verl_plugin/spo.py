@@ -21,7 +21,7 @@ from hpo_verl.core.settings import parse_settings
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin.advantages import response_rewards, uid_labels
 from hpo_verl.verl_plugin.estimator_inputs import borrow
-from hpo_verl.verl_plugin.last_responses import LastResponses
+from hpo_verl.verl_plugin.trainer.last_responses import LastResponses
 
 ESTIMATOR = "spo"
 ROW = "prompt_row"

@@ -18,8 +18,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data_prep.tiny_tokenizer import build_tokenizer
-from data_prep.tiny_training import build_model
+from data_prep.policies.tokenizer import build_tokenizer
+from data_prep.policies.training import build_model
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.settings import read_study
 from hpo_verl.lab.trainer import Trainer

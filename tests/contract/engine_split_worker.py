@@ -120,7 +120,7 @@ def train(model_path, rank, world, packed=True):
 
     from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
     from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
-    from hpo_verl.verl_plugin.loss_statistics import PREFIX, loss_with_statistics
+    from hpo_verl.verl_plugin.engine.loss_statistics import PREFIX, loss_with_statistics
 
     engine = make_engine(model_path, path=PACKED if packed else PADDED)
     share = 8 // world
@@ -190,7 +190,7 @@ def train_copies(model_path, rank):
     """Mesh, gradients and their norm where each of the two ranks has a copy of its own."""
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
-    from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics
+    from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
 
     engine = make_engine(model_path, fsdp_size=1)
     config = ActorConfig(

@@ -92,8 +92,8 @@ def main(rank, folder, port):
 
     from hpo_verl.errors import NotFiniteError
     from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
-    from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics
-    from hpo_verl.verl_plugin.step_guard import GuardedLoss, StepGuardSettings
+    from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
+    from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, StepGuardSettings
 
     engine = make_engine(folder, lr=0.01)
     informed = {"bapo": BAPOPolicyLossConfig(), "hapo": HAPOPolicyLossConfig()}

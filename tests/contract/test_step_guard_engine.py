@@ -6,9 +6,9 @@ import pytest
 import torch
 from engine_ranks import free_port, run_ranks, save_tiny_model
 
-from hpo_verl.verl_plugin.batch_file import load
-from hpo_verl.verl_plugin.recorded_batch import first_found, report
-from hpo_verl.verl_plugin.step_guard import NO_ADVANTAGE, NOT_FINITE
+from hpo_verl.verl_plugin.engine.batch_file import load
+from hpo_verl.verl_plugin.engine.recorded_batch import first_found, report
+from hpo_verl.verl_plugin.engine.step_guard import NO_ADVANTAGE, NOT_FINITE
 
 LOSSES = ("mhpo", "bapo", "hapo", "aepo_clip", "vanilla", "gspo", "sapo")
 LOG_PROB = r"log_prob: 1 of \d live values are not finite, the first at \(1, 1\) \(nan\)"

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import telelogs
 from data_prep.command import run
+from data_prep.telelogs import __main__ as telelogs
 
 
 def command(*arguments: object) -> int:

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from data_prep import countdown, countdown_sources
 from data_prep.command import run
-from data_prep.countdown_prompts import PROMPTS
+from data_prep.countdown import __main__ as countdown
+from data_prep.countdown import sources as countdown_sources
+from data_prep.countdown.prompts import PROMPTS
 from hpo_verl.rewards.countdown import compute_score
 
 GOLDEN = Path(__file__).with_name("golden") / "countdown_prompts.json"

@@ -5,8 +5,8 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pytest
 
-from data_prep import countdown_puzzles
-from data_prep.countdown_puzzles import (
+from data_prep.countdown import puzzles as countdown_puzzles
+from data_prep.countdown.puzzles import (
     Ranges,
     count_solutions,
     enumerate_expressions,

@@ -4,7 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_prep.countdown_trees import (
+from data_prep.countdown.trees import (
     check_exact,
     enumerate_expressions,
     expression,

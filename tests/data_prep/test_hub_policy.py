@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 from torch import ones
 
-from data_prep import hub_policy
+from data_prep.policies import hub as hub_policy
 from hpo_verl.errors import DataError
-from hpo_verl.launch import files
 from hpo_verl.launch.manifest import checked_record
 from hpo_verl.launch.prepare import check_made, make_missing
+from hpo_verl.runs import files
 
 REPO, COMMIT = "some-team/Some-Model-1.5B", "0123456789abcdef" * 2 + "01234567"
 FILES = {
@@ -68,7 +68,7 @@ def refused(out, message):
 
 
 def test_the_command_fetches_what_a_policy_needs_and_nothing_that_runs(hub, out, tmp_path):
-    command = [sys.executable, "-m", "data_prep.hub_policy", "--out", str(out)]
+    command = [sys.executable, "-m", "data_prep.policies.hub", "--out", str(out)]
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [*command, "--repo", REPO, "--revision", COMMIT],
@@ -216,7 +216,7 @@ def start(hub, out, tmp_path, monkeypatch):
         {
             "prepare": {
                 "policy": {
-                    "module": "data_prep.hub_policy",
+                    "module": "data_prep.policies.hub",
                     "output": str(out),
                     "arguments": {"repo": REPO, "revision": COMMIT},
                 }

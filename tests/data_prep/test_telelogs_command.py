@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from telelogs_helpers import command, questions, refused, rows_of, write_table
 
-from data_prep.tiny_tokenizer import build_tokenizer
+from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.rewards.telelogs import CAUSES, compute_score
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

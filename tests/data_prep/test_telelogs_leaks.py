@@ -22,9 +22,9 @@ from scipy.special import log_softmax
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import telelogs_solver as solver
 
-from data_prep.telelogs import synthetic_rows
-from data_prep.telelogs_prompt import randomise, render
-from data_prep.telelogs_simulator import simulate
+from data_prep.telelogs.__main__ import synthetic_rows
+from data_prep.telelogs.prompt import randomise, render
+from data_prep.telelogs.simulator import simulate
 from hpo_verl.rewards.telelogs import CAUSES
 
 PROMPTS = 4000

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.telelogs import synthetic_rows
-from data_prep.telelogs_prompt import randomise, render
-from data_prep.telelogs_simulator import simulate
-from data_prep.telelogs_tiny import FEATURES, tiny_prompt
+from data_prep.telelogs.__main__ import synthetic_rows
+from data_prep.telelogs.prompt import randomise, render
+from data_prep.telelogs.simulator import simulate
+from data_prep.telelogs.tiny import FEATURES, tiny_prompt
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.telelogs import CAUSES
 

@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from telelogs_helpers import command, questions, refused, rows_of, write_table
 
-from data_prep import telelogs_sources
+from data_prep.telelogs import sources as telelogs_sources
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

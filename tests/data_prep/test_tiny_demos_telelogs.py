@@ -2,11 +2,11 @@ from collections import Counter
 
 import pytest
 
-from data_prep import tiny_policy
-from data_prep.telelogs import synthetic_rows
-from data_prep.tiny_demos_telelogs import MAX_RESPONSE_TOKENS, TeleLogsDemonstrations
-from data_prep.tiny_tokenizer import build_tokenizer
-from data_prep.tiny_training import Schedule
+from data_prep.policies import tiny as tiny_policy
+from data_prep.policies.demos_telelogs import MAX_RESPONSE_TOKENS, TeleLogsDemonstrations
+from data_prep.policies.tokenizer import build_tokenizer
+from data_prep.policies.training import Schedule
+from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.rewards.telelogs import CAUSES, compute_score
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep import countdown, tiny_policy
 from data_prep.command import run
-from data_prep.countdown_prompts import tiny
-from data_prep.tiny_demos import IGNORED
-from data_prep.tiny_demos_countdown import MAX_RESPONSE_TOKENS, CountdownDemonstrations
-from data_prep.tiny_tokenizer import build_tokenizer
-from data_prep.tiny_training import Schedule
+from data_prep.countdown import __main__ as countdown
+from data_prep.countdown.prompts import tiny
+from data_prep.policies import tiny as tiny_policy
+from data_prep.policies.demos import IGNORED
+from data_prep.policies.demos_countdown import MAX_RESPONSE_TOKENS, CountdownDemonstrations
+from data_prep.policies.tokenizer import build_tokenizer
+from data_prep.policies.training import Schedule
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.countdown import compute_score
 

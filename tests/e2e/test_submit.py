@@ -12,7 +12,7 @@ from real_runs import BIN, SMALL, listening_addresses, read_metrics, repeatable,
 
 from hpo_verl import __version__
 from hpo_verl.launch.process import SHARED_MEMORY
-from hpo_verl.verl_plugin.batch_file import load
+from hpo_verl.verl_plugin.engine.batch_file import load
 
 REPOSITORY = Path(__file__).parents[2]
 SPOIL = REPOSITORY / "tests" / "helpers" / "spoiled" / "spoil.py"

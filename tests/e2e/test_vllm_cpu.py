@@ -21,7 +21,7 @@ from real_runs import BIN, SMALL, STEPS, listening_addresses, read_metrics, run_
 from safetensors.torch import load_file
 
 from hpo_verl.launch.process import SHARED_MEMORY
-from hpo_verl.verl_plugin.weight_update import KEY
+from hpo_verl.verl_plugin.rollout.weight_update import KEY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -5,7 +5,7 @@ import json
 import torch
 from torch.distributed.tensor import DTensor
 
-from hpo_verl.launch.checkpoints import SEAL
+from hpo_verl.runs.checkpoints import SEAL
 
 
 def sealed_files(checkpoint):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from data_prep.tiny_tokenizer import build_tokenizer
+from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.results import Result

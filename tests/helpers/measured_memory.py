@@ -29,7 +29,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPOptimizerConfig
 from verl.workers.engine.fsdp import transformer_impl
 
-from hpo_verl.doctor.memory import GIB, tokens_at_once
+from hpo_verl.checks.memory import GIB, tokens_at_once
 
 ATTENTION = "without_data"
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from hpo_verl.lab.results import (
 )
 from hpo_verl.lab.study import Estimate, Finished, missing_cells, run_study
 from hpo_verl.lab.trainer import Diverged, Outcome, Trainer, run_cell
-from hpo_verl.launch.lock import locked
+from hpo_verl.runs.lock import locked
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lab_policies import random_policy
 
-from data_prep.tiny_tokenizer import build_tokenizer
+from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.tasks import TASKS, find_task, puzzle_key

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hpo_verl.errors import DataError
-from hpo_verl.launch import checkpoints
-from hpo_verl.launch.checkpoints import SEAL, TRACKER
+from hpo_verl.runs import checkpoints
+from hpo_verl.runs.checkpoints import SEAL, TRACKER
 
 SHARDS = [f"{kind}_world_size_2_rank_{rank}.pt" for kind in ("model", "optim") for rank in (0, 1)]
 
@@ -241,7 +241,7 @@ import sys
 from pathlib import Path
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.launch import checkpoints
-from hpo_verl.verl_plugin.sealed_checkpoints import whole_or_not_at_all
+from hpo_verl.verl_plugin.trainer.sealed_checkpoints import whole_or_not_at_all
 import torch
 folder = Path.cwd()
 def save(step):

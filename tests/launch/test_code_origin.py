@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from hpo_verl.doctor.composition import compose_resolved
+from hpo_verl.checks.code_origin import check_no_code_in
+from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.errors import CheckFailedError, DataError
-from hpo_verl.launch.code_origin import check_no_code_in
 
 ROLLOUT = "actor_rollout_ref.rollout"
 

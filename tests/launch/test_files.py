@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hpo_verl.launch import files
+from hpo_verl.runs import files
 
 
 def test_the_digest_is_that_of_the_content(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 from run_files import make_run_files
 
-from data_prep import hub_policy
+from data_prep.policies import hub as hub_policy
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
-from hpo_verl.launch.checkpoints import TRACKER
+from hpo_verl.runs.checkpoints import TRACKER
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_what_is_secret(value, key, expected):
 
 
 def test_masking_leaves_the_recipes_as_they_are():
-    from hpo_verl.doctor.composition import compose_resolved
+    from hpo_verl.checks.composition import compose_resolved
 
     for recipe in ("countdown-tiny", "countdown4-7b"):
         plain = OmegaConf.to_container(compose_resolved(recipe, [])[0])

@@ -6,7 +6,7 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.doctor.subject import Subject
+from hpo_verl.checks.subject import Subject
 from hpo_verl.launch import train
 from hpo_verl.launch.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
 from hpo_verl.launch.process import ChildProcess

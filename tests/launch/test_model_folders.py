@@ -4,8 +4,8 @@ import pytest
 from model_folders import make_model
 from omegaconf import OmegaConf
 
+from hpo_verl.checks.model_folders import check_model, check_no_code, check_other_models
 from hpo_verl.errors import DataError
-from hpo_verl.launch.model_folders import check_model, check_no_code, check_other_models
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
 OTHERS = [
@@ -22,7 +22,7 @@ OTHERS = [
 def config(tmp_path):
     folder = make_model(tmp_path / "model")
     policy = {
-        "module": "data_prep.tiny_policy",
+        "module": "data_prep.policies.tiny",
         "output": str(folder),
         "arguments": {"seed": 3},
     }

@@ -5,12 +5,12 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.outputs import (
     algorithm_name,
     draw_curve,
     write_summary,
 )
+from hpo_verl.runs.metrics import MetricsFile
 
 SUCCESS = "val-core/countdown/acc/mean@1"
 LINES = [

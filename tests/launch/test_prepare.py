@@ -5,7 +5,8 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep import countdown, tiny_policy
+from data_prep.countdown import __main__ as countdown
+from data_prep.policies import tiny as tiny_policy
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.launch.prepare import check_made, make_missing, missing, preparations
 
@@ -51,7 +52,7 @@ def test_what_the_recipe_does_not_read_is_not_made(tmp_path):
     assert len(missing(config)) == 1
     config.data.folder = None
     config.prepare.policy = {
-        "module": "data_prep.tiny_policy",
+        "module": "data_prep.policies.tiny",
         "output": str(tmp_path / "policy"),
         "arguments": {"held_out": str(tmp_path / "data" / "val.parquet")},
     }
@@ -72,7 +73,7 @@ def test_what_was_made_is_checked_by_its_own_module(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_policy, "check", checked.append)
     (tmp_path / "policy").mkdir()
     config = recipe(tmp_path / "policy")
-    config.prepare.data.module = "data_prep.tiny_policy"
+    config.prepare.data.module = "data_prep.policies.tiny"
     check_made(config)
     config.prepare.data.output = str(tmp_path / "absent")
     check_made(config)

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from hpo_verl.launch import progress
-from hpo_verl.launch.metrics import MetricsFile
 from hpo_verl.launch.progress import NoProgress, ProgressBound, TrainingProgress
+from hpo_verl.runs.metrics import MetricsFile
 
 CONFIG = OmegaConf.create({"trainer": {"total_training_steps": 30}})
 VALIDATION = {"val-core/countdown/acc/mean@1": 0.25}

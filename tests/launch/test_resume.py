@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from run_files import make_run_files
 
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.launch import checkpoints, resume
-from hpo_verl.launch.checkpoints import SEAL, TRACKER
+from hpo_verl.launch import resume
+from hpo_verl.runs import checkpoints
+from hpo_verl.runs.checkpoints import SEAL, TRACKER
 
 
 def make_checkpoint(folder, step):

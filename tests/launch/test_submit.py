@@ -107,7 +107,7 @@ def test_code_and_recipes_travel_and_nothing_else():
         files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
         assert {file.parts[0] for file in files} == {"hpo_verl", "data_prep", "recipes"}
         assert {file.suffix for file in files} == {".py", ".yaml"}
-        for name in ("hpo_verl/__main__.py", "data_prep/countdown.py", "recipes/algo/a_hpo.yaml"):
+        for name in ("hpo_verl/__main__.py", "data_prep/countdown/__main__.py", "recipes/algo/a_hpo.yaml"):
             assert Path(name) in files
         assert sum((folder / file).stat().st_size for file in files) < 1 << 20
     assert not folder.exists()

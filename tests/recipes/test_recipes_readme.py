@@ -5,8 +5,8 @@ import math
 import pytest
 from composed_recipes import composed
 
-from hpo_verl.doctor.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
-from hpo_verl.doctor.model_size import KNOWN_MODELS
+from hpo_verl.checks.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
+from hpo_verl.checks.model_size import KNOWN_MODELS
 from hpo_verl.launch.cluster import cards_a_copy
 from hpo_verl.launch.recipes import recipes_directory
 

@@ -24,9 +24,9 @@ from hpo_verl.algorithms.catalog import (
     PENALISED_LOSSES,
     SELECTING_LOSSES,
 )
+from hpo_verl.checks.with_verl import check_algorithm
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
-from hpo_verl.verl_plugin.checks import check_algorithm
 from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"

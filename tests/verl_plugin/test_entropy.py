@@ -14,9 +14,9 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.workers.config import PolicyLossConfig
 
 from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
+from hpo_verl.checks.with_verl import check_trainer_mode
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import entropy as plugin
-from hpo_verl.verl_plugin.checks import check_trainer_mode
 from hpo_verl.verl_plugin.config import HAPOPolicyLossConfig
 from hpo_verl.verl_plugin.estimator_inputs import borrow, lend
 

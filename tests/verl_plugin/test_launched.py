@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 
 from hpo_verl.launch.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
-from hpo_verl.verl_plugin.launched import Launched
+from hpo_verl.verl_plugin.trainer.launched import Launched
 
 STEPS = 4
 LOGGERS = ["Tracking", "ValidationGenerationsLogger", "DapoFilteredRewardTableLogger", "tqdm"]

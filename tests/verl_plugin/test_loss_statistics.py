@@ -11,13 +11,14 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.padding import no_padding_2_padding as padded
 
 from hpo_verl.core.statistics import token_means
-from hpo_verl.verl_plugin import loss_statistics, step_guard, trainers
-from hpo_verl.verl_plugin.loss_statistics import (
+from hpo_verl.verl_plugin.engine import loss_statistics, step_guard
+from hpo_verl.verl_plugin.engine.loss_statistics import (
     PREFIX,
     loss_with_statistics,
     policy_loss_sums,
     pop_token_means,
 )
+from hpo_verl.verl_plugin.trainer import modes as trainers
 
 
 def micro_batch(seed=0, rows=4):

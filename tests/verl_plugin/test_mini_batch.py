@@ -14,9 +14,9 @@ from verl.workers.utils.losses import ppo_loss
 from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses
-from hpo_verl.verl_plugin import mini_batch as plugin
 from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig
-from hpo_verl.verl_plugin.loss_statistics import loss_with_statistics
+from hpo_verl.verl_plugin.engine import mini_batch as plugin
+from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
 
 
 def config(**changes):

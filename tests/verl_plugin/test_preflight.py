@@ -3,11 +3,12 @@
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.launch import checkpoints, resume
+from hpo_verl.checks import preflight
+from hpo_verl.launch import resume
 from hpo_verl.launch.manifest import Record
 from hpo_verl.launch.process import MARKER
 from hpo_verl.launch.recipes import compose_recipe
-from hpo_verl.verl_plugin import preflight
+from hpo_verl.runs import checkpoints
 
 
 @pytest.fixture

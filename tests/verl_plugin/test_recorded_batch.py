@@ -13,9 +13,9 @@ from verl.workers.config import PolicyLossConfig
 
 from hpo_verl.cli import app
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.verl_plugin import batch_file
-from hpo_verl.verl_plugin import recorded_batch as plugin
-from hpo_verl.verl_plugin.batch_file import load, save
+from hpo_verl.verl_plugin.engine import batch_file
+from hpo_verl.verl_plugin.engine import recorded_batch as plugin
+from hpo_verl.verl_plugin.engine.batch_file import load, save
 
 VERLS = [
     ("vanilla", "token-mean"),

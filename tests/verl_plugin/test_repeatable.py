@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 
-from hpo_verl.verl_plugin.repeatable import RepeatableOrder, deal_mini_batches
+from hpo_verl.verl_plugin.trainer.repeatable import RepeatableOrder, deal_mini_batches
 
 
 def test_each_mini_batch_is_dealt_by_itself():

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from hpo_verl.errors import DataError, RewardError
-from hpo_verl.verl_plugin import reward_errors
+from hpo_verl.verl_plugin.trainer import reward_errors
 
 
 def fields(text=""):

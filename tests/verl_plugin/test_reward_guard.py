@@ -15,7 +15,7 @@ from verl.trainer.ppo.reward import load_reward_manager
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.rewards import countdown
 from hpo_verl.rewards.guarded_function import GuardedFunction
-from hpo_verl.verl_plugin.reward_guard import GuardedRewardManager, guard_settings
+from hpo_verl.verl_plugin.rollout.reward_guard import GuardedRewardManager, guard_settings
 
 FAULTS = """
 import math, os, re, sys, time

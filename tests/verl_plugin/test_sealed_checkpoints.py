@@ -13,9 +13,10 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tracking
 
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
-from hpo_verl.launch import checkpoints, files, resume
-from hpo_verl.launch.checkpoints import SEAL, TRACKER
-from hpo_verl.verl_plugin import sealed_checkpoints
+from hpo_verl.launch import resume
+from hpo_verl.runs import checkpoints, files
+from hpo_verl.runs.checkpoints import SEAL, TRACKER
+from hpo_verl.verl_plugin.trainer import sealed_checkpoints
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ from hpo_verl.algorithms.spo import SPOSettings
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import spo
 from hpo_verl.verl_plugin.estimator_inputs import borrow
-from hpo_verl.verl_plugin.spo_trainer import PARTITION, SingleStreamTrainer
+from hpo_verl.verl_plugin.trainer.spo_trainer import PARTITION, SingleStreamTrainer
 
 
 def nested(rows):

@@ -14,9 +14,9 @@ from verl.workers.config import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from hpo_verl.errors import ConfigError, NotFiniteError
-from hpo_verl.verl_plugin import guarded_engine
-from hpo_verl.verl_plugin import step_guard as plugin
-from hpo_verl.verl_plugin.batch_file import load
+from hpo_verl.verl_plugin.engine import guarded_engine
+from hpo_verl.verl_plugin.engine import step_guard as plugin
+from hpo_verl.verl_plugin.engine.batch_file import load
 
 NAN, INF = float("nan"), float("inf")
 

@@ -15,7 +15,7 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils import tensordict_utils as tu
 
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin import trainers
+from hpo_verl.verl_plugin.trainer import modes as trainers
 
 CONFIG = {
     "algorithm": {"adv_estimator": "a_hpo", "use_kl_in_reward": False, "hpo": {"alpha_min": 0.1}},

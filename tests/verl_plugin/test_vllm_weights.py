@@ -16,7 +16,7 @@ JOB = "01000000"
 def weights():
     import verl.workers.rollout.vllm_rollout  # noqa: F401
 
-    from hpo_verl.verl_plugin import vllm_weights
+    from hpo_verl.verl_plugin.rollout import vllm_weights
 
     return vllm_weights
 

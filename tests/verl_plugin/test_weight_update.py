@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
+from hpo_verl.checks.with_verl import check_guards
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.launch.recipes import compose_recipe, without_hydra
-from hpo_verl.verl_plugin.checks import check_guards
-from hpo_verl.verl_plugin.weight_update import (
+from hpo_verl.verl_plugin.rollout.weight_update import (
     DEFAULT_SECONDS,
     KEY,
     Transfer,

@@ -25,7 +25,7 @@ from verl.workers.rollout.utils import ensure_async_iterator
 
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
-from hpo_verl.verl_plugin.weight_update import weight_update_timeout, within
+from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout, within
 
 logger = logging.getLogger(__name__)
 

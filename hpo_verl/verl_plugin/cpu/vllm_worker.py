@@ -12,7 +12,7 @@ import vllm  # pyright: ignore[reportMissingImports]
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from vllm.model_executor.layers.linear import LinearBase  # pyright: ignore[reportMissingImports]
 
-from hpo_verl.doctor.versions import VLLM_CPU_VERSIONS
+from hpo_verl.checks.versions import VLLM_CPU_VERSIONS
 from hpo_verl.errors import EnvironmentCheckError
 
 

@@ -141,13 +141,13 @@ def seal(module):
 
 
 POINTS = {
-    "rollout": ("hpo_verl.verl_plugin.rollout_worker", rollout),
+    "rollout": ("hpo_verl.verl_plugin.rollout.worker", rollout),
     "backward": ("verl.workers.engine.fsdp.transformer_impl", backward),
     "shards": ("verl.utils.checkpoint.fsdp_checkpoint_manager", shards),
     "before_tracker": ("verl.trainer.ppo.v1.trainer_base", before_tracker),
     "tracker": ("verl.trainer.ppo.v1.trainer_base", tracker),
     "metrics": ("verl.utils.tracking", metrics),
-    "seal": ("hpo_verl.launch.files", seal),
+    "seal": ("hpo_verl.runs.files", seal),
 }
 
 

@@ -1,0 +1,254 @@
+"""Countdown puzzles: sample solvable ones, or count the solutions of given ones.
+
+A puzzle is a multiset of numbers and a target. Sampling is uniform over the
+solvable puzzles of the ranges, without replacement: number sets come in a random
+order, all their reachable targets are found exactly, and each is kept with one
+probability that is the same for every set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.countdown.trees import (
+    Array,
+    Solutions,
+    check_exact,
+    enumerate_expressions,
+    expression,
+    permitted_trees,
+    solutions,
+)
+from hpo_verl.errors import ConfigError, DataError
+
+__all__ = [
+    "SETS_AT_ONCE",
+    "Puzzle",
+    "Ranges",
+    "count_solutions",
+    "enumerate_expressions",
+    "sample_puzzles",
+]
+
+# Most puzzles wanted from one set of numbers, by count of numbers: more of them
+# share the work of solving the set, fewer make for more different sets.
+_PER_SET = {2: 1.0, 3: 1.0, 4: 1.0, 5: 4.0, 6: 16.0}
+# Sets that are always worth solving for the sake of variety.
+_VARIETY = 1000
+# How many sets to solve between two reports of progress, by count of numbers.
+SETS_AT_ONCE = {2: 4096, 3: 4096, 4: 2048, 5: 64, 6: 4}
+# Below this count the order of all number sets is one permutation in memory.
+_PERMUTED = 20_000_000
+_HOPELESS = 20_000
+
+
+class Puzzle(NamedTuple):
+    """A solvable puzzle.
+
+    `difficulty` is the number of solutions: expression trees, as
+    `countdown_trees` counts them. `solution` is one of them, drawn uniformly.
+    """
+
+    numbers: tuple[int, ...]
+    target: int
+    difficulty: int
+    solution: str
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Which puzzles exist: how many numbers, the inclusive ranges, and the operators.
+
+    A puzzle belongs to them if an expression with no other operator solves it;
+    a policy may use all four all the same.
+
+    Raises:
+        ConfigError: A range is empty or below 1, `numbers` is not 2 to 6, or
+            `operators` is not one or more of + - * /.
+        DataError: Values over such numbers could not be computed exactly.
+    """
+
+    numbers: int
+    min_number: int = 1
+    max_number: int = 99
+    min_target: int = 10
+    max_target: int = 100
+    operators: str = "+-*/"
+
+    def __post_init__(self) -> None:
+        if self.numbers not in _PER_SET:
+            raise ConfigError(f"numbers is {self.numbers}; permitted: 2 to 6")
+        for what, low, high in (
+            ("number", self.min_number, self.max_number),
+            ("target", self.min_target, self.max_target),
+        ):
+            if not 1 <= low <= high:
+                raise ConfigError(
+                    f"min_{what} is {low} and max_{what} is {high}; "
+                    f"permitted: 1 <= min_{what} <= max_{what}"
+                )
+        if not self.operators or not set(self.operators) <= set("+-*/"):
+            raise ConfigError(f"operators is {self.operators!r}; permitted: one or more of + - * /")
+        check_exact(self.numbers, self.max_number)
+
+    @property
+    def number_sets(self) -> int:
+        """How many multisets of numbers there are."""
+        return comb(self.max_number - self.min_number + self.numbers, self.numbers)
+
+
+def sample_puzzles(
+    count: int,
+    ranges: Ranges,
+    seed: int,
+    progress: Callable[[int], None] = lambda found: None,
+) -> list[Puzzle]:
+    """Sample `count` different solvable puzzles, in random order.
+
+    No two agree in target and in numbers up to their order; the order in which a
+    puzzle lists its numbers is random. The same arguments give the same puzzles.
+
+    Args:
+        count: How many.
+        ranges: Count of numbers and the permitted ranges.
+        seed: Any integer >= 0.
+        progress: Called with the number of puzzles found so far.
+
+    Raises:
+        DataError: The ranges hold fewer solvable puzzles than asked for; the
+            message says how many.
+    """
+    rate = _keep_probability(count, ranges, seed)
+    found = _sample(count, ranges, seed, rate, progress)
+    if len(found) < count and rate < 1:
+        found = _sample(count, ranges, seed, 1.0, progress)
+    if len(found) < count:
+        raise DataError(
+            f"{count} puzzles wanted, but only {len(found)} solvable ones of {ranges.numbers} "
+            f"numbers from {ranges.min_number} to {ranges.max_number} with targets from "
+            f"{ranges.min_target} to {ranges.max_target} and the operators {ranges.operators} "
+            "exist; ask for fewer or widen the ranges"
+        )
+    order = np.random.default_rng((seed, 2)).permutation(len(found))[:count]
+    return [found[i] for i in order]
+
+
+def count_solutions(
+    number_sets: Sequence[Sequence[int]], targets: Sequence[int]
+) -> list[tuple[int, str]]:
+    """Return, for each puzzle, its number of solutions and the first of them.
+
+    Args:
+        number_sets: Lists of 2 to 6 integers >= 1, all of one length.
+        targets: One target >= 1 for each.
+
+    Returns:
+        (0, "") for a puzzle without a solution.
+    """
+    sets = np.asarray(number_sets, dtype=np.int64)
+    wanted = np.asarray(targets, dtype=np.int64)
+    hits = solutions(sets, int(wanted.min()), int(wanted.max()))
+    right = hits.target == wanted[hits.row]
+    rows, trees = hits.row[right], hits.tree[right]
+    result = [(0, "")] * len(sets)
+    unique, first, counts = np.unique(rows, return_index=True, return_counts=True)
+    for row, index, total in zip(unique.tolist(), first.tolist(), counts.tolist(), strict=True):
+        result[row] = (total, expression(tuple(sets[row].tolist()), int(trees[index])))
+    return result
+
+
+def _keep_probability(count: int, ranges: Ranges, seed: int) -> float:
+    """Choose the share of reachable targets to keep, from a few number sets."""
+    probe = next(_number_sets(ranges, seed))[: SETS_AT_ONCE[ranges.numbers] // 4 + 1]
+    hits = _hits(probe, ranges)
+    width = ranges.max_target + 1
+    reachable = len(np.unique(hits.row * width + hits.target)) / len(probe)
+    if reachable == 0:
+        return 1.0
+    # Half as much again as needed on average, so that a shortfall is rare.
+    enough = 1.5 * count / (ranges.number_sets * reachable)
+    per_set = min(_PER_SET[ranges.numbers], max(1.0, count / _VARIETY))
+    return min(1.0, max(per_set / reachable, enough))
+
+
+def _sample(
+    count: int, ranges: Ranges, seed: int, rate: float, progress: Callable[[int], None]
+) -> list[Puzzle]:
+    rng = np.random.default_rng((seed, 1))
+    found: list[Puzzle] = []
+    visited = 0
+    for sets in _number_sets(ranges, seed):
+        found += _keep(sets, ranges, rate, rng)
+        visited += len(sets)
+        progress(min(len(found), count))
+        if len(found) >= count or (not found and visited >= _HOPELESS):
+            break
+    return found
+
+
+def _hits(sets: Array, ranges: Ranges) -> Solutions:
+    """Return what solves puzzles of the ranges with their operators."""
+    hits = solutions(sets, ranges.min_target, ranges.max_target)
+    if set(ranges.operators) == set("+-*/"):
+        return hits
+    permitted = permitted_trees(ranges.numbers, ranges.operators)[hits.tree]
+    return Solutions(*(part[permitted] for part in hits))
+
+
+def _keep(sets: Array, ranges: Ranges, rate: float, rng: np.random.Generator) -> list[Puzzle]:
+    """Return the puzzles kept from some number sets."""
+    hits = _hits(sets, ranges)
+    width = ranges.max_target + 1
+    key = hits.row * width + hits.target
+    counts = np.bincount(key, minlength=len(sets) * width)
+    kept = (counts > 0) & (rng.random(len(counts)) < rate)
+    candidates = np.flatnonzero(kept[key])
+    candidates = candidates[rng.permutation(len(candidates))]
+    # The first of each key after shuffling: a uniform draw among its solutions.
+    keys, first = np.unique(key[candidates], return_index=True)
+    shown = rng.permuted(sets[keys // width], axis=1)
+    return [
+        Puzzle(tuple(order), target, difficulty, expression(tuple(numbers), tree))
+        for order, target, difficulty, numbers, tree in zip(
+            shown.tolist(),
+            (keys % width).tolist(),
+            counts[keys].tolist(),
+            sets[keys // width].tolist(),
+            hits.tree[candidates[first]].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _number_sets(ranges: Ranges, seed: int) -> Iterator[Array]:
+    """Yield every multiset of numbers once, in random order, as arrays (sets, numbers)."""
+    rng = np.random.default_rng((seed, 0))
+    total, chunk = ranges.number_sets, SETS_AT_ONCE[ranges.numbers]
+    if total <= _PERMUTED:
+        order = rng.permutation(np.arange(total, dtype=np.int32))
+        for start in range(0, total, chunk):
+            yield _unrank(order[start : start + chunk].astype(np.int64), ranges)
+        return
+    seen: set[int] = set()
+    while len(seen) < total:
+        drawn = dict.fromkeys(rng.integers(total, size=chunk).tolist())
+        fresh = [rank for rank in drawn if rank not in seen]
+        seen.update(fresh)
+        yield _unrank(np.array(fresh, dtype=np.int64), ranges)
+
+
+def _unrank(ranks: Array, ranges: Ranges) -> Array:
+    """Turn ranks into multisets: the combinatorial number system, then minus 0, 1, 2, ..."""
+    span = ranges.max_number - ranges.min_number + ranges.numbers
+    columns = []
+    for place in range(ranges.numbers, 0, -1):
+        table = np.array([comb(i, place) for i in range(span + 1)], dtype=np.int64)
+        chosen = np.searchsorted(table, ranks, side="right") - 1
+        ranks = ranks - table[chosen]
+        columns.append(chosen - (place - 1) + ranges.min_number)
+    return np.stack(columns[::-1], axis=1)

@@ -1,0 +1,1 @@
+"""Policies to train: the tiny one, and those of the hub."""

@@ -1,0 +1,182 @@
+"""The tiny policy's network and its supervised warm start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from data_prep.policies.demos import IGNORED, Demonstrations
+from data_prep.policies.tokenizer import END_OF_TEXT, MAX_VALUE, TURN_END, step_part
+
+_PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50, 100)
+_NUMBER_SCALE = 0.1
+_MUON_LR = 0.01
+_ADAM_LR = 2e-3
+_WEIGHT_DECAY = 0.01
+_RAMP_STEPS = 30
+_DECAY_FROM = 0.2
+_FINAL_LR = 0.03
+_WEIGHT_OF_WEIGHTY = 2.0
+# The loss is divided by this many tokens a response, about the mean, so that a
+# batch of short responses weighs no more than one of long ones.
+_RESPONSE_TOKENS = 15.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the warm start trains, and on which mixture.
+
+    Attributes:
+        skill_steps: Batches of mostly worked demonstrations: the skill.
+        habit_steps: Batches of mostly unworked ones: the habit of using it seldom.
+        batch_size: Demonstrations in a batch.
+        skill_direct_share: Share of unworked demonstrations in the first part.
+        habit_direct_share: The same in the second, which sets the policy's success.
+    """
+
+    skill_steps: int = 1200
+    habit_steps: int = 150
+    batch_size: int = 16
+    skill_direct_share: float = 0.17
+    habit_direct_share: float = 0.88
+
+    @property
+    def steps(self) -> int:
+        """All batches."""
+        return self.skill_steps + self.habit_steps
+
+
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """Return an untrained Qwen2 of about 0.15 million float32 parameters."""
+    vocabulary = tokenizer.get_vocab()
+    ends, pads = vocabulary[TURN_END], vocabulary[END_OF_TEXT]
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=ends,
+        pad_token_id=pads,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        eos_token_id=ends,
+        pad_token_id=pads,
+    )
+    with torch.no_grad():
+        for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+            _compose_numbers(weight, tokenizer)
+    return model
+
+
+def warm_start(
+    model: Qwen2ForCausalLM,
+    demonstrations: Demonstrations,
+    schedule: Schedule,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Train the model on demonstrations, in place.
+
+    Matrices inside the layers are updated by Muon (orthogonalised momentum), the
+    rest by AdamW: at this size that needs half the steps of AdamW alone.
+
+    Args:
+        model: Trained in place, then put into evaluation mode.
+        demonstrations: Where the batches come from.
+        schedule: How many of which.
+        progress: Told the number of batches done.
+    """
+    inner = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    chosen = {id(weight) for weight in inner}
+    rest = [weight for weight in model.parameters() if id(weight) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(inner, lr=_MUON_LR, weight_decay=_WEIGHT_DECAY),
+        torch.optim.AdamW(rest, lr=_ADAM_LR, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY),
+    ]
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(schedule.steps))
+        for optimizer in optimizers
+    ]
+    model.train()
+    done = 0
+    for steps, direct_share in (
+        (schedule.skill_steps, schedule.skill_direct_share),
+        (schedule.habit_steps, schedule.habit_direct_share),
+    ):
+        for inputs, labels in demonstrations.batches(steps, schedule.batch_size, direct_share):
+            model.zero_grad()
+            _loss(model, inputs, labels, demonstrations).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+            done += 1
+            progress(done)
+    model.eval()
+
+
+def _loss(
+    model: Qwen2ForCausalLM,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    demonstrations: Demonstrations,
+) -> torch.Tensor:
+    """Return the weighted cross-entropy of a batch, in nats a response token."""
+    kept = inputs.shape[1] - demonstrations.prompt_tokens + 1
+    logits = model(input_ids=inputs, logits_to_keep=kept, use_cache=False).logits
+    labels = labels[:, -kept:]
+    entropy = functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )
+    weighty = torch.isin(labels, demonstrations.weighty_tokens)
+    weighted = torch.where(weighty, _WEIGHT_OF_WEIGHTY * entropy, entropy)
+    return weighted.sum() / (len(labels) * _RESPONSE_TOKENS)
+
+
+def _rate(steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rates: a ramp, a plateau, a straight line down."""
+
+    def factor(step: int) -> float:
+        left = min(1.0, (1 - step / steps) / (1 - _DECAY_FROM))
+        return min(1.0, (step + 1) / _RAMP_STEPS) * (_FINAL_LR + (1 - _FINAL_LR) * left)
+
+    return factor
+
+
+def _compose_numbers(weight: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:
+    """Start each token of a step as the sum of its mark and its number.
+
+    Numbers lie on circles of several periods, so that sums are rotations and
+    nothing about counting need be learnt token by token.
+    """
+    initial = weight.clone()
+    numbers = _NUMBER_SCALE * _number_features()
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if part := step_part(token):
+            mark, number = part
+            vector = initial[i] / 2
+            if mark:
+                vector = vector + initial[tokenizer.convert_tokens_to_ids(mark)]
+            vector[: numbers.shape[1]] += numbers[number]
+            weight[i] = vector
+
+
+def _number_features() -> torch.Tensor:
+    """Return features of the numbers 0 to MAX_VALUE, one row each."""
+    number = torch.arange(MAX_VALUE + 1, dtype=torch.float32)
+    angles = [2 * math.pi * number / period for period in _PERIODS]
+    circles = [wave for angle in angles for wave in (angle.cos(), angle.sin())]
+    return torch.stack([*circles, number / 50 - 1, number.log1p() / 2 - 1], dim=1)

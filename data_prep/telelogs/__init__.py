@@ -1,0 +1,1 @@
+"""TeleLogs, and its synthetic twin."""

@@ -1,0 +1,90 @@
+"""Checks a configuration in the driver, before stock verl starts Ray.
+
+As a Hydra callback (`hydra.callbacks` in the recipes) the checks of `hpo-verl train`
+run under stock `python -m verl.trainer.main_ppo`; under `hpo-verl train` they have run
+already. The callback also gives the run its folder, and fits what a recipe says of Ray
+to the cluster that the run joins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hpo_verl.checks.checklist import run_checks
+from hpo_verl.checks.composition import checked_composition
+from hpo_verl.checks.finding import demand
+from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.versions import check_base
+from hpo_verl.errors import HpoVerlError
+from hpo_verl.launch import cluster
+from hpo_verl.launch.process import MARKER
+from hpo_verl.launch.recipes import without_hydra
+from hpo_verl.launch.resume import begin
+
+EXIT_BAD_INPUT, EXIT_DEFECT = 2, 1
+
+
+def check(config: DictConfig) -> None:
+    """Make every check that `hpo-verl train` makes, and print the warnings.
+
+    Args:
+        config: the composed configuration, Hydra's own part included.
+
+    Raises:
+        CheckFailedError: the first error, as the doctor says it.
+    """
+    resolved, found = checked_composition(config)
+    demand([*check_base(), *found])
+    subject = Subject(
+        str(OmegaConf.select(config, "hydra.job.config_name")),
+        tuple(OmegaConf.select(config, "hydra.overrides.task") or ()),
+        resolved,
+        Path(config.hydra.run.dir),
+        cluster.joined_address(config),
+    )
+    for line in demand([*found, *run_checks(subject)]):
+        print(line, file=sys.stderr)
+
+
+class Preflight(Callback):
+    """Checks the configuration and places the run's files in Hydra's output folder."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check, then point verl's loggers and checkpoints into the run folder."""
+        launched = MARKER in os.environ
+        try:
+            cluster.join(config)
+            if not launched:
+                check(config)
+            folder = Path(config.hydra.run.dir).absolute()
+            with open_dict(config):
+                if not config.trainer.default_local_dir:
+                    config.trainer.default_local_dir = str(folder / "checkpoints")
+            if not launched:
+                # Under `hpo-verl train` the run is recorded already.
+                folder.mkdir(parents=True, exist_ok=True)
+                plain = without_hydra(config)
+                if begin(plain, folder, sys.argv, resume=False, announce=print):
+                    with open_dict(config):
+                        config.trainer.update(
+                            resume_mode=plain.trainer.resume_mode,
+                            resume_from_path=plain.trainer.resume_from_path,
+                        )
+        except HpoVerlError as error:
+            print(f"error: {error}", file=sys.stderr)
+            # Hydra turns a callback's exceptions into warnings; this is none.
+            raise SystemExit(EXIT_BAD_INPUT) from error
+        except Exception as error:
+            # A defect of ours, after which nothing would have been checked.
+            traceback.print_exc()
+            raise SystemExit(EXIT_DEFECT) from error
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / "metrics.jsonl"))
+        os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
+        cluster.forward_environment(config)

@@ -1,0 +1,177 @@
+"""Asks Ray's workers about themselves; a process of its own, so that it can be ended.
+
+    python -m hpo_verl.checks.probe --address local --temp-dir DIR
+
+prints one line: a mark and JSON. `local` starts a Ray of its own on loopback;
+any other address joins a cluster, or, for `http://`, sends itself there as a job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpo_verl.checks.address import AUTO
+from hpo_verl.checks.finding import first_line
+from hpo_verl.checks.machine import Node
+from hpo_verl.checks.plugin import plugin_state
+from hpo_verl.errors import EnvironmentCheckError
+from hpo_verl.installed import package_versions
+from hpo_verl.launch.submit import job_environment, staged_code
+
+MARK = "hpo_verl.checks.probe: "
+LOCAL = "local"
+ANSWER_SECONDS = 120.0
+POLL_SECONDS = 0.5
+
+
+def process_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, in this process."""
+    return {"python": platform.python_version(), **package_versions()}
+
+
+def node_state(paths: Sequence[str]) -> dict[str, Any]:
+    """What a worker process knows of its machine and its environment.
+
+    Args:
+        paths: files and folders that a run reads.
+
+    Returns:
+        Plain values: `host`, `plugin` (see `plugin_state`), `node` (see `Node`; null where it
+        cannot be told), `versions`, and `missing`, those of the paths that are not there.
+    """
+    try:
+        node = Node.here().plain()
+    except EnvironmentCheckError:
+        node = None
+    return {
+        "host": socket.gethostname(),
+        "plugin": plugin_state(),
+        "node": node,
+        "versions": process_versions(),
+        "missing": [path for path in paths if not Path(path).expanduser().exists()],
+    }
+
+
+def ask_nodes(address: str, temporary: str | None, paths: Sequence[str]) -> dict[str, Any]:
+    """Run `node_state` in one worker of every node.
+
+    Args:
+        address: of the cluster; `local` starts a Ray of one node.
+        temporary: where the local Ray puts its files.
+        paths: see `node_state`.
+
+    Returns:
+        `nodes`: node's address -> its state with Ray's `resources`, or with a `failure`.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options: dict[str, Any] = {"log_to_driver": False}
+    if address == LOCAL:
+        options |= {
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": temporary,
+        }
+    ray.init(address=address, **options)
+    try:
+        # No CPU is asked for, so that a busy cluster answers too.
+        task = ray.remote(num_cpus=0, max_retries=0)(node_state)
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        asked = {
+            task.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(key, soft=False)
+            ).remote(list(paths)): node
+            for key, node in alive.items()
+        }
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+        nodes = {}
+        for reference, node in asked.items():
+            state: dict[str, Any] = {
+                "failure": f"no answer from a worker within {ANSWER_SECONDS:.0f} s"
+            }
+            if reference in ready:
+                try:
+                    state = ray.get(reference)
+                except Exception as error:
+                    state = {"failure": _cause(error)}
+            nodes[node["NodeManagerAddress"]] = {**state, "resources": node["Resources"]}
+        return {"nodes": nodes}
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: BaseException) -> str:
+    """What a worker raised: the last line, without the way there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__
+
+
+def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
+    """Send this module as a job to a cluster's dashboard, and return what it prints there."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    client = JobSubmissionClient(address)
+    command = ["python3", "-m", "hpo_verl.checks.probe", "--address", AUTO]
+    command += [part for path in paths for part in ("--path", path)]
+    with staged_code() as code:
+        job = client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={"working_dir": str(code), "env_vars": job_environment()},
+        )
+    try:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not client.get_job_status(job).is_terminal():
+            if time.monotonic() > deadline:
+                return {"failure": f"the job {job} has not ended within {ANSWER_SECONDS:.0f} s"}
+            time.sleep(POLL_SECONDS)
+        log = client.get_job_logs(job)
+        answer = find_answer(log)
+        if answer is None or client.get_job_status(job) != JobStatus.SUCCEEDED:
+            return answer or {"failure": f"the job {job} failed: {_cause(RuntimeError(log))}"}
+        return answer
+    finally:
+        if not client.get_job_status(job).is_terminal():
+            client.stop_job(job)
+
+
+def find_answer(text: str) -> dict[str, Any] | None:
+    """The JSON behind the mark in a log; None without it."""
+    for line in reversed(text.splitlines()):
+        _, mark, answer = line.partition(MARK)
+        if mark:
+            return json.loads(answer)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the probe and print its answer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--temp-dir")
+    parser.add_argument("--path", action="append", default=[])
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.address.startswith("http"):
+            answer = ask_by_job(arguments.address, arguments.path)
+        else:
+            answer = ask_nodes(arguments.address, arguments.temp_dir, arguments.path)
+    except Exception as error:
+        answer = {"failure": f"{type(error).__name__}: {first_line(error)}"}
+    print(f"{MARK}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    sys.exit(main())

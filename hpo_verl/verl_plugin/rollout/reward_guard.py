@@ -1,0 +1,161 @@
+"""A reward manager that survives broken rewards: they count as 0, and as errors.
+
+Selected by verl's own setting `reward.reward_manager.name=guarded`; it scores as
+verl's `naive` does. An error is a reward that raises, returns no finite number
+(nor a dict with one under `score`), does not return within `reward.guard.time_limit`
+seconds, or ends its process. Which responses these were travels with them as
+`reward_error` (0 or 1) and `reward_error_text`; see `reward_errors` for the
+threshold above which a run ends.
+
+A plain function runs in a process of its own (`guarded_function`); what is to be
+scored at the same time is sent there together. A coroutine function runs here,
+where a time limit can end it only while it awaits something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from verl import DataProto
+from verl.experimental.reward_loop.reward_manager import NaiveRewardManager, register
+
+from hpo_verl.errors import ConfigError
+from hpo_verl.rewards.guarded_function import (
+    VERLS_FUNCTION,
+    Answer,
+    GuardedFunction,
+    RewardGuardSettings,
+    guard_section,
+)
+from hpo_verl.rewards.scoring_process import checked_result, describe
+from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
+
+NAME = "guarded"
+
+
+def is_guarded(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration selects this reward manager."""
+    return config["reward"]["reward_manager"]["name"] == NAME
+
+
+def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
+    """Read and check what concerns this reward manager.
+
+    Args:
+        config: verl's whole configuration.
+
+    Raises:
+        ConfigError: names the setting, its value and what is permitted.
+    """
+    reward = config["reward"]
+    settings = guard_section(reward.get("guard"))
+    model = reward["reward_model"]
+    if is_guarded(config) and model["enable"] and not model["enable_resource_pool"]:
+        raise ConfigError(
+            "reward.reward_manager.name = 'guarded': with reward.reward_model.enable it needs "
+            "reward.reward_model.enable_resource_pool = True; else use naive"
+        )
+    if is_guarded(config) and reward["sandbox_fusion"]["url"]:
+        raise ConfigError(
+            "reward.reward_manager.name = 'guarded': reward.sandbox_fusion is for the rewards that "
+            "verl brings; use naive"
+        )
+    return settings
+
+
+@register(NAME)
+class GuardedRewardManager(NaiveRewardManager):
+    """verl's `naive` reward manager with bounded time and no exceptions."""
+
+    # Set by the parent, which verl's decorator hides from a type checker.
+    tokenizer: Any
+    compute_score: Any
+    is_async_reward_score: bool
+    reward_router_address: str | None
+    reward_model_tokenizer: Any
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **kwargs: Any) -> None:
+        super().__init__(config, tokenizer, compute_score, **kwargs)
+        self.settings = guard_settings(config)
+        custom = config.reward.custom_reward_function
+        self._reward_kwargs = dict(custom.get("reward_kwargs") or {})
+        self._blank: dict[str, Any] = {"acc": 0.0}
+        self._batches: Coalescer[DataProto, dict[str, Any]] = Coalescer(self._score_batch, pause=0)
+        self._function: GuardedFunction | None = None
+        if not self.is_async_reward_score:
+            path, name = (custom.path, custom.name) if custom.path else VERLS_FUNCTION
+            self._function = GuardedFunction(
+                path, name, self.settings.time_limit, self.settings.max_error_fraction
+            )
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
+
+    async def run_single(self, data: DataProto) -> dict[str, Any]:
+        """Score the last sequence of one response, as verl's `naive` does."""
+        last: Any = data[-1:]
+        return await self._batches.submit(last)
+
+    async def _score_batch(self, rows: list[DataProto]) -> list[dict[str, Any]]:
+        if self._function is None:
+            calls = [self._arguments(row) for row in rows]
+            answers = await asyncio.gather(*(self._await_score(call) for call in calls))
+        else:
+            answers = await self.loop.run_in_executor(
+                self._thread, self._score_in_process, self._function, rows
+            )
+        return self._outputs(answers)
+
+    def _score_in_process(
+        self, function: GuardedFunction, rows: Sequence[DataProto]
+    ) -> list[Answer]:
+        return function.score([self._arguments(row) for row in rows])
+
+    async def _await_score(self, arguments: dict[str, Any]) -> Answer:
+        try:
+            value = await asyncio.wait_for(
+                self.compute_score(**arguments), self.settings.time_limit
+            )
+            return checked_result(value), ""
+        except asyncio.TimeoutError:
+            return {}, f"the reward did not return within {self.settings.time_limit:g} s"
+        except Exception as error:
+            return {}, describe(error)
+
+    def _arguments(self, data: DataProto) -> dict[str, Any]:
+        """Keyword arguments of verl's reward functions for one response."""
+        row = data[0]
+        response = row.batch["responses"]
+        length = row.batch["attention_mask"][-response.shape[-1] :].sum()
+        columns = row.non_tensor_batch
+        arguments = {
+            "data_source": columns["data_source"],
+            "solution_str": self.tokenizer.decode(response[:length], skip_special_tokens=True),
+            "ground_truth": columns["reward_model"]["ground_truth"],
+            "extra_info": {
+                **columns.get("extra_info", {}),
+                **(columns.get("tool_extra_fields") or {}),
+                "num_turns": columns.get("__num_turns__"),
+                "rollout_reward_scores": columns.get("reward_scores", {}),
+            },
+        }
+        if self.reward_router_address is not None:
+            arguments["reward_router_address"] = self.reward_router_address
+            arguments["reward_model_tokenizer"] = self.reward_model_tokenizer
+        # verl's wrapper around a coroutine function adds these itself.
+        return arguments if self.is_async_reward_score else {**arguments, **self._reward_kwargs}
+
+    def _outputs(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        """What verl's reward workers return; the keys are those of a reward that worked."""
+        for result, problem in answers:
+            if not problem:
+                self._blank = {k: "" if isinstance(v, str) else 0.0 for k, v in result.items()}
+                break
+        outputs = []
+        for result, problem in answers:
+            info = self._blank | result
+            info |= {"reward_error": float(bool(problem)), "reward_error_text": problem}
+            score = result.get("score", result.get("acc", 0.0))
+            outputs.append({"reward_score": score, "reward_extra_info": info})
+        return outputs

@@ -1,0 +1,273 @@
+"""An agent-loop worker that asks for, scores and stores responses in bulk.
+
+verl's worker sends every request to a rollout server, every response to a reward
+worker and from there to TransferQueue, in messages of their own. For short
+responses that costs several times what generating them does. Here what is ready
+at the same time travels together; what is computed stays the same. Selected by
+verl's own setting `actor_rollout_ref.rollout.agent.agent_loop_manager_class`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import hydra
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from torch.nn.utils.rnn import pad_sequence
+from verl.experimental.agent_loop.agent_loop import (
+    AgentLoopOutput,
+    DictConfigWrap,
+    ToolListWrap,
+    _agent_loop_registry,
+)
+from verl.protocol import DataProto
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import TokenOutput
+
+from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
+
+SINGLE_TURN = "seeded_single_turn_agent"
+# Of the data set's columns, those that verl's trainer reads after the reward; the
+# others would be copied to every worker at every pass.
+COLUMNS_READ_LATER = ("uid", "data_source", "reward_model")
+
+
+class CoalescingClient(LLMServerClient):
+    """verl's client, with the requests that arrive together in one message a server.
+
+    Args:
+        client: verl's client, whose load balancer is used.
+        servers: among how many servers to share the requests.
+    """
+
+    def __init__(self, client: LLMServerClient, servers: int) -> None:
+        super().__init__(client.config, client._load_balancer)
+        self._servers = servers
+        self._requests: Coalescer[dict[str, Any], TokenOutput] = Coalescer(self._generate_together)
+
+    async def generate(
+        self,
+        request_id: str,
+        *,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        image_data: Any = None,
+        video_data: Any = None,
+        audio_data: Any = None,
+        **kwargs: Any,
+    ) -> TokenOutput:
+        """Continue one prompt, together with the requests made at the same time."""
+        if image_data or video_data or audio_data:
+            raise ConfigError("rollout hf: images, videos and audio are not supported")
+        return await self._requests.submit(
+            {
+                "request_id": request_id,
+                "prompt_ids": prompt_ids,
+                "sampling_params": sampling_params,
+            }
+        )
+
+    async def _generate_together(
+        self, requests: list[dict[str, Any]]
+    ) -> list[TokenOutput | BaseException]:
+        share = -(-len(requests) // self._servers)
+        parts = [requests[start : start + share] for start in range(0, len(requests), share)]
+        answers = await asyncio.gather(*(self._generate_on_one_server(part) for part in parts))
+        return [answer for part in answers for answer in part]
+
+    async def _generate_on_one_server(
+        self, requests: list[dict[str, Any]]
+    ) -> Sequence[TokenOutput | BaseException]:
+        request_id = requests[0]["request_id"]
+        server_id, server = await self._acquire_server(request_id)
+        try:
+            outputs = await server.generate_batch.remote(requests)
+        finally:
+            self._release_server(server_id, request_id=request_id)
+        for output in outputs:
+            if isinstance(output, TokenOutput):
+                steps = output.extra_fields.get("global_steps")
+                output.extra_fields |= {"min_global_steps": steps, "max_global_steps": steps}
+        return outputs
+
+
+def reward_batch(items: Sequence[tuple[AgentLoopOutput, dict[str, Any]]]) -> DataProto:
+    """What verl's reward workers read, for many responses at once.
+
+    Args:
+        items: response and data-set fields of each row.
+
+    Returns:
+        `prompts`, `responses`, `attention_mask` padded on the right with 0, and
+        the data-set fields as object arrays.
+    """
+    prompts = [torch.tensor(output.prompt_ids) for output, _ in items]
+    responses = [torch.tensor(output.response_ids) for output, _ in items]
+    prompt_mask = pad_sequence([torch.ones_like(row) for row in prompts], batch_first=True)
+    response_mask = pad_sequence([torch.ones_like(row) for row in responses], batch_first=True)
+    columns: dict[str, list[Any]] = {
+        **{key: [kwargs[key] for _, kwargs in items] for key in items[0][1]},
+        "__num_turns__": [output.num_turns for output, _ in items],
+        "tool_extra_fields": [output.extra_fields for output, _ in items],
+    }
+    return DataProto(
+        batch=TensorDict(
+            {
+                "prompts": pad_sequence(prompts, batch_first=True),
+                "responses": pad_sequence(responses, batch_first=True),
+                "attention_mask": torch.cat([prompt_mask, response_mask], dim=1),
+            },
+            batch_size=len(items),
+        ),
+        non_tensor_batch={key: _object_array(values) for key, values in columns.items()},
+    )
+
+
+def _object_array(values: Sequence[Any]) -> np.ndarray:
+    # np.array() would turn equally long lists into a matrix.
+    array = np.empty(len(values), dtype=object)
+    for position, value in enumerate(values):
+        array[position] = value
+    return array
+
+
+# Ray wraps verl's class; the plain one is what can be subclassed.
+_verl_actor: Any = AgentLoopWorkerTQ
+_VerlWorker: Any = _verl_actor.__ray_metadata__.modified_class
+
+
+class CoalescingAgentLoopWorker(_VerlWorker):
+    """verl's agent-loop worker with bulk scoring and bulk storage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scores: Coalescer[tuple[AgentLoopOutput, dict[str, Any]], dict[str, Any]] = Coalescer(
+            self._score_together
+        )
+        self._stores = {
+            partition_id: Coalescer(self._store_into(partition_id))
+            for partition_id in ("train", "val")
+        }
+        self._single_turn_loop: Any = None
+        if self.rollout_config.name == "hf":
+            trainer = self.config.trainer
+            self.llm_client = CoalescingClient(
+                self.llm_client, servers=trainer.n_gpus_per_node * trainer.nnodes
+            )
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if agent_name != SINGLE_TURN or trace:
+            return await super()._run_agent_loop(
+                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+            )
+        if self._single_turn_loop is None:
+            # verl makes one a response; this loop keeps no state between responses.
+            self._single_turn_loop = hydra.utils.instantiate(
+                _agent_loop_registry[agent_name],
+                trainer_config=DictConfigWrap(config=self.config),
+                server_manager=self.llm_client,
+                tokenizer=self.tokenizer,
+                processor=self.processor,
+                hf_model_type=self.hf_model_type,
+                dataset_cls=self.dataset_cls,
+                data_config=DictConfigWrap(self.config.data),
+                tools=ToolListWrap(self.tools),
+            )
+        output = await self._single_turn_loop.run(sampling_params, **kwargs)
+        return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
+
+    async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
+        final = outputs[-1]
+        if final.reward_score is not None or self.reward_loop_worker_handles is None:
+            return
+        result = await self._scores.submit((final, kwargs))
+        final.reward_score = result["reward_score"]
+        final.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+
+    async def _score_together(
+        self, items: list[tuple[AgentLoopOutput, dict[str, Any]]]
+    ) -> list[dict[str, Any] | BaseException]:
+        workers = self.reward_loop_worker_handles
+        share = -(-len(items) // len(workers))
+        parts = [items[start : start + share] for start in range(0, len(items), share)]
+        answers = await asyncio.gather(
+            *(self._score_with(worker, part) for worker, part in zip(workers, parts, strict=False))
+        )
+        return [answer for part in answers for answer in part]
+
+    async def _score_with(
+        self, worker: Any, items: list[tuple[AgentLoopOutput, dict[str, Any]]]
+    ) -> Sequence[dict[str, Any] | BaseException]:
+        try:
+            return await worker.compute_score_batch.remote(reward_batch(items))
+        except Exception:
+            # One bad response must not cost the others their scores.
+            return await asyncio.gather(
+                *(worker.compute_score.remote(reward_batch([item])) for item in items),
+                return_exceptions=True,
+            )
+
+    async def _agent_loop_postprocess(
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> None:
+        plain = self.reward_loop_worker_handles is not None and self.processor is None
+        if isinstance(output, list) or not plain or self.distillation_enabled:
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
+            return
+        await self._compute_score([output], kwargs=kwargs)
+        field = output.as_dict()
+        field.pop("metrics", None)
+        field.update({name: kwargs[name] for name in COLUMNS_READ_LATER if name in kwargs})
+        input_ids = torch.cat([field["prompts"], field["responses"]])
+        field["loss_mask"] = field["response_mask"]
+        field["input_ids"] = input_ids
+        field["position_ids"] = torch.arange(len(input_ids))
+        tag = {
+            "status": "success",
+            "prompt_len": len(field["prompts"]),
+            "response_len": len(field["responses"]),
+            "seq_len": len(input_ids),
+            "global_steps": kwargs["global_steps"],
+            "min_global_steps": output.extra_fields.get("min_global_steps"),
+            "max_global_steps": output.extra_fields.get("max_global_steps"),
+        }
+        key = f"{kwargs['uid']}_{kwargs['session_id']}_0"
+        await self._stores["val" if validate else "train"].submit((key, field, tag))
+
+    def _store_into(self, partition_id: str) -> Callable[[list[Any]], Awaitable[list[None]]]:
+        async def store(items: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[None]:
+            keys, fields, tags = zip(*items, strict=True)
+            await tq.async_kv_batch_put(
+                keys=list(keys),
+                fields=list_of_dict_to_tensordict(list(fields)),
+                tags=list(tags),
+                partition_id=partition_id,
+            )
+            return [None] * len(items)
+
+        return store
+
+
+class CoalescingAgentLoopManager(AgentLoopManagerTQ):
+    """verl's agent-loop manager with `CoalescingAgentLoopWorker` as its workers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(CoalescingAgentLoopWorker)

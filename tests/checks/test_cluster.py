@@ -1,0 +1,241 @@
+"""What Ray's workers say; once with a real Ray on loopback, otherwise with faked answers."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+
+import pytest
+
+from hpo_verl.checks import cluster
+from hpo_verl.checks.cluster import ask, check_cluster, read_paths
+from hpo_verl.checks.model_size import KNOWN_MODELS
+from hpo_verl.checks.probe import MARK, find_answer, process_versions
+from hpo_verl.checks.subject import Subject
+from hpo_verl.launch.process import MARKER, end_processes, marked_processes
+
+PLUGIN = {
+    "installed": True,
+    "permitted": True,
+    "policy": "auto",
+    "loaded": True,
+    "absent": [],
+    "failure": "",
+}
+SIZE = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
+
+
+def state(**changes):
+    return {
+        "host": "worker",
+        "plugin": PLUGIN,
+        "node": {
+            "cards": [{"name": "H100", "total": 79.6, "used": 0.0}] * 8,
+            "cpus": 64,
+            "memory": 500.0,
+        },
+        "versions": {**process_versions(), "vllm": "0.24.0"},
+        "missing": [],
+        "resources": {"CPU": 64.0, "GPU": 8.0},
+        **changes,
+    }
+
+
+def only(findings, name):
+    (finding,) = [f for f in findings if f.name == name]
+    return finding
+
+
+@pytest.fixture
+def examine(subject, monkeypatch):
+    monkeypatch.setattr(Subject, "size", SIZE)
+
+    def run(answer, address="auto"):
+        monkeypatch.setattr(cluster, "ask", lambda examined: answer)
+        examined = subject(recipe="countdown4-7b", hardware="2x8gpu", address=address)
+        return check_cluster(examined)
+
+    return run
+
+
+def test_two_sound_nodes(examine):
+    findings = examine({"nodes": {"10.0.0.1": state(), "10.0.0.2": state()}})
+    assert {f.status for f in findings} == {"ok"}
+    assert [f.detail.split(":")[0] for f in findings if f.name == cluster.NAME] == [
+        "node 10.0.0.1",
+        "node 10.0.0.2",
+    ]
+    assert only(findings, "cpus").detail.endswith("= 58; there are 64 + 64")
+    assert only(findings, "files on the nodes").detail == "data and model are there on all 2"
+
+
+def test_no_answer(examine):
+    (finding,) = examine({"failure": "ConnectionError: no route"})
+    assert (finding.name, finding.status) == (cluster.NAME, "error")
+    assert finding.detail == "Ray at auto: ConnectionError: no route"
+
+
+def test_one_node_without_the_plugin_hides_nothing_of_the_other(examine):
+    absent = {**PLUGIN, "installed": False}
+    findings = examine({"nodes": {"10.0.0.1": state(), "10.0.0.2": state(plugin=absent)}})
+    assert [f.status for f in findings] == ["ok", "error"]
+    assert findings[1].detail.startswith("node 10.0.0.2: no entry point")
+
+
+def test_a_worker_that_cannot_import_the_package(examine):
+    failure = {"failure": "ModuleNotFoundError: No module named 'hpo_verl'", "resources": {}}
+    (finding,) = examine({"nodes": {"10.0.0.1": failure}})
+    assert finding.status == "error"
+    assert "node 10.0.0.1: ModuleNotFoundError" in finding.detail
+
+
+def test_files_that_one_node_does_not_see(examine):
+    nodes = {"10.0.0.1": state(), "10.0.0.2": state(missing=["/data/train.parquet"])}
+    finding = only(examine({"nodes": nodes}), "files on the nodes")
+    assert (finding.status, finding.detail) == (
+        "error",
+        "not there: 10.0.0.2: /data/train.parquet",
+    )
+
+
+def test_other_versions_on_a_node(examine):
+    nodes = {"10.0.0.1": state(), "b": state()}
+    nodes["10.0.0.1"]["versions"]["verl"] = "0.8.0"
+    finding = only(examine({"nodes": nodes}), "versions on the nodes")
+    assert finding.status == "warning"
+    assert finding.detail == f"10.0.0.1: verl 0.8.0, here {process_versions()['verl']}"
+
+
+def test_vllm_that_a_node_lacks(examine):
+    nodes = {"a": state(), "b": state(versions=process_versions())}
+    finding = only(examine({"nodes": nodes}), "versions on the nodes")
+    assert (finding.status, finding.detail) == ("error", "vllm is not installed on b")
+
+
+def test_cards_that_ray_was_told_to_keep_back(examine):
+    nodes = {"a": state(), "b": state(resources={"CPU": 8.0, "GPU": 4.0})}
+    findings = examine({"nodes": nodes})
+    assert "this cluster has 8 + 4" in only(findings, "cards").detail
+    assert only(findings, "cards").status == "error"
+    # A node that could not tell what it has counts as one without cards.
+    findings = examine({"nodes": {"a": state(), "b": state(node=None)}})
+    assert "this cluster has 8 + 0" in only(findings, "cards").detail
+
+
+def test_what_a_run_reads(subject, made):
+    assert read_paths(subject()) == [
+        str(made / "data" / "train.parquet"),
+        str(made / "data" / "val.parquet"),
+        str(made / "policy"),
+    ]
+
+
+def test_the_answer_is_found_among_other_lines():
+    assert find_answer(f'noise\n(pid=1) {MARK}{{"nodes": {{}}}}\nnoise') == {"nodes": {}}
+    assert find_answer("noise") is None
+
+
+def test_a_ray_of_ones_own_is_started_asked_and_gone(subject, monkeypatch):
+    markers = []
+    real = cluster.ChildProcess.__enter__
+    monkeypatch.setattr(
+        cluster.ChildProcess,
+        "__enter__",
+        lambda self: markers.append(self.marker) or real(self),
+    )
+    findings = check_cluster(subject())
+    assert [(f.name, f.status) for f in findings] == [(cluster.NAME, "ok")], findings
+    assert findings[0].detail.startswith("node 127.0.0.1: loaded by verl")
+    assert marked_processes(markers[0]) == []
+
+
+def test_a_ray_that_does_not_start_in_time(subject, monkeypatch):
+    monkeypatch.setattr(cluster, "PROBE_SECONDS", 0.0)
+    assert ask(subject())["failure"].startswith("no answer within 0 s")
+
+
+# Ray's switch for loopback also forbids `ray start`; only this process is told otherwise.
+HEAD = """
+from ray._private import ray_constants, services
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+ray_constants.ENABLE_RAY_CLUSTER = True
+from ray.scripts.scripts import main
+main()
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_port(process, port, log):
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def head(tmp_path, monkeypatch):
+    """A real head of a cluster on loopback: its port and its dashboard's."""
+    port, dashboard, marker = free_port(), free_port(), uuid.uuid4().hex
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A head asks for a token; the doctor's processes find it where Ray looks for it.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", 2 * uuid.uuid4().hex)
+    # Short, since Ray puts sockets below it.
+    folder = tempfile.mkdtemp(prefix="hpo-")
+    environment = {
+        **os.environ,
+        MARKER: marker,
+        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "VERL_PLATFORM": "cpu",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    log = tmp_path / "head.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", HEAD, "start", "--head", "--block", f"--port={port}"),
+                *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
+                *(f"--dashboard-port={dashboard}", "--num-cpus=4", f"--temp-dir={folder}"),
+                "--object-store-memory=100000000",
+            ],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for_port(process, port, log)
+        wait_for_port(process, dashboard, log)
+        yield port, dashboard
+    finally:
+        end_processes(lambda: marked_processes(marker))
+        process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_real_cluster_is_asked_through_its_head_and_by_a_job(subject, made, head):
+    port, dashboard = head
+    for address in (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"):
+        run = subject({"data.val_files": "/nowhere/val.parquet"}, address=address)
+        answer = ask(run)
+        assert "nodes" in answer, (address, answer)
+        (state,) = answer["nodes"].values()
+        assert state["plugin"] == PLUGIN, (address, answer)
+        assert state["missing"] == ["/nowhere/val.parquet"]
+        assert state["resources"]["CPU"] == 4
+        assert state["versions"]["verl"] == process_versions()["verl"]
+        assert state["node"]["memory"] > 0
