@@ -219,7 +219,7 @@ def list_() -> None:
       hpo-verl list
     """
     from hpo_verl.algorithms.catalog import ALGORITHMS
-    from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
+    from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
 
     print(f"recipes: {', '.join(recipe_names())}")
     print("algorithms:")
@@ -286,9 +286,9 @@ def doctor(
       hpo-verl doctor --quick
     """
     from hpo_verl.checks import report
-    from hpo_verl.checks.examine import examine, examine_installation, has_error
+    from hpo_verl.config.recipes import recipe_names
     from hpo_verl.errors import ConfigError
-    from hpo_verl.launch.recipes import recipe_names
+    from hpo_verl.launch.doctor import examine, examine_installation, has_error
     from hpo_verl.runs.quiet import stdout_reserved
 
     arguments = overrides or []

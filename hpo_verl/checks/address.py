@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from hpo_verl.config.recipes import nearest
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
-from hpo_verl.launch.recipes import nearest
 
 AUTO = "auto"
 FORMS = "auto, HOST:PORT of the head (6379) or http://HOST:PORT of its dashboard (8265)"

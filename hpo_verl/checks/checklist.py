@@ -10,7 +10,7 @@ from typing import Literal
 from hpo_verl.checks import configuration, data, imports, machine, model, plugin, storage, versions
 from hpo_verl.checks.finding import Finding, demand, skipped
 from hpo_verl.checks.subject import Subject
-from hpo_verl.launch.prepare import make_missing, missing
+from hpo_verl.config.prepare import make_missing, missing
 
 Need = Literal["here", "own ray", "data", "policy", "verl"]
 THE_OTHERS = "other checks"

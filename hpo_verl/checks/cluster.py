@@ -13,7 +13,7 @@ from hpo_verl.checks.machine import Card, Node, check_machines
 from hpo_verl.checks.plugin import judge
 from hpo_verl.checks.probe import LOCAL, find_answer, process_versions
 from hpo_verl.checks.subject import Subject
-from hpo_verl.launch.process import ChildProcess, last_line
+from hpo_verl.runs.process import ChildProcess, last_line
 
 NAME = "plugin in Ray"
 PROBE_SECONDS = 180.0

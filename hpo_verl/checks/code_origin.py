@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hpo_verl.config.leaves import leaves
 from hpo_verl.errors import DataError
-from hpo_verl.runs.leaves import leaves
 
 OWN_PACKAGES = ("verl.", "hpo_verl.")
 HYDRA_TARGETS = frozenset(

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from hpo_verl.checks.code import check_code, check_targets
 from hpo_verl.checks.finding import Finding, demand, error, first_line, ok
 from hpo_verl.checks.versions import check_base
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import ConfigError
-from hpo_verl.launch.recipes import compose_recipe, without_hydra
 from hpo_verl.runs.quiet import quiet_imports
 
 FIX = "see `hpo-verl list`, and correct the override"

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from hpo_verl.checks.finding import Finding, attempt, error, ok, skipped, warning
 from hpo_verl.checks.imports import MODULES
 from hpo_verl.checks.subject import Subject
+from hpo_verl.config.recipes import nearest
 from hpo_verl.errors import ConfigError
-from hpo_verl.launch.recipes import nearest
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.quiet import quiet_imports
 
@@ -107,7 +107,7 @@ def check_names(subject: Subject) -> Finding:
 def check_algorithm(subject: Subject) -> Finding:
     """Whether estimator, loss and aggregation go together, with their settings."""
     with quiet_imports():
-        from hpo_verl.checks import with_verl as checks
+        from hpo_verl.verl_plugin import validation as checks
 
     remarks: list[str] = []
 
@@ -128,7 +128,7 @@ def check_algorithm(subject: Subject) -> Finding:
 def check_with_verl(subject: Subject) -> Finding:
     """What verl's own validation says, and the sections of the guards."""
     with quiet_imports():
-        from hpo_verl.checks import with_verl as checks
+        from hpo_verl.verl_plugin import validation as checks
 
     def look() -> str:
         with quiet_imports():

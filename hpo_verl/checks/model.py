@@ -10,8 +10,8 @@ from hpo_verl.checks import model_folders
 from hpo_verl.checks.finding import Finding, attempt, error, ok, skipped
 from hpo_verl.checks.model_folders import KEY
 from hpo_verl.checks.subject import Subject
+from hpo_verl.config.prepare import check_made
 from hpo_verl.errors import DataError
-from hpo_verl.launch.prepare import check_made
 
 
 def check_model(subject: Subject) -> list[Finding]:

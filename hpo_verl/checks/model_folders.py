@@ -10,9 +10,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.checks.code_origin import check_no_code_in
+from hpo_verl.config.leaves import leaves
+from hpo_verl.config.prepare import preparations
 from hpo_verl.errors import DataError
-from hpo_verl.launch.prepare import preparations
-from hpo_verl.runs.leaves import leaves
 
 KEY = "actor_rollout_ref.model.path"
 INDEX = "model.safetensors.index.json"

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
 from hpo_verl.algorithms.spo import SPOSettings
+from hpo_verl.config.recipes import leaf_keys, nearest, recipes_directory
 from hpo_verl.core.masking import require_finite
 from hpo_verl.core.ratios import beyond_bound, bound_log_ratio, masked_log_ratio
 from hpo_verl.core.settings import require_choice, require_number
@@ -33,7 +34,6 @@ from hpo_verl.lab.losses import (
     read_deviation,
     select,
 )
-from hpo_verl.launch.recipes import leaf_keys, nearest, recipes_directory
 
 ROLLOUT_N = "actor_rollout_ref.rollout.n"
 _READ = {

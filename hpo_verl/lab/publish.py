@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import DataError
 from hpo_verl.lab.comparison import BASELINE, Comparison, Regime, Row
 from hpo_verl.lab.pictures import draw_all
@@ -28,7 +29,6 @@ from hpo_verl.lab.results import (
 )
 from hpo_verl.lab.settings import variant_order
 from hpo_verl.lab.statistics import shown
-from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.runs.files import write_atomically
 
 MANIFEST = "manifest.json"

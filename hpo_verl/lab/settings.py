@@ -16,12 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hpo_verl.config.recipes import leaf_keys, nearest, recipes_directory
 from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.tasks import find_task
-from hpo_verl.launch.recipes import leaf_keys, nearest, recipes_directory
 
 BASE = "base"
 # To be raised by every change of the trainer after which a cell gives other results.

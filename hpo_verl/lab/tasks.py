@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from data_prep.countdown.prompts import tiny
 from data_prep.countdown.puzzles import Ranges, sample_puzzles
 from data_prep.telelogs.__main__ import synthetic_rows
+from hpo_verl.config.recipes import nearest, recipes_directory
 from hpo_verl.errors import ConfigError
-from hpo_verl.launch.recipes import nearest, recipes_directory
 from hpo_verl.rewards import countdown, telelogs
 
 Messages = list[dict[str, str]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
+from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
 
 
 def recipes(incomplete: str) -> list[str]:

@@ -23,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.policies import hub as hub_policy
 from hpo_verl.checks.model_folders import policy_folder
+from hpo_verl.config.cluster import cards_a_copy
+from hpo_verl.config.data_files import data_files
+from hpo_verl.config.leaves import leaves
 from hpo_verl.errors import DataError
 from hpo_verl.installed import package_versions
-from hpo_verl.launch.cluster import cards_a_copy
-from hpo_verl.launch.data_files import data_files
 from hpo_verl.runs.checkpoints import holds_checkpoints
 from hpo_verl.runs.files import file_sha256, sha256_once, write_atomically
-from hpo_verl.runs.leaves import leaves
 
 FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"

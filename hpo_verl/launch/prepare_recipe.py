@@ -12,7 +12,7 @@ from hpo_verl.checks.data import check_files
 from hpo_verl.checks.finding import demand
 from hpo_verl.checks.model import check_model
 from hpo_verl.checks.subject import Subject
-from hpo_verl.launch.prepare import Preparation, make_missing, preparations
+from hpo_verl.config.prepare import Preparation, make_missing, preparations
 
 
 def prepare_recipe(

@@ -32,9 +32,9 @@ from hpo_verl.checks.checklist import run_checks
 from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.checks.finding import demand
 from hpo_verl.checks.subject import Subject
+from hpo_verl.config import cluster
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
-from hpo_verl.launch import cluster
-from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
     RUN_FOLDER_KEY,

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hpo_verl.config.leaves import leaves
 from hpo_verl.launch.manifest import MASK, SECRET_TEXT, is_secret
-from hpo_verl.runs.leaves import leaves
 
 # A shorter text may be a word that anything prints.
 SHORTEST = 8

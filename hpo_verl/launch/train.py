@@ -20,17 +20,18 @@ from hpo_verl.checks.checklist import check_quickly, make_and_check
 from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.checks.finding import demand
 from hpo_verl.checks.subject import Subject
+from hpo_verl.config import cluster
+from hpo_verl.config.recipes import quoted, recipes_directory
 from hpo_verl.errors import HpoVerlError
-from hpo_verl.launch import cluster, outputs, resume
+from hpo_verl.launch import outputs, resume
 from hpo_verl.launch.export import make_policy
-from hpo_verl.launch.process import ChildProcess
 from hpo_verl.launch.progress import NoProgress, ProgressBound
-from hpo_verl.launch.recipes import quoted, recipes_directory
-from hpo_verl.launch.stop import GracefulStop, stage_message, stop_message
 from hpo_verl.launch.text_mask import secret_mask
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.lock import locked
 from hpo_verl.runs.metrics import MetricsFile
+from hpo_verl.runs.process import ChildProcess
+from hpo_verl.runs.stop import GracefulStop, stage_message, stop_message
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 NO_PROGRESS_KEY = "trainer.guard.max_seconds_without_progress"

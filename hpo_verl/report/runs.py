@@ -11,8 +11,8 @@ from statistics import median
 
 from omegaconf import DictConfig, OmegaConf
 
+from hpo_verl.config.leaves import leaves
 from hpo_verl.errors import DataError
-from hpo_verl.runs.leaves import leaves
 from hpo_verl.runs.metrics import MetricsFile
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml")

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from hpo_verl.launch.process import FAILURE_VARIABLE
+from hpo_verl.runs.process import FAILURE_VARIABLE
 
 LOOK_SECONDS = 2.0
 # verl gets so long to end by itself after a death, since it may have more to say.

@@ -17,7 +17,7 @@ from hpo_verl.checks.cluster import ask, check_cluster, read_paths
 from hpo_verl.checks.model_size import KNOWN_MODELS
 from hpo_verl.checks.probe import MARK, find_answer, process_versions
 from hpo_verl.checks.subject import Subject
-from hpo_verl.launch.process import MARKER, end_processes, marked_processes
+from hpo_verl.runs.process import MARKER, end_processes, marked_processes
 
 PLUGIN = {
     "installed": True,

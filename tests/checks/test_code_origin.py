@@ -10,7 +10,7 @@ def test_what_verl_hydra_and_this_package_name_is_permitted():
     finding = check_targets(
         {
             "a": {"_target_": "verl.workers.config.FSDPActorConfig"},
-            "b": [{"_target_": "hpo_verl.checks.preflight.Preflight"}],
+            "b": [{"_target_": "hpo_verl.launch.preflight.Preflight"}],
             "hydra": {
                 "launcher": {
                     "_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"

@@ -7,11 +7,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from hpo_verl.checks import cluster, examine, report
-from hpo_verl.checks.examine import has_error
+from hpo_verl.checks import cluster, report
 from hpo_verl.checks.finding import Finding, attempt, error, ok, skipped, warning
 from hpo_verl.cli import EXIT_BAD_INPUT, app, main
 from hpo_verl.errors import ConfigError
+from hpo_verl.launch import doctor as examine
+from hpo_verl.launch.doctor import has_error
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from hpo_verl.checks import checklist, cluster, composition, machine, versions
 from hpo_verl.cli import EXIT_BAD_INPUT, app, main
+from hpo_verl.config.recipes import compose_recipe
 from hpo_verl.errors import CheckFailedError
 from hpo_verl.launch import submit, train
-from hpo_verl.launch.process import MARKER
-from hpo_verl.launch.recipes import compose_recipe
+from hpo_verl.runs.process import MARKER
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -200,7 +200,7 @@ def entries(places, files, monkeypatch, capsys):
             return printed.err
 
         def stock_verl(self):
-            from hpo_verl.checks import preflight
+            from hpo_verl.launch import preflight
 
             with pytest.raises(CheckFailedError) as caught:
                 preflight.check(compose("countdown-tiny", self.overrides))

@@ -18,7 +18,7 @@ from hpo_verl.checks.storage import (
     check_shared_memory,
 )
 from hpo_verl.checks.subject import Subject
-from hpo_verl.launch.recipes import compose_recipe, recipe_names, without_hydra
+from hpo_verl.config.recipes import compose_recipe, recipe_names, without_hydra
 
 SIZE = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
 GIB = 1 << 30

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
-from hpo_verl.launch.recipes import recipes_directory
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
 from hpo_verl.verl_plugin.estimator_inputs import lend
 from hpo_verl.verl_plugin.losses import ENGINE_VENDOR, ENTROPY_DEVIATION, loss_settings

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from composed_recipes import composed
 
-from hpo_verl.launch import cluster
+from hpo_verl.config import cluster
 
 CPUS = len(os.sched_getaffinity(0))
 PLAIN = "import torch; print(torch.get_num_threads())"

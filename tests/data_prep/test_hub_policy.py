@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import ones
 
 from data_prep.policies import hub as hub_policy
+from hpo_verl.config.prepare import check_made, make_missing
 from hpo_verl.errors import DataError
 from hpo_verl.launch.manifest import checked_record
-from hpo_verl.launch.prepare import check_made, make_missing
 from hpo_verl.runs import files
 
 REPO, COMMIT = "some-team/Some-Model-1.5B", "0123456789abcdef" * 2 + "01234567"

@@ -99,7 +99,7 @@ def test_entry_point_health_check_and_labels(path):
     from typer.main import get_command
 
     from hpo_verl.cli import app
-    from hpo_verl.launch.recipes import recipe_names
+    from hpo_verl.config.recipes import recipe_names
 
     final = stages(path)[-1]
     commands = get_command(app).commands

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from real_runs import BIN, read_metrics, start, wait_for_step
 
-from hpo_verl.launch.process import MARKER, SHARED_MEMORY, marked_processes
 from hpo_verl.runs.checkpoints import SEAL, step_of
+from hpo_verl.runs.process import MARKER, SHARED_MEMORY, marked_processes
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 

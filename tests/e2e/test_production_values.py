@@ -18,7 +18,7 @@ from flash_attention import with_flash_attention
 from omegaconf import OmegaConf
 from real_runs import BIN, SMALL, STEPS, read_metrics, rollouts, start
 
-from hpo_verl.launch.recipes import compose_recipe, without_hydra
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.runs import checkpoints
 
 pytestmark = pytest.mark.timeout(1200)

@@ -19,8 +19,7 @@ import pytest
 from checkpoint_states import different_files
 from real_runs import BIN, repeatable, run_processes, start
 
-from hpo_verl.launch import process
-from hpo_verl.runs import checkpoints
+from hpo_verl.runs import checkpoints, process
 from hpo_verl.runs.metrics import MetricsFile
 
 STEPS = 9

@@ -11,7 +11,7 @@ from ray_cluster import RayCluster
 from real_runs import BIN, SMALL, listening_addresses, read_metrics, repeatable, wait_for_step
 
 from hpo_verl import __version__
-from hpo_verl.launch.process import SHARED_MEMORY
+from hpo_verl.runs.process import SHARED_MEMORY
 from hpo_verl.verl_plugin.engine.batch_file import load
 
 REPOSITORY = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from real_runs import (
 )
 from safetensors.torch import load_file
 
-from hpo_verl.launch.process import SHARED_MEMORY
+from hpo_verl.runs.process import SHARED_MEMORY
 
 FORBID = Path(__file__).parents[1] / "helpers" / "forbid"
 

@@ -20,7 +20,7 @@ from checkpoint_states import saved_weights
 from real_runs import BIN, SMALL, STEPS, listening_addresses, read_metrics, run_processes, start
 from safetensors.torch import load_file
 
-from hpo_verl.launch.process import SHARED_MEMORY
+from hpo_verl.runs.process import SHARED_MEMORY
 from hpo_verl.verl_plugin.rollout.weight_update import KEY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from omegaconf import OmegaConf
 
-from hpo_verl.launch.recipes import compose_recipe, recipes_directory, without_hydra
+from hpo_verl.config.recipes import compose_recipe, recipes_directory, without_hydra
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import psutil
 
-from hpo_verl.launch.process import MARKER, SHARED_MEMORY
+from hpo_verl.runs.process import MARKER, SHARED_MEMORY
 
 BIN = Path(sys.executable).parent
 STEPS = 3

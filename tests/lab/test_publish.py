@@ -6,12 +6,12 @@ import json
 import pytest
 from lab_policies import made_up_result
 
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab.publish import draw_kept, fill, keep, results_directory, write_pages
 from hpo_verl.lab.results import write_result
 from hpo_verl.lab.settings import read_study
 from hpo_verl.lab.trainer import Outcome
-from hpo_verl.launch.recipes import recipes_directory
 
 STEPS = 4
 PAGE = "Before.\n<!-- results: sparse/countdown3-0.05 -->\nold\n<!-- end -->\nAfter.\n"

@@ -5,8 +5,8 @@ import signal
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.launch import cluster
-from hpo_verl.launch.recipes import compose_recipe, without_hydra
+from hpo_verl.config import cluster
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 
 
 @pytest.fixture

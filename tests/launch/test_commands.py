@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from hpo_verl.algorithms.catalog import ALGORITHMS
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
+from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
 from hpo_verl.launch import completion, prepare_recipe, resume, train
-from hpo_verl.launch.recipes import GROUPS, group_options, recipe_names
 
 HPO_VERL = "import sys; sys.argv = ['hpo-verl']; from hpo_verl.cli import main; main()"
 SMALL = (

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.cli import app
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import DataError, EnvironmentCheckError
 from hpo_verl.launch.export import checkpoint_folder, export, make_policy, shard_files
 from hpo_verl.launch.manifest import CONFIG_NAME
-from hpo_verl.launch.recipes import compose_recipe, without_hydra
 from hpo_verl.runs.checkpoints import SEAL, TRACKER
 from hpo_verl.verl_plugin import merge
 

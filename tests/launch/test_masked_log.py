@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from hpo_verl.checks.subject import Subject
 from hpo_verl.launch import train
-from hpo_verl.launch.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
-from hpo_verl.launch.process import ChildProcess
 from hpo_verl.launch.text_mask import secret_mask
+from hpo_verl.runs.masked_log import BLOCK_BYTES, LINE_BYTES, MaskedLog
+from hpo_verl.runs.process import ChildProcess
 
 # Assembled here, so that no scanner takes this file for a leak.
 TOKEN = "hf_" + "a1B2" * 8

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from data_prep.countdown import __main__ as countdown
 from data_prep.policies import tiny as tiny_policy
+from hpo_verl.config.prepare import check_made, make_missing, missing, preparations
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.launch.prepare import check_made, make_missing, missing, preparations
 
 
 def recipe(folder, **arguments):

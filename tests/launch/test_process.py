@@ -9,8 +9,8 @@ import uuid
 import psutil
 import pytest
 
-from hpo_verl.launch import process as launch_process
-from hpo_verl.launch.process import (
+from hpo_verl.runs import process as launch_process
+from hpo_verl.runs.process import (
     MARKER,
     SHARED_MEMORY,
     ChildProcess,
@@ -164,7 +164,7 @@ def test_killing_the_launcher_ends_the_child(tmp_path):
             sys.executable,
             "-c",
             "from pathlib import Path\n"
-            "from hpo_verl.launch.process import ChildProcess\n"
+            "from hpo_verl.runs.process import ChildProcess\n"
             f"text = {FAMILY.format(seconds=600, code=0)!r}\n"
             "with ChildProcess(lambda _: ['-c', text], lambda _: {}) as p:\n"
             f"    p.go(Path({str(tmp_path / 'log')!r}))\n"

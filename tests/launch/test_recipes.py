@@ -2,8 +2,8 @@
 
 import pytest
 
+from hpo_verl.config.recipes import compose_recipe, group_options, recipe_names
 from hpo_verl.errors import ConfigError
-from hpo_verl.launch.recipes import compose_recipe, group_options, recipe_names
 
 
 def test_the_tiny_recipe_composes_with_every_algorithm():

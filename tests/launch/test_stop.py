@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from hpo_verl.launch.stop import (
+from hpo_verl.runs.stop import (
     LISTENING,
     REQUESTED,
     SIGNALS,

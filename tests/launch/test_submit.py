@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import CheckFailedError, ConfigError, EnvironmentCheckError
 from hpo_verl.launch import submit
-from hpo_verl.launch.recipes import recipes_directory
 from hpo_verl.launch.train import TrainingFailed
 
 RUNTIME_ENV = recipes_directory() / "ray" / "runtime_env.yaml"
@@ -107,7 +107,11 @@ def test_code_and_recipes_travel_and_nothing_else():
         files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
         assert {file.parts[0] for file in files} == {"hpo_verl", "data_prep", "recipes"}
         assert {file.suffix for file in files} == {".py", ".yaml"}
-        for name in ("hpo_verl/__main__.py", "data_prep/countdown/__main__.py", "recipes/algo/a_hpo.yaml"):
+        for name in (
+            "hpo_verl/__main__.py",
+            "data_prep/countdown/__main__.py",
+            "recipes/algo/a_hpo.yaml",
+        ):
             assert Path(name) in files
         assert sum((folder / file).stat().st_size for file in files) < 1 << 20
     assert not folder.exists()

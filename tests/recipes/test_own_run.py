@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from hpo_verl.checks.with_verl import check_algorithm, check_trainer_mode
-from hpo_verl.launch.recipes import verl_configurations
+from hpo_verl.config.recipes import verl_configurations
+from hpo_verl.verl_plugin.validation import check_algorithm, check_trainer_mode
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -23,8 +23,8 @@ from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
 from hpo_verl.checks.configuration import check_settings
 from hpo_verl.checks.data import check_files
 from hpo_verl.checks.subject import Subject
-from hpo_verl.launch.prepare import preparations
-from hpo_verl.launch.recipes import (
+from hpo_verl.config.prepare import preparations
+from hpo_verl.config.recipes import (
     compose_recipe,
     group_options,
     recipe_names,
@@ -78,7 +78,7 @@ def test_verl_accepts_every_recipe_with_every_algorithm_on_every_hardware(monkey
     import verl.utils.config as verl_config
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
 
-    from hpo_verl.checks.with_verl import check_algorithm
+    from hpo_verl.verl_plugin.validation import check_algorithm
 
     monkeypatch.setattr(verl_config, "omega_conf_to_dataclass", build)
     seen = 0
@@ -155,7 +155,7 @@ def without_names(config):
 def test_merging_and_building_here_equals_hydra_and_the_preflight():
     from verl.utils.config import omega_conf_to_dataclass
 
-    from hpo_verl.checks.with_verl import check_with_verl
+    from hpo_verl.verl_plugin.validation import check_with_verl
 
     for i, (recipe, extra, hardware, algorithm) in enumerate(rotation()):
         overrides = [*extra, f"hardware={hardware}", f"algo={algorithm}"]

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from hpo_verl.launch.process import MARKER, SHARED_MEMORY, marked_processes
 from hpo_verl.runs.metrics import MetricsFile
+from hpo_verl.runs.process import MARKER, SHARED_MEMORY, marked_processes
 
 FIRST_STEPS = 50
 LIMIT_PERCENT = 1.0

@@ -24,10 +24,10 @@ from hpo_verl.algorithms.catalog import (
     PENALISED_LOSSES,
     SELECTING_LOSSES,
 )
-from hpo_verl.checks.with_verl import check_algorithm
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
 from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
+from hpo_verl.verl_plugin.validation import check_algorithm
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VERL = Path(verl_config.__file__).parent

@@ -18,11 +18,11 @@ from hpo_verl.algorithms.catalog import (
     PENALISED_LOSSES,
     SELECTING_LOSSES,
 )
-from hpo_verl.checks.with_verl import check_algorithm, check_trainer_mode
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import d3s
 from hpo_verl.verl_plugin.entropy import TokenEntropy
 from hpo_verl.verl_plugin.losses import INFORMED_CONFIGS
+from hpo_verl.verl_plugin.validation import check_algorithm, check_trainer_mode
 
 NAN = float("nan")
 OFF = {

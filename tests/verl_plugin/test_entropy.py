@@ -14,11 +14,11 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.workers.config import PolicyLossConfig
 
 from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
-from hpo_verl.checks.with_verl import check_trainer_mode
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import entropy as plugin
 from hpo_verl.verl_plugin.config import HAPOPolicyLossConfig
 from hpo_verl.verl_plugin.estimator_inputs import borrow, lend
+from hpo_verl.verl_plugin.validation import check_trainer_mode
 
 ALL = pytest.mark.parametrize("name", plugin.ESTIMATORS)
 UIDS = np.array(list("aaaabb"), dtype=object)

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 
-from hpo_verl.launch.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
+from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
 from hpo_verl.verl_plugin.trainer.launched import Launched
 
 STEPS = 4

@@ -3,12 +3,11 @@
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.checks import preflight
-from hpo_verl.launch import resume
+from hpo_verl.config.recipes import compose_recipe
+from hpo_verl.launch import preflight, resume
 from hpo_verl.launch.manifest import Record
-from hpo_verl.launch.process import MARKER
-from hpo_verl.launch.recipes import compose_recipe
 from hpo_verl.runs import checkpoints
+from hpo_verl.runs.process import MARKER
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
 from hpo_verl.algorithms.spo import SPOSettings, ValueTracker
-from hpo_verl.checks.with_verl import check_algorithm, check_trainer_mode
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import spo
 from hpo_verl.verl_plugin.trainer.last_responses import LastResponse, LastResponses, scoring_fields
+from hpo_verl.verl_plugin.validation import check_algorithm, check_trainer_mode
 
 # ---------------------------------------------------------------- estimator
 

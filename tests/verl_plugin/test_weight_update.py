@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
-from hpo_verl.checks.with_verl import check_guards
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import ConfigError, WeightSyncError
-from hpo_verl.launch.recipes import compose_recipe, without_hydra
 from hpo_verl.verl_plugin.rollout.weight_update import (
     DEFAULT_SECONDS,
     KEY,
@@ -19,6 +18,7 @@ from hpo_verl.verl_plugin.rollout.weight_update import (
     weight_update_timeout,
     within,
 )
+from hpo_verl.verl_plugin.validation import check_guards
 
 LONG = 1e6
 

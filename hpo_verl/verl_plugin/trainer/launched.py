@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpo_verl.launch.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
+from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
 from hpo_verl.verl_plugin.trainer.reward_errors import run_folder
 
 

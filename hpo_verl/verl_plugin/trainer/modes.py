@@ -26,7 +26,6 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from hpo_verl.algorithms.catalog import HYSTERETIC_ESTIMATORS
-from hpo_verl.checks.with_verl import check_algorithm
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.verl_plugin.advantages import (
@@ -45,6 +44,7 @@ from hpo_verl.verl_plugin.trainer.reward_errors import RewardErrors, run_folder
 from hpo_verl.verl_plugin.trainer.sealed_checkpoints import SealedCheckpoints
 from hpo_verl.verl_plugin.trainer.spo_trainer import SingleStreamTrainer
 from hpo_verl.verl_plugin.trainer.transfer import LeanTransfer
+from hpo_verl.verl_plugin.validation import check_algorithm
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from types import TracebackType
 
 import psutil
 
-from hpo_verl.launch.masked_log import MaskedLog
-from hpo_verl.launch.stop import SIGNALS
+from hpo_verl.runs.masked_log import MaskedLog
+from hpo_verl.runs.stop import SIGNALS
 
 # Every process of a run inherits it, however often it changes parent or group.
 MARKER = "HPO_VERL_RUN"

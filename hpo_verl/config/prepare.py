@@ -25,8 +25,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from hpo_verl.config.leaves import leaves
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.runs.leaves import leaves
 
 PERMITTED_PREFIX = "data_prep."
 

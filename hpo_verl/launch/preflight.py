@@ -22,11 +22,11 @@ from hpo_verl.checks.composition import checked_composition
 from hpo_verl.checks.finding import demand
 from hpo_verl.checks.subject import Subject
 from hpo_verl.checks.versions import check_base
+from hpo_verl.config import cluster
+from hpo_verl.config.recipes import without_hydra
 from hpo_verl.errors import HpoVerlError
-from hpo_verl.launch import cluster
-from hpo_verl.launch.process import MARKER
-from hpo_verl.launch.recipes import without_hydra
 from hpo_verl.launch.resume import begin
+from hpo_verl.runs.process import MARKER
 
 EXIT_BAD_INPUT, EXIT_DEFECT = 2, 1
 

@@ -1,0 +1,1 @@
+"""Recipes: how they are found and composed, and what their keys mean."""
