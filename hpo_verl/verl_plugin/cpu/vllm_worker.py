@@ -12,8 +12,8 @@ import vllm  # pyright: ignore[reportMissingImports]
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from vllm.model_executor.layers.linear import LinearBase  # pyright: ignore[reportMissingImports]
 
-from hpo_verl.checks.versions import VLLM_CPU_VERSIONS
 from hpo_verl.errors import EnvironmentCheckError
+from hpo_verl.installed import VLLM_CPU_VERSIONS
 
 
 def keep_plain_linear_layers() -> None:
