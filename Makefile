@@ -1,4 +1,4 @@
-# make install | quickstart | test | test-all | test-vllm | lint | bench | results | mutation | fuzz | soak | audit | compat
+# make install | quickstart | test | test-all | test-vllm | lint | docs | bench | results | mutation | fuzz | soak | audit | compat
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))))
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,12 +6,14 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 AUDIT_VENV ?= .venv-audit
+DOCS_VENV ?= $(VENV)-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 # A commit and a hash look like a secret to the other two.
 SECRETS := --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
 COMPAT_VERLS := 0.9.0 0.9.1
 COMPAT_VENV ?= .venv-verl-$(VERL)
 
-.PHONY: install quickstart test test-all test-vllm lint bench results mutation fuzz soak audit compat
+.PHONY: install quickstart test test-all test-vllm lint docs bench results mutation fuzz soak audit compat
 
 install: $(STAMP)
 
@@ -27,10 +29,10 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 quickstart: $(STAMP)
 	$(BIN)/hpo-verl train countdown-tiny
 
-test: $(STAMP) lint
+test: $(STAMP) lint docs
 	$(BIN)/python -m pytest -m "not slow and not vllm"
 
-test-all: $(STAMP) lint
+test-all: $(STAMP) lint docs
 	$(BIN)/python -m pytest -m "not vllm"
 
 # vLLM on the CPU, in an environment of its own: it needs an older fastapi, numpy and setuptools. It asks for
@@ -52,6 +54,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# The site, in .site. mkdocs 2 is another program, hence the bounds.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+$(DOCS_STAMP):
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.7,<10' 'mkdocstrings[python]>=1,<2'
+	touch $@
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py

@@ -120,7 +120,7 @@ def check_algorithm(subject: Subject) -> Finding:
             f"{subject.get(f'{ACTOR}.loss_agg_mode')}"
         )
 
-    fix = "see hpo_verl/algorithms/README.md for what goes together"
+    fix = "see docs/pages/algorithms.md for what goes together"
     found = attempt("algorithm", look, fix)
     return warning("algorithm", "; ".join(remarks), fix) if remarks and found.ok else found
 

@@ -1,4 +1,4 @@
-"""How much memory a run needs, by the arithmetic of recipes/README.md.
+"""How much memory a run needs, by the arithmetic of docs/pages/recipes.md.
 
 P parameters, G cards over which weights are sharded, T tokens a card holds at
 once, h hidden size, m intermediate size, k width of the keys, L layers, V

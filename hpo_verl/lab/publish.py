@@ -2,7 +2,7 @@
 
 `python -m hpo_verl.lab.publish [FOLDER ...]` (`make results`) puts the runs of the folders into
 `recipes/lab/results/STUDY.parquet`, and from all files there rewrites the manifest, the pictures,
-and the blocks of the two README files that stand between `<!-- results: NAME -->` and
+and the blocks of its README.md that stand between `<!-- results: NAME -->` and
 `<!-- end -->`. What is written depends on the parquet files alone.
 """
 
@@ -165,5 +165,5 @@ def _table(rows: Sequence[Row]) -> str:
 if __name__ == "__main__":
     results_of = results_directory()
     keep([Path(name) for name in sys.argv[1:]], results_of)
-    write_pages(results_of, [recipes_directory().parent / "README.md", results_of / "README.md"])
+    write_pages(results_of, [results_of / "README.md"])
     draw_kept(results_of)

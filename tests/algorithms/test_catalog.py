@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import hpo_verl.algorithms
 from hpo_verl.algorithms.catalog import (
     ALGORITHMS,
     AVERAGING_LOSSES,
@@ -17,6 +16,7 @@ from hpo_verl.algorithms.catalog import (
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "algo"
+PAGES = ROOT / "docs" / "pages"
 
 
 def test_every_entry_has_a_recipe_and_every_recipe_an_entry():
@@ -41,7 +41,7 @@ def test_the_recipe_selects_what_the_catalogue_says(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_paper_index_lists_it(name):
     algorithm = ALGORITHMS[name]
-    index = (Path(hpo_verl.algorithms.__file__).parent / "README.md").read_text()
+    index = (PAGES / "algorithms.md").read_text()
     row = next(line for line in index.splitlines() if line.startswith(f"| `{name}` |"))
     assert f"arxiv.org/abs/{algorithm.paper}" in row
     assert f"`{algorithm.loss}`" in row
@@ -74,10 +74,9 @@ def test_every_estimator_that_is_not_verls_has_a_section_of_settings():
 
 
 def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
-    folder = Path(hpo_verl.algorithms.__file__).parent
     rows = [
         [cell.strip() for cell in line.strip("| ").split(" | ")]
-        for line in (folder / "OTHER_SYSTEMS.md").read_text().splitlines()
+        for line in (PAGES / "other-systems.md").read_text().splitlines()
         if "arxiv.org" in line
     ]
     papers = {paper[1:11] for _, paper, _, _ in rows}
@@ -87,4 +86,4 @@ def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
         "2407.00617",
     }  # fmt: skip
     assert all(official.startswith(("yes", "no", "partly: ")) for *_, official in rows)
-    assert "(OTHER_SYSTEMS.md)" in (folder / "README.md").read_text()
+    assert "(other-systems.md)" in (PAGES / "algorithms.md").read_text()

@@ -1,4 +1,4 @@
-"""Memory and CPUs by hand-derived numbers; the tables of recipes/README.md have their own test."""
+"""Memory and CPUs by hand-derived numbers; docs/pages/recipes.md has a test of its own."""
 
 from math import isclose
 

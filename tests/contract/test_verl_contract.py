@@ -97,5 +97,5 @@ def test_verl_makes_an_update_by_the_methods_that_the_guard_extends():
 
 
 def test_verl_has_no_revision_for_a_model():
-    """Recipes would pin one otherwise; recipes/README.md says how it is done instead."""
+    """Recipes would pin one otherwise; docs/pages/recipes.md says how it is done instead."""
     assert "revision" not in HFModelConfig.__dataclass_fields__

@@ -1,4 +1,4 @@
-"""The figures in recipes/README.md are those of the recipes."""
+"""The figures in docs/pages/recipes.md are those of the recipes."""
 
 import math
 
@@ -97,9 +97,9 @@ def readme_rows():
 
 
 def test_the_readme_states_the_batches_and_the_memory_of_these_recipes():
-    lines = (recipes_directory() / "README.md").read_text().splitlines()
+    lines = (recipes_directory().parent / "docs" / "pages" / "recipes.md").read_text().splitlines()
     missing = [row for row in readme_rows() if row not in lines]
-    assert not missing, "recipes/README.md lacks:\n" + "\n".join(missing)
+    assert not missing, "docs/pages/recipes.md lacks:\n" + "\n".join(missing)
 
 
 def test_training_sees_every_countdown_puzzle_once_and_telelogs_as_often_as_its_paper():
