@@ -22,7 +22,19 @@ from dataclasses import dataclass
 
 import torch
 
+from hpo_verl.algorithms.base import (
+    CLIP,
+    SEQ_MEAN_TOKEN_MEAN,
+    TOKEN_MEAN,
+    Advantages,
+    Algorithm,
+    Estimator,
+    Loss,
+    Rollout,
+    TokenBatch,
+)
 from hpo_verl.core.clipping import clipped_surrogate
+from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_number
 from hpo_verl.core.surrogate import TokenLoss
 
@@ -105,3 +117,41 @@ def aepo_clip_loss(
     loss = clipped_surrogate(log_ratio, advantages, clip_ratio_low, clip_ratio_high)
     stopped = (advantages > 0) & (loss.slopes == 0)
     return TokenLoss(loss.values, torch.where(stopped, loss.values, loss.slopes))
+
+
+def _advantage(rollout: Rollout, settings: AEPOAdvantageSettings) -> Advantages:
+    group = group_relative_advantages(
+        rollout.rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
+    )
+    values = entropy_aware_advantages(
+        group.advantages, rollout.extras["entropy"], rollout.mask, settings
+    )
+    return Advantages(values, zero_spread_groups=group.zero_spread_groups, groups=group.groups)
+
+
+def _token_loss(batch: TokenBatch, settings: None) -> TokenLoss:
+    return aepo_clip_loss(batch.log_ratio, batch.advantages, *batch.clip_range)
+
+
+ALGORITHMS = (
+    Algorithm(
+        "aepo_advantage",
+        ("2510.14545",),
+        f"{CLIP}, A (1 + a z(H)), gradient kept above it",
+        TOKEN_MEAN,
+        Estimator(
+            "aepo_advantage",
+            _advantage,
+            AEPOAdvantageSettings,
+            section="aepo_advantage",
+            needs=("entropy",),
+        ),
+        Loss(
+            "aepo_clip",
+            _token_loss,
+            aggregations=(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN),
+            clips=True,
+            proportional=True,
+        ),
+    ),
+)

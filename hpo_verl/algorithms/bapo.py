@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from hpo_verl.algorithms.base import TOKEN_MEAN, Algorithm, Loss, MiniBatchSums, TokenBatch
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.settings import require_flag, require_number
 from hpo_verl.core.surrogate import TokenLoss
@@ -185,3 +186,33 @@ def bapo_loss(
         Loss and slope per token; the bounds carry no gradient.
     """
     return clipped_surrogate(log_ratio, advantages, 1.0 - clip_low, clip_high - 1.0)
+
+
+def _contributions(batch: TokenBatch, settings: BAPOSettings) -> torch.Tensor:
+    return contributions(
+        batch.log_ratio, batch.old_log_prob, batch.advantages, batch.mask, settings
+    )
+
+
+def _token_loss(batch: TokenBatch, settings: BAPOSettings) -> TokenLoss:
+    bounds: ClipBounds = batch.extras["mini_batch"]
+    return bapo_loss(batch.log_ratio, batch.advantages, bounds.low, bounds.high)
+
+
+ALGORITHMS = (
+    Algorithm(
+        "bapo",
+        ("2510.18927",),
+        "-min(r A, clip(r, c_low, c_high) A), bounds set per mini-batch",
+        TOKEN_MEAN,
+        loss=Loss(
+            "bapo",
+            _token_loss,
+            BAPOSettings,
+            aggregations=(TOKEN_MEAN,),
+            selects=True,
+            caveat="sets its clip bounds by the sums of positive and negative advantages",
+            mini_batch_sums=MiniBatchSums(_contributions, find_clip_bounds, ClipBounds),
+        ),
+    ),
+)

@@ -25,6 +25,15 @@ from typing import NamedTuple
 
 import torch
 
+from hpo_verl.algorithms.base import (
+    CLIP,
+    TOKEN_MEAN,
+    Advantages,
+    Algorithm,
+    Estimator,
+    Rollout,
+)
+from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_number
 
 
@@ -176,3 +185,44 @@ def down_sample(
         response_fraction=len(kept_rows) / max(len(rows), 1),
         token_fraction=count / live,
     )
+
+
+def _advantage(rollout: Rollout, settings: D3SSettings) -> Advantages:
+    group = group_relative_advantages(
+        rollout.rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
+    )
+    kept = down_sample(
+        group.advantages,
+        rollout.extras["entropy"],
+        rollout.mask,
+        settings,
+        rollout.extras["progress"],
+    )
+    return Advantages(
+        kept.advantages,
+        zero_spread_groups=group.zero_spread_groups,
+        groups=group.groups,
+        statistics={
+            "d3s_response_fraction": kept.response_fraction,
+            "d3s_token_fraction": kept.token_fraction,
+        },
+    )
+
+
+ALGORITHMS = (
+    Algorithm(
+        "d3s",
+        ("2509.22115",),
+        f"{CLIP}, A = 0 outside the N responses of largest Var(A) and their K tokens of "
+        "largest |A| H",
+        TOKEN_MEAN,
+        Estimator(
+            "d3s",
+            _advantage,
+            D3SSettings,
+            section="d3s",
+            needs=("entropy", "progress"),
+            drops_tokens=True,
+        ),
+    ),
+)

@@ -30,6 +30,16 @@ from dataclasses import dataclass
 
 import torch
 
+from hpo_verl.algorithms.base import (
+    CLIP,
+    TOKEN_MEAN,
+    Advantages,
+    Algorithm,
+    Estimator,
+    Loss,
+    Rollout,
+    TokenBatch,
+)
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.groups import STD_EPSILON, group_relative_advantages
 from hpo_verl.core.settings import require_flag, require_number
@@ -183,3 +193,39 @@ def hapo_loss(
     redistributed = (deviation > 0) ^ neutral
     weights = torch.where(redistributed, 1.0 + settings.adv_beta * deviation, 1.0)
     return clipped_surrogate(log_ratio, advantages * weights, low, high)
+
+
+def _advantage(rollout: Rollout, settings: HAPOAdvantageSettings) -> Advantages:
+    values = token_group_advantages(
+        rollout.rewards,
+        rollout.mask.sum(dim=-1),
+        rollout.groups,
+        settings,
+        normalize_by_std=rollout.normalize_by_std,
+    )
+    return Advantages(values)
+
+
+def _token_loss(batch: TokenBatch, settings: HAPOSettings) -> TokenLoss:
+    deviation = batch.extras["entropy_deviation"]
+    return hapo_loss(batch.log_ratio, batch.advantages, deviation, *batch.clip_range, settings)
+
+
+ALGORITHMS = (
+    Algorithm(
+        "hapo",
+        ("2509.16591",),
+        f"{CLIP}, A and both bounds adapted to each token's entropy",
+        TOKEN_MEAN,
+        Estimator("hapo", _advantage, HAPOAdvantageSettings, section="hapo"),
+        Loss(
+            "hapo",
+            _token_loss,
+            HAPOSettings,
+            aggregations=(TOKEN_MEAN,),
+            clips=True,
+            proportional=True,
+            token_fields={"entropy_deviation": entropy_deviation},
+        ),
+    ),
+)

@@ -17,14 +17,24 @@ alpha_min 0.1. (1/N) sum_i (1/L) sum_t is the mean over all tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from hpo_verl.algorithms.base import (
+    CLIP,
+    TOKEN_MEAN,
+    Advantages,
+    Algorithm,
+    Estimator,
+    Loss,
+    Rollout,
+    TokenBatch,
+)
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_choice, require_number
 from hpo_verl.core.signs import positive_negative_ratio, weight_negatives
+from hpo_verl.core.surrogate import TokenLoss
 
 ZERO_ADVANTAGE_CHOICES = ("ignore", "negative")
 
@@ -73,28 +83,6 @@ class AHPOSettings:
         return positive_negative_ratio(positives, negatives, self.alpha_min)
 
 
-class HystereticAdvantages(NamedTuple):
-    """Advantages of a batch before and after the weight, and the counts behind it.
-
-    Attributes:
-        advantages: Weighted advantages, `[batch]` float64.
-        unweighted: The same before the weight.
-        alpha: Weight of the negatives.
-        positives: Number of responses counted as positive.
-        negatives: Number of responses counted as negative.
-        zero_spread_groups: Number of groups whose rewards are all equal.
-        groups: Number of groups.
-    """
-
-    advantages: torch.Tensor
-    unweighted: torch.Tensor
-    alpha: float
-    positives: int
-    negatives: int
-    zero_spread_groups: int
-    groups: int
-
-
 def hysteretic_advantages(
     rewards: torch.Tensor,
     group_codes: torch.Tensor,
@@ -102,7 +90,7 @@ def hysteretic_advantages(
     settings: HPOSettings | AHPOSettings,
     *,
     normalize_by_std: bool = True,
-) -> HystereticAdvantages:
+) -> Advantages:
     """Group-relative advantages, the negative ones damped by one weight per batch.
 
     Args:
@@ -113,7 +101,7 @@ def hysteretic_advantages(
         normalize_by_std: False gives R - mean instead of (R - mean) / std.
 
     Returns:
-        The advantages, detached, and the counts.
+        One advantage per response, `[batch]` float64, detached, and the counts.
     """
     group = group_relative_advantages(
         rewards.detach(), group_codes, live, normalize_by_std=normalize_by_std
@@ -123,8 +111,8 @@ def hysteretic_advantages(
     if settings.zero_advantage == "negative":
         negatives += int((group.zero_spread & (rewards <= 0)).sum())
     alpha = settings.weight(positives, negatives)
-    return HystereticAdvantages(
-        advantages=weight_negatives(group.advantages, alpha),
+    return Advantages(
+        values=weight_negatives(group.advantages, alpha),
         unweighted=group.advantages,
         alpha=alpha,
         positives=positives,
@@ -136,3 +124,39 @@ def hysteretic_advantages(
 
 hpo_loss = clipped_surrogate
 """Loss per token: the clipped surrogate of weighted advantages, without dual clip."""
+
+
+def _advantage(rollout: Rollout, settings: HPOSettings | AHPOSettings) -> Advantages:
+    return hysteretic_advantages(
+        rollout.rewards,
+        rollout.groups,
+        rollout.live,
+        settings,
+        normalize_by_std=rollout.normalize_by_std,
+    )
+
+
+def _token_loss(batch: TokenBatch, settings: None) -> TokenLoss:
+    return hpo_loss(batch.log_ratio, batch.advantages, *batch.clip_range)
+
+
+LOSS = Loss("hpo", _token_loss, aggregations=(TOKEN_MEAN,), clips=True, proportional=True)
+
+ALGORITHMS = (
+    Algorithm(
+        "a_hpo",
+        ("2605.30201",),
+        f"{CLIP}, A < 0 weighted by clip(n+/n-, alpha_min, 1)",
+        TOKEN_MEAN,
+        Estimator("a_hpo", _advantage, AHPOSettings, section="hpo", weights_by_sign=True),
+        LOSS,
+    ),
+    Algorithm(
+        "hpo",
+        ("2605.30201",),
+        f"{CLIP}, A < 0 weighted by alpha",
+        TOKEN_MEAN,
+        Estimator("hpo", _advantage, HPOSettings, section="hpo", weights_by_sign=True),
+        LOSS,
+    ),
+)

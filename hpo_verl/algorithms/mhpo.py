@@ -20,6 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
+from hpo_verl.algorithms.base import (
+    SEQ_MEAN_TOKEN_MEAN,
+    TOKEN_MEAN,
+    Algorithm,
+    Loss,
+    TokenBatch,
+)
 from hpo_verl.core.settings import require_number
 from hpo_verl.core.surrogate import TokenLoss
 
@@ -76,3 +83,24 @@ def mhpo_loss(
     hazard += below.div_(settings.lambda_neg).pow_(settings.k_neg)
     values = psi.sub_(hazard).exp_().mul_(advantages).neg_()
     return TokenLoss(values, tanh.square_().neg_().add_(1.0).mul_(values))
+
+
+def _token_loss(batch: TokenBatch, settings: MHPOSettings) -> TokenLoss:
+    return mhpo_loss(batch.log_ratio, batch.advantages, settings)
+
+
+ALGORITHMS = (
+    Algorithm(
+        "mhpo",
+        ("2603.16929",),
+        "-exp(c tanh(log r / c) - sg[zeta(r)]) A",
+        SEQ_MEAN_TOKEN_MEAN,
+        loss=Loss(
+            "mhpo",
+            _token_loss,
+            MHPOSettings,
+            aggregations=(SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN),
+            proportional=True,
+        ),
+    ),
+)

@@ -21,14 +21,24 @@ code draws from a slice of an epoch).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hpo_verl.algorithms.base import (
+    CLIP,
+    TOKEN_MEAN,
+    Advantages,
+    Algorithm,
+    Estimator,
+    Rollout,
+)
 from hpo_verl.core.groups import group_relative_advantages
-from hpo_verl.core.settings import require_number
+from hpo_verl.core.settings import parse_settings, require_flag, require_number
 from hpo_verl.errors import ConfigError, DataError
 
 LARGEST_RHO_MIN = 0.999
@@ -63,8 +73,7 @@ class SPOSettings:
         require_number(f"{path}.rho_max", self.rho_max, self.rho_min, 1.0)
         require_number(f"{path}.drift_half", self.drift_half, 0.0, open_low=True)
         require_number(f"{path}.exploration", self.exploration, 0.0, open_low=True)
-        if not isinstance(self.prioritized, bool):
-            raise ConfigError(f"{path}.prioritized = {self.prioritized!r}: must be true or false")
+        require_flag(f"{path}.prioritized", self.prioritized)
         if self.initial_rewards is not None and not isinstance(self.initial_rewards, str):
             raise ConfigError(
                 f"{path}.initial_rewards = {self.initial_rewards!r}: must be a path or null"
@@ -164,6 +173,9 @@ class ValueTracker:
                 self.alpha[row] = weight * (sum(rewards) + 0.5) / (len(rewards) + 1)
                 self.beta[row] = weight - self.alpha[row]
 
+    def __len__(self) -> int:
+        return len(self.alpha)
+
     def values(self) -> torch.Tensor:
         """Success rate of every prompt, `[prompts]` float64, in (0, 1)."""
         return self.alpha / (self.alpha + self.beta)
@@ -197,6 +209,27 @@ class ValueTracker:
         self.alpha[prompts] = rho * self.alpha[prompts] + rewards
         self.beta[prompts] = rho * self.beta[prompts] + (1.0 - rewards)
 
+    @property
+    def measures_drift(self) -> bool:
+        """Whether the factor on the counts depends on the policy's drift."""
+        return self.settings.adaptive
+
+    def learn(
+        self, prompts: torch.Tensor, rewards: torch.Tensor, drift: torch.Tensor, revisited: int
+    ) -> dict[str, float]:
+        """Count a step's responses; see `base.PromptHistory.learn`."""
+        values, rho = self.values()[prompts], self.settings.forgetting(drift)
+        self.update(prompts, rewards, rho)
+        count = max(len(prompts), 1)
+        statistics = {
+            "spo_value": float(values.sum()) / count,
+            "spo_forgetting": float(rho.sum()) / count,
+        }
+        if self.settings.adaptive:
+            statistics["spo_drift"] = float(drift.sum()) / count
+            statistics["spo_revisited_fraction"] = revisited / count
+        return statistics
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Counts, to go on from."""
         return {"alpha": self.alpha.clone(), "beta": self.beta.clone()}
@@ -214,3 +247,81 @@ class ValueTracker:
                     f"set has {len(self.alpha)}"
                 )
         self.alpha, self.beta = state["alpha"].clone(), state["beta"].clone()
+
+
+def read_initial_rewards(settings: SPOSettings) -> list[list[float]] | None:
+    """Read the offline rewards.
+
+    Args:
+        settings: Name the file, or none.
+
+    Returns:
+        A list of rewards for every prompt; None without a file.
+
+    Raises:
+        DataError: Names the key, the file and what is wrong.
+    """
+    if settings.initial_rewards is None:
+        return None
+    where = f"algorithm.spo.initial_rewards: {settings.initial_rewards}"
+    try:
+        rows = json.loads(Path(settings.initial_rewards).expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where} cannot be read as JSON ({error})") from error
+    if not isinstance(rows, list) or not all(
+        isinstance(row, list) and all(type(reward) in (int, float) for reward in row)
+        for row in rows
+    ):
+        raise DataError(f"{where} must hold a list of lists of numbers in [0, 1]")
+    return rows
+
+
+def _advantage(rollout: Rollout, settings: SPOSettings) -> Advantages:
+    rewards = rollout.rewards
+    outside = rollout.live & ((rewards < 0.0) | (rewards > 1.0))
+    if bool(outside.any()):
+        raise DataError(
+            f"spo: reward {rewards[outside][0].item():g} of response "
+            f"{int(outside.nonzero()[0])}: must be in [0, 1]"
+        )
+    return Advantages(single_stream_advantages(rewards, rollout.extras["values"], rollout.live))
+
+
+def _history(prompts: int, settings: SPOSettings) -> ValueTracker:
+    return ValueTracker(prompts, settings, read_initial_rewards(settings))
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse several responses a prompt, rewards outside [0, 1], and a bad file of rewards."""
+    algorithm = config["algorithm"]
+    read_initial_rewards(parse_settings(SPOSettings, algorithm.get("spo"), "algorithm.spo"))
+    responses = config["actor_rollout_ref"]["rollout"]["n"]
+    if responses != 1:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.n = {responses!r}: algorithm.adv_estimator = 'spo' takes "
+            "one response per prompt; must be 1"
+        )
+    if algorithm.get("use_kl_in_reward", False):
+        raise ConfigError(
+            "algorithm.use_kl_in_reward = True: adv_estimator = 'spo' counts rewards in [0, 1], "
+            "which a KL penalty leaves; must be false"
+        )
+
+
+ALGORITHMS = (
+    Algorithm(
+        "spo",
+        ("2509.13232",),
+        f"{CLIP}, A = whiten(r - v(prompt)), one response a prompt",
+        TOKEN_MEAN,
+        Estimator(
+            "spo",
+            _advantage,
+            SPOSettings,
+            section="spo",
+            needs=("values",),
+            check=_check,
+            history=_history,
+        ),
+    ),
+)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from hpo_verl.algorithms.aepo_advantage import AEPOAdvantageSettings, entropy_aware_advantages
+from hpo_verl.algorithms.base import Advantages
 from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
 from hpo_verl.algorithms.d3s import D3SSettings, down_sample
 from hpo_verl.algorithms.hapo import HAPOAdvantageSettings, token_group_advantages
 from hpo_verl.algorithms.hpo import (
     AHPOSettings,
     HPOSettings,
-    HystereticAdvantages,
     hysteretic_advantages,
 )
 from hpo_verl.algorithms.spo import SPOSettings, single_stream_advantages
@@ -50,35 +50,35 @@ class Estimate(NamedTuple):
     """
 
     advantages: torch.Tensor
-    responses: HystereticAdvantages
+    responses: Advantages
 
 
 Estimator = Callable[[Batch], Estimate]
 
 
-def _group_relative(batch: Batch, normalize_by_std: bool) -> HystereticAdvantages:
+def _group_relative(batch: Batch, normalize_by_std: bool) -> Advantages:
     return _weighted(batch, HPOSettings(alpha=1.0), normalize_by_std)
 
 
 def _weighted(
     batch: Batch, settings: HPOSettings | AHPOSettings, normalize_by_std: bool
-) -> HystereticAdvantages:
+) -> Advantages:
     return hysteretic_advantages(
         batch.rewards, batch.codes, batch.mask.any(dim=-1), settings,
         normalize_by_std=normalize_by_std,
     )  # fmt: skip
 
 
-def _estimate(batch: Batch, tokens: torch.Tensor, responses: HystereticAdvantages) -> Estimate:
+def _estimate(batch: Batch, tokens: torch.Tensor, responses: Advantages) -> Estimate:
     tokens = torch.where(batch.mask, tokens.float(), 0.0)
     means = tokens.double().sum(dim=-1) / batch.mask.sum(dim=-1)
-    return Estimate(tokens, responses._replace(advantages=means))
+    return Estimate(tokens, responses._replace(values=means))
 
 
 def _hysteretic(settings: HPOSettings | AHPOSettings, normalize_by_std: bool) -> Estimator:
     def estimator(batch: Batch) -> Estimate:
         responses = _weighted(batch, settings, normalize_by_std)
-        return _estimate(batch, responses.advantages[:, None], responses)
+        return _estimate(batch, responses.values[:, None], responses)
 
     return estimator
 
@@ -101,7 +101,7 @@ def _hapo(settings: HAPOAdvantageSettings, normalize_by_std: bool) -> Estimator:
 def _aepo_advantage(settings: AEPOAdvantageSettings, normalize_by_std: bool) -> Estimator:
     def estimator(batch: Batch) -> Estimate:
         group = _group_relative(batch, normalize_by_std)
-        tokens = entropy_aware_advantages(group.advantages, batch.entropy, batch.mask, settings)
+        tokens = entropy_aware_advantages(group.values, batch.entropy, batch.mask, settings)
         return _estimate(batch, tokens, group)
 
     return estimator
@@ -110,7 +110,7 @@ def _aepo_advantage(settings: AEPOAdvantageSettings, normalize_by_std: bool) -> 
 def _d3s(settings: D3SSettings, normalize_by_std: bool) -> Estimator:
     def estimator(batch: Batch) -> Estimate:
         group = _group_relative(batch, normalize_by_std)
-        kept = down_sample(group.advantages, batch.entropy, batch.mask, settings, batch.progress)
+        kept = down_sample(group.values, batch.entropy, batch.mask, settings, batch.progress)
         return _estimate(batch, kept.advantages, group)
 
     return estimator
@@ -122,8 +122,8 @@ def _spo(settings: SPOSettings, normalize_by_std: bool) -> Estimator:
         live = batch.mask.any(dim=-1)
         advantages = single_stream_advantages(batch.rewards, batch.values, live)
         equal = bool((advantages == 0).all())
-        responses = HystereticAdvantages(
-            advantages=advantages,
+        responses = Advantages(
+            values=advantages,
             unweighted=advantages,
             alpha=1.0,
             positives=int((advantages > 0).sum()),

@@ -228,7 +228,7 @@ class Trainer:
             rewards=rollout.rewards,
             live=torch.ones(len(rollout.rewards), dtype=torch.bool),
             lengths=lengths,
-            advantages=result.advantages,
+            advantages=result.values,
             unweighted=result.unweighted,
         )
         row["entropy"] = float(entropy.sum() / mask.sum())

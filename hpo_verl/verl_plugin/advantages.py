@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpo_verl.algorithms.base import Advantages
 from hpo_verl.algorithms.hpo import (
     AHPOSettings,
     HPOSettings,
-    HystereticAdvantages,
     hysteretic_advantages,
 )
 from hpo_verl.core.masking import nonempty_rows, require_finite
@@ -167,7 +167,7 @@ def compute_hysteretic(
     response_mask: torch.Tensor,
     config: Mapping[str, Any] | None,
     index: Iterable[Hashable] | None,
-) -> HystereticAdvantages:
+) -> Advantages:
     """Compute what `hpo` or `a_hpo` assigns to every response, and the counts behind it.
 
     Args:
@@ -207,7 +207,7 @@ def _estimate(
     """
     result = compute_hysteretic(estimator, token_level_rewards, response_mask, config, index)
     statistics_hint.tell(estimator, result.alpha)
-    advantages = result.advantages.float().unsqueeze(-1) * response_mask
+    advantages = result.values.float().unsqueeze(-1) * response_mask
     return advantages, advantages
 
 

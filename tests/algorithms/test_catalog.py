@@ -66,7 +66,7 @@ def test_a_loss_is_in_one_class_of_composition_only():
     assert sum(map(len, classes)) == len(set.union(*classes))
     assert {a.loss for a in ALGORITHMS.values()} <= classes[0] | {"bapo"}
     assert set(AVERAGING_LOSSES) <= classes[0]
-    assert HYSTERETIC_ESTIMATORS == ("hpo", "a_hpo")
+    assert set(HYSTERETIC_ESTIMATORS) == {"hpo", "a_hpo"}
 
 
 def test_every_estimator_that_is_not_verls_has_a_section_of_settings():

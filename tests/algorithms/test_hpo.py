@@ -63,10 +63,10 @@ def test_hand_derived_batch():
     # Group 0: rewards 1 0 0 0, advantages 1.5 -.5 -.5 -.5; group 1: equal, 0.
     batch = ([1.0, 0.0, 0.0, 0.0, 0.7, 0.7], [0, 0, 0, 0, 1, 1])
     fixed = advantages_of(*batch, HPOSettings(alpha=0.6))
-    np.testing.assert_allclose(fixed.advantages, [1.5, -0.3, -0.3, -0.3, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(fixed.values, [1.5, -0.3, -0.3, -0.3, 0, 0], rtol=1e-5)
     adaptive = advantages_of(*batch, AHPOSettings())
     np.testing.assert_allclose(
-        adaptive.advantages, [1.5, -0.5 / 3, -0.5 / 3, -0.5 / 3, 0, 0], rtol=1e-5
+        adaptive.values, [1.5, -0.5 / 3, -0.5 / 3, -0.5 / 3, 0, 0], rtol=1e-5
     )
     np.testing.assert_allclose(adaptive.unweighted, [1.5, -0.5, -0.5, -0.5, 0, 0], rtol=1e-5)
     assert (adaptive.positives, adaptive.negatives) == (1, 3)
@@ -104,7 +104,7 @@ def test_failed_groups_may_count_as_negatives():
     counting = advantages_of(*batch, AHPOSettings(zero_advantage="negative"))
     assert (ignoring.positives, ignoring.negatives, ignoring.alpha) == (1, 1, 1.0)
     assert (counting.positives, counting.negatives, counting.alpha) == (1, 5, 0.2)
-    assert counting.advantages[2:].tolist() == [0.0] * 6
+    assert counting.values[2:].tolist() == [0.0] * 6
 
 
 def test_a_failed_group_of_one_counts_as_negative_too():
@@ -129,9 +129,9 @@ def test_the_difference_from_the_mean_is_weighted_as_well():
     result = advantages_of(
         [1.0, 0.0, 0.0, 0.0], [0] * 4, HPOSettings(alpha=0.5), normalize_by_std=False
     )
-    assert result.advantages.tolist() == [0.75, -0.125, -0.125, -0.125]
+    assert result.values.tolist() == [0.75, -0.125, -0.125, -0.125]
     scaled = advantages_of([1.0, 0.0, 0.0, 0.0], [0] * 4, HPOSettings(alpha=0.5))
-    assert scaled.advantages[0] == pytest.approx(1.5, rel=1e-5)
+    assert scaled.values[0] == pytest.approx(1.5, rel=1e-5)
 
 
 def test_t8_no_gradient_flows_through_the_weight():
@@ -139,7 +139,7 @@ def test_t8_no_gradient_flows_through_the_weight():
     result = hysteretic_advantages(
         rewards, torch.zeros(3).long(), torch.ones(3).bool(), AHPOSettings()
     )
-    assert not result.advantages.requires_grad
+    assert not result.values.requires_grad
 
 
 @given(
@@ -152,9 +152,9 @@ def test_the_weight_stays_within_its_bounds(rows, alpha_min):
     result = advantages_of(rewards, codes, AHPOSettings(alpha_min=alpha_min))
     assert alpha_min <= result.alpha <= 1
     positive = result.unweighted > 0
-    assert torch.equal(result.advantages[positive], result.unweighted[positive])
+    assert torch.equal(result.values[positive], result.unweighted[positive])
     torch.testing.assert_close(
-        result.advantages[~positive], result.alpha * result.unweighted[~positive]
+        result.values[~positive], result.alpha * result.unweighted[~positive]
     )
 
 

@@ -85,7 +85,8 @@ def rollout_statistics(
         )
         known = hysteretic._asdict()
         unweighted = known.pop("unweighted")
-        known.pop("advantages")
+        known.pop("values")
+        known.pop("statistics")
     else:
         codes = group_codes(uids, len(rewards)).to(rewards.device)
         group = group_relative_advantages(rewards, codes, live)

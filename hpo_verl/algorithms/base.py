@@ -1,0 +1,250 @@
+"""The record of an algorithm: everything that the rest of hpo_verl knows of it.
+
+An algorithm is an estimator of advantages together with a loss per token. Either may be verl's
+own, which has a name only. Adapters, typed settings, checks, `hpo-verl list`, the lab and the
+shared tests loop over these records (`registry`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from hpo_verl.core.surrogate import TokenLoss
+
+TOKEN_MEAN = "token-mean"  # noqa: S105
+SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"  # noqa: S105
+SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"  # noqa: S105
+
+CLIP = "-min(r A, clip(r, 1 - e_low, 1 + e_high) A)"
+"""Part of many an equation."""
+
+
+class Rollout(NamedTuple):
+    """What an estimator sees: all responses of a step.
+
+    Attributes:
+        rewards: One per response, `[batch]` float32.
+        groups: Prompt of each response, `[batch]` int64, 0 .. groups - 1.
+        live: Responses that count, `[batch]` bool; those with a token of the policy.
+        mask: Tokens that count, `[batch, response]` bool.
+        normalize_by_std: `algorithm.norm_adv_by_std_in_grpo`.
+        extras: What `Estimator.needs` names: `entropy`, nats, `[batch, response]`, of the policy
+            that sampled; `progress`, 0 at the first step and 1 at the last; `values`, one per
+            response, `[batch]`, from the history of its prompt.
+    """
+
+    rewards: torch.Tensor
+    groups: torch.Tensor
+    live: torch.Tensor
+    mask: torch.Tensor
+    normalize_by_std: bool = True
+    extras: Mapping[str, Any] = {}
+
+
+class Advantages(NamedTuple):
+    """What an estimator returns: the advantages and the statistics behind them.
+
+    A count that is None follows from the advantages and the rewards alone, and the caller
+    computes it.
+
+    Attributes:
+        values: One per response, `[batch]`, or per token, `[batch, response]`; detached.
+        unweighted: Before the weight by sign, `[batch]`; None where there is no such weight.
+        alpha: Weight of negative advantages.
+        positives: Number of responses counted as positive.
+        negatives: Number of responses counted as negative.
+        zero_spread_groups: Number of groups whose rewards are all equal.
+        groups: Number of groups.
+        statistics: Further numbers, logged as `hpo/<name>`.
+    """
+
+    values: torch.Tensor
+    unweighted: torch.Tensor | None = None
+    alpha: float = 1.0
+    positives: int | None = None
+    negatives: int | None = None
+    zero_spread_groups: int | None = None
+    groups: int | None = None
+    statistics: Mapping[str, float] = {}
+
+
+class TokenBatch(NamedTuple):
+    """What a loss sees: a micro-batch, finite everywhere and clean at masked places.
+
+    Attributes:
+        log_ratio: Bounded to 20 nats, `[batch, response]`; 0 at masked tokens.
+        advantages: `[batch, response]`; 0 at masked tokens.
+        mask: Bool, `[batch, response]`.
+        old_log_prob: Under the policy that sampled, nats, `[batch, response]`; 0 where masked.
+        clip_range: `clip_ratio_low` and `clip_ratio_high`, where `Loss.clips`.
+        extras: The loss's `token_fields` by name, `[batch, response]`, 0 where masked; and
+            `mini_batch`, the result of its `mini_batch_sums`.
+    """
+
+    log_ratio: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    old_log_prob: torch.Tensor
+    clip_range: tuple[float, float] = (0.0, 0.0)
+    extras: Mapping[str, Any] = {}
+
+
+class PromptHistory(Protocol):
+    """What is kept of every prompt from step to step, and saved in checkpoints."""
+
+    @property
+    def measures_drift(self) -> bool:
+        """Whether `learn` reads how far the policy has moved since a prompt's last response."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        ...
+
+    def values(self) -> torch.Tensor:
+        """What the estimator gets of every prompt, `[prompts]` float64."""
+        ...
+
+    def draw(self, count: int, generator: torch.Generator) -> list[int]:
+        """Draw the prompts of a batch, all different."""
+        ...
+
+    def learn(
+        self, prompts: torch.Tensor, rewards: torch.Tensor, drift: torch.Tensor, revisited: int
+    ) -> dict[str, float]:
+        """Take in a step's responses, one of each prompt, after their advantages are taken.
+
+        Args:
+            prompts: Distinct prompts, `[batch]` int64.
+            rewards: `[batch]`.
+            drift: Mean |change of log-probability| on the prompt's last response, nats,
+                `[batch]`; 0 at a first visit.
+            revisited: How many of the prompts had a last response.
+
+        Returns:
+            Numbers to log as `hpo/<name>`.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; raises DataError if it is of another number of prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way from rewards to advantages.
+
+    Attributes:
+        name: `algorithm.adv_estimator`.
+        advantage: From the rollout and an object of `settings` to advantages; None for verl's own.
+        settings: Frozen dataclass that checks its own values.
+        section: Where under `algorithm` the settings stand.
+        needs: What it reads of `Rollout.extras`.
+        weights_by_sign: Whether it weights advantages by their sign, so that the loss must be
+            proportional to the advantage.
+        drops_tokens: Whether an advantage of 0 is to silence a token, which the loss must let be.
+        check: Checks verl's whole configuration for what the estimator cannot be combined with,
+            and raises ConfigError.
+        history: Makes what is kept of every prompt, from their number and the settings. Prompts
+            are then drawn by it, one response each.
+    """
+
+    name: str
+    advantage: Callable[[Rollout, Any], Advantages] | None = None
+    settings: type[Any] | None = None
+    section: str = ""
+    needs: tuple[str, ...] = ()
+    weights_by_sign: bool = False
+    drops_tokens: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    history: Callable[[int, Any], PromptHistory] | None = None
+
+
+@dataclass(frozen=True)
+class MiniBatchSums:
+    """Sums over a whole mini-batch, on all ranks, that a loss reads.
+
+    Attributes:
+        contributions: Sums over a part of the mini-batch, `[sums]` float64; the sums of parts add
+            up to those of the whole.
+        result: What the loss reads, a named tuple of numbers made of the total; logged.
+        kind: Type of the result.
+    """
+
+    contributions: Callable[[TokenBatch, Any], torch.Tensor]
+    result: Callable[[Sequence[float], Any], Any]
+    kind: type[Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss per token.
+
+    Attributes:
+        name: `policy_loss.loss_mode`.
+        token_loss: From a micro-batch and an object of `settings` to values and slopes; None for
+            verl's own.
+        settings: Frozen dataclass that checks its own values; under `policy_loss`.
+        aggregations: The values of `loss_agg_mode` under which it is the paper's objective, the
+            default first; empty for any.
+        always: The aggregation that it uses whatever `loss_agg_mode` says.
+        clips: Whether it reads `clip_ratio_low` and `clip_ratio_high`.
+        proportional: Whether f(c A) = c f(A) for each sign of A.
+        selects: Whether it chooses by the advantages which tokens it stops.
+        caveat: What the loss does, where it is not proportional or not 0 at A = 0; ends the
+            sentence "that loss ...".
+        token_fields: Made on the driver for the whole rollout batch, by name, from the entropies
+            (nats, `[batch, response]`), the mask (bool) and the settings.
+        mini_batch_sums: What it needs of the whole mini-batch.
+    """
+
+    name: str
+    token_loss: Callable[[TokenBatch, Any], TokenLoss] | None = None
+    settings: type[Any] | None = None
+    aggregations: tuple[str, ...] = ()
+    always: str = ""
+    clips: bool = False
+    proportional: bool = False
+    selects: bool = False
+    caveat: str = ""
+    token_fields: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]] = field(
+        default_factory=dict
+    )
+    mini_batch_sums: MiniBatchSums | None = None
+
+
+GRPO = Estimator("grpo")
+"""verl's group-relative advantage, (R - mean) / (std + 1e-6) within a group."""
+
+VANILLA = Loss("vanilla", proportional=True)
+"""verl's clipped surrogate of PPO."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What the recipe `algo/<name>.yaml` selects.
+
+    Attributes:
+        name: Name of the recipe.
+        papers: arXiv ids.
+        equation: Loss of a token or weight of an advantage.
+        loss_agg_mode: Aggregation that the recipe sets, the paper's.
+        estimator: Of its advantages.
+        loss: Of its tokens.
+    """
+
+    name: str
+    papers: tuple[str, ...]
+    equation: str
+    loss_agg_mode: str
+    estimator: Estimator = GRPO
+    loss: Loss = VANILLA
