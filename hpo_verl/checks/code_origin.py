@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hpo_verl.config.leaves import leaves
+from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError
 
 OWN_PACKAGES = ("verl.", "hpo_verl.")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from hpo_verl.checks.model_size import ModelSize
-from hpo_verl.config.cluster import cards_a_copy
+from hpo_verl.config.settings import cards_a_copy
 
 GIB = 1 << 30
 # CUDA, NCCL, a sleeping vLLM and fragments; likewise beside vLLM's share. GiB.

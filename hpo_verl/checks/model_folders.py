@@ -10,8 +10,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.checks.code_origin import check_no_code_in
-from hpo_verl.config.leaves import leaves
 from hpo_verl.config.prepare import preparations
+from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError
 
 KEY = "actor_rollout_ref.model.path"

@@ -14,8 +14,8 @@ from hpo_verl.checks.finding import Finding, attempt, error, ok, skipped, warnin
 from hpo_verl.checks.memory import ACTOR, GIB, ROLLOUT
 from hpo_verl.checks.model_folders import KEY as POLICY_KEY
 from hpo_verl.checks.subject import Subject
-from hpo_verl.config.cluster import cards_a_copy
 from hpo_verl.config.prepare import preparations
+from hpo_verl.config.settings import cards_a_copy
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.runs.process import SHARED_MEMORY
 

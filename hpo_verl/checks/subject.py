@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from hpo_verl.checks.model_folders import policy_folder
 from hpo_verl.checks.model_size import KNOWN_MODELS, ModelSize, read_model_size
 from hpo_verl.checks.rows import Sample, read_rows
-from hpo_verl.config.data_files import data_files
 from hpo_verl.config.prepare import Preparation, preparations
 from hpo_verl.config.recipes import recipe_names
+from hpo_verl.config.settings import data_files
 from hpo_verl.errors import DataError
 
 

@@ -92,10 +92,3 @@ def forward_environment(config: DictConfig) -> None:
         OmegaConf.update(config, key, variables, merge=True, force_add=True)
     # A job's own runtime environment may name the same variables; Ray would refuse that.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-
-
-def cards_a_copy(config: DictConfig) -> int:
-    """Cards over which FSDP shards one copy of weights, gradients and moments."""
-    cards = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    size = OmegaConf.select(config, "actor_rollout_ref.actor.fsdp_config.fsdp_size") or -1
-    return cards if size < 1 else min(size, cards)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.config.leaves import leaves
+from hpo_verl.config.settings import leaves
 from hpo_verl.errors import ConfigError, DataError
 
 PERMITTED_PREFIX = "data_prep."

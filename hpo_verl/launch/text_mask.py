@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpo_verl.config.leaves import leaves
+from hpo_verl.config.settings import leaves
 from hpo_verl.launch.manifest import MASK, SECRET_TEXT, is_secret
 
 # A shorter text may be a word that anything prints.

@@ -11,7 +11,7 @@ from statistics import median
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.config.leaves import leaves
+from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError
 from hpo_verl.runs.metrics import MetricsFile
 

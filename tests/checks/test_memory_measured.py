@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from hpo_verl.checks.memory import GIB, OVERHEAD_GIB, RECIPE_CARD_GIB, card_memory
 from hpo_verl.checks.model_size import KNOWN_MODELS
-from hpo_verl.config.cluster import cards_a_copy
+from hpo_verl.config.settings import cards_a_copy
 
 TOLERANCE = 0.1
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"

@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_is_named(tmp_path):
 import sys
 from pathlib import Path
 from hpo_verl.errors import EnvironmentCheckError
-from hpo_verl.launch import checkpoints
+from hpo_verl.runs import checkpoints
 from hpo_verl.verl_plugin.trainer.sealed_checkpoints import whole_or_not_at_all
 import torch
 folder = Path.cwd()

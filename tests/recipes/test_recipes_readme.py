@@ -7,8 +7,8 @@ from composed_recipes import composed
 
 from hpo_verl.checks.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
 from hpo_verl.checks.model_size import KNOWN_MODELS
-from hpo_verl.config.cluster import cards_a_copy
 from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.config.settings import cards_a_copy
 
 HUB_IDS = {
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
