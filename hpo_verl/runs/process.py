@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO, cast
 
 import psutil
 
-from hpo_verl.runs.masked_log import MaskedLog
 from hpo_verl.runs.stop import SIGNALS
 
 # Every process of a run inherits it, however often it changes parent or group.
@@ -32,20 +32,26 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_", "sem.mp-")
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.3
+LOG_CLOSE_SECONDS = 10.0
 TAIL_BYTES = 200_000
+LINE_BYTES, BLOCK_BYTES = 1 << 20, 1 << 16
 _PR_SET_PDEATHSIG = 1
 
 
 class ChildProcess:
     """A Python program in a session, with a log file and a temporary folder of its own.
 
-    A context manager: whatever happens inside, every process that the program
-    started, its temporary folder and its shared memory are gone afterwards.
+    The program starts at once. A context manager: at its end, every process that the program
+    started, its temporary folder and its shared memory are gone.
 
     Args:
         arguments: of Python, given the temporary folder.
         environment: variables on top of the caller's, given the temporary folder.
-        mask: takes secrets out of the output before it gets into the log file.
+        mask: takes secrets out of the output before it is written to the log file.
+
+    Attributes:
+        temporary: the private temporary folder.
+        marker: value of `MARKER` in the environment of all processes.
     """
 
     def __init__(
@@ -54,85 +60,76 @@ class ChildProcess:
         environment: Callable[[Path], dict[str, str]],
         mask: Callable[[str], str] = str,
     ) -> None:
-        self.arguments = arguments
-        self.environment = environment
-        self.mask = mask
         self.marker = uuid.uuid4().hex
-        self.log_file: Path | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._log: MaskedLog | None = None
-        self._temporary: Path | None = None
-        self._shared_before: set[str] = set()
-
-    def __enter__(self) -> ChildProcess:
-        # Short, since Ray puts sockets below it and a socket's path is limited to 107 bytes.
-        self._temporary = Path(tempfile.mkdtemp(prefix="hpo-"))
+        self._mask = mask
+        self._log_file: Path | None = None
+        self._log_thread: threading.Thread | None = None
         self._shared_before = _shared_memory_files()
-        self._log = MaskedLog(self.mask)
+        # Short, since Ray puts sockets below it and a socket's path is limited to 107 bytes.
+        self._folder = tempfile.TemporaryDirectory(prefix="hpo-", ignore_cleanup_errors=True)
+        self.temporary = Path(self._folder.name)
         self._child = subprocess.Popen(  # noqa: S603
-            [sys.executable, *self.arguments(self._temporary)],
+            [sys.executable, *arguments(self.temporary)],
             stdin=subprocess.PIPE,
-            stdout=self._log.fileno(),
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            bufsize=0,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             env={
                 **os.environ,
-                **self.environment(self._temporary),
+                **environment(self.temporary),
                 MARKER: self.marker,
-                FAILURE_VARIABLE: str(self._temporary / FAILURE_NAME),
+                FAILURE_VARIABLE: str(self.temporary / FAILURE_NAME),
             },
         )
-        self._log.close_writing()
+        self._stdin = cast("IO[bytes]", self._child.stdin)
+        self._output = cast("IO[bytes]", self._child.stdout)
+
+    def __enter__(self) -> ChildProcess:
         return self
 
     def go(self, log_file: Path, line: str = "") -> None:
         """Let the program run: send it a line on its standard input, which then ends.
 
         Args:
-            log_file: takes the output of all of its processes, made anew.
-            line: what it waits for.
+            log_file: takes the output of all processes; an existing file is overwritten.
+            line: what the program waits for.
         """
-        child, log = self._require_child(), self._log
-        if log is None or child.stdin is None:
-            raise RuntimeError("the process was not started")
-        self.log_file = log_file
-        log.start(log_file)
-        # Where it has ended already, its exit code tells.
-        with contextlib.suppress(BrokenPipeError), child.stdin as stream:
-            stream.write(f"{line}\n".encode())
+        self._log_file = log_file
+        self._log_thread = threading.Thread(
+            target=copy_masked,
+            args=(self._output, log_file.open("wb"), self._mask),
+            name="masked log",
+            daemon=True,
+        )
+        self._log_thread.start()
+        # A program that has ended already is found by `wait`.
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(f"{line}\n".encode())
+        self._stdin.close()
 
     def wait(self, on_poll: Callable[[], None]) -> int:
         """Wait for the end, calling `on_poll` about three times a second; return the exit code."""
-        child = self._require_child()
-        while child.poll() is None:
+        while self._child.poll() is None:
             on_poll()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(POLL_SECONDS)
+                self._child.wait(POLL_SECONDS)
         on_poll()
-        return child.returncode
+        return self._child.returncode
 
     def failure(self) -> str:
         """Why the program failed: what it reported, or else its signal and last line of output."""
-        child = self._require_child()
-        if self._temporary is not None and (self._temporary / FAILURE_NAME).is_file():
-            return self.mask((self._temporary / FAILURE_NAME).read_text(encoding="utf-8"))
-        said = last_line(self.log_file) if self.log_file else "no output"
-        if child.returncode < 0:
-            return f"verl's main program was ended by {signal_name(-child.returncode)}; {said}"
-        return said
-
-    @property
-    def temporary(self) -> Path:
-        """The private temporary folder."""
-        if self._temporary is None:
-            raise RuntimeError("the process was not started")
-        return self._temporary
-
-    def _require_child(self) -> subprocess.Popen[bytes]:
-        if self._child is None:
-            raise RuntimeError("the process was not started")
-        return self._child
+        reported = self.temporary / FAILURE_NAME
+        if reported.is_file():
+            return self._mask(reported.read_text(encoding="utf-8"))
+        last = last_line(self._log_file) if self._log_file else "no output"
+        if self._child.returncode >= 0:
+            return last
+        number = -self._child.returncode
+        names = {entry.value: entry.name for entry in signal.Signals}
+        name = names.get(number, f"signal {number}")
+        return f"verl's main program was ended by {name}; {last}"
 
     def __exit__(
         self,
@@ -143,19 +140,18 @@ class ChildProcess:
         # A further Ctrl-C must not leave half of the processes running.
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         try:
-            child = self._require_child()
-            if child.stdin is not None:
-                child.stdin.close()
-            if child.poll() is None:
+            self._stdin.close()
+            if self._child.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGTERM)
+                    os.killpg(self._child.pid, signal.SIGTERM)
             end_processes(lambda: marked_processes(self.marker))
-            child.wait()
-            if self._log is not None:
-                self._log.close()
+            self._child.wait()
+            if self._log_thread is not None:
+                self._log_thread.join(LOG_CLOSE_SECONDS)
+            else:
+                self._output.close()
             remove_shared_memory(_shared_memory_files() - self._shared_before)
-            if self._temporary is not None:
-                shutil.rmtree(self._temporary, ignore_errors=True)
+            self._folder.cleanup()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -164,6 +160,34 @@ class ChildProcess:
 def _die_with_parent() -> None:
     """Ask Linux to end this process when its parent dies, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def copy_masked(pipe: IO[bytes], file: IO[bytes], mask: Callable[[str], str]) -> None:
+    """Copy the output of processes to a file, without secrets, until the last process ends.
+
+    verl prints its whole configuration, and libraries print what they were given. The mask is
+    applied to whole lines, so that no secret is cut in two; a line without an end is written
+    once it is longer than `LINE_BYTES`.
+
+    Args:
+        pipe: unbuffered; closed at the end.
+        file: closed at the end.
+        mask: returns what may be written of a text.
+    """
+
+    def write(block: bytes) -> None:
+        text = block.decode(errors="surrogateescape")
+        file.write(mask(text).encode(errors="surrogateescape"))
+        file.flush()
+
+    rest = b""
+    with pipe, file:
+        while block := pipe.read(BLOCK_BYTES):
+            rest += block
+            end = rest.rfind(b"\n") + 1 or (len(rest) if len(rest) > LINE_BYTES else 0)
+            write(rest[:end])
+            rest = rest[end:]
+        write(rest)
 
 
 def marked_processes(marker: str) -> list[psutil.Process]:
@@ -177,22 +201,19 @@ def marked_processes(marker: str) -> list[psutil.Process]:
     return found
 
 
-def _find_again(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    time.sleep(POLL_SECONDS)
-    return find()
-
-
 def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
-    """Ask processes to end; kill those that are stopped, or have not after `STOP_SECONDS`."""
+    """Ask processes to end; kill those that are stopped, or have not ended in `STOP_SECONDS`."""
     deadline = time.monotonic() + STOP_SECONDS
     asked: set[int] = set()
-    # Twice: one that just then became another program could not be told by its environment.
-    while processes := find() or _find_again(find):
-        overdue = time.monotonic() > deadline
+    empty_looks = 0
+    # Two looks: a process that becomes another program has no environment for a moment.
+    while empty_looks < 2:
+        processes = find()
+        empty_looks = 0 if processes else empty_looks + 1
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                # A stopped one would take the request only after it goes on.
-                if overdue or process.status() == psutil.STATUS_STOPPED:
+                # A stopped process would take the request only after it goes on.
+                if time.monotonic() > deadline or process.status() == psutil.STATUS_STOPPED:
                     process.kill()
                 elif process.pid not in asked:
                     asked.add(process.pid)
@@ -201,15 +222,13 @@ def end_processes(find: Callable[[], list[psutil.Process]]) -> None:
 
 
 def _shared_memory_files() -> set[str]:
-    if not SHARED_MEMORY.is_dir():
-        return set()
+    """Names of this user's files; nobody can see who has mapped the files of others."""
     found = set()
-    for entry in os.scandir(SHARED_MEMORY):
-        # Others' files are not ours to remove, nor can we see who has mapped them.
+    for path in SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):
-            ours = entry.stat(follow_symlinks=False).st_uid == os.getuid()
-            if ours and entry.name.startswith(SHARED_MEMORY_PREFIXES):
-                found.add(entry.name)
+            ours = path.lstat().st_uid == os.getuid()
+            if ours and path.name.startswith(SHARED_MEMORY_PREFIXES):
+                found.add(path.name)
     return found
 
 
@@ -217,17 +236,13 @@ def remove_shared_memory(names: set[str]) -> None:
     """Remove shared-memory files that no living process has mapped."""
     if not names:
         return
-    mapped = set(_mapped_shared_memory())
-    for name in names - mapped:
-        (SHARED_MEMORY / name).unlink(missing_ok=True)
-
-
-def _mapped_shared_memory() -> Iterator[str]:
+    mapped = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            for region in process.memory_maps(grouped=True):
-                if region.path.startswith(f"{SHARED_MEMORY}/"):
-                    yield Path(region.path).name
+            mapped |= {region.path for region in process.memory_maps(grouped=True)}
+    for path in (SHARED_MEMORY / name for name in names):
+        if str(path) not in mapped:
+            path.unlink(missing_ok=True)
 
 
 def last_line(log_file: Path) -> str:
@@ -236,9 +251,3 @@ def last_line(log_file: Path) -> str:
         log.seek(max(0, log_file.stat().st_size - TAIL_BYTES))
         lines = log.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-def signal_name(number: int) -> str:
-    """`SIGKILL` for 9."""
-    known = {entry.value: entry.name for entry in signal.Signals}
-    return known.get(number, f"signal {number}")

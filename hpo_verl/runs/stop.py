@@ -1,10 +1,10 @@
 """What the launcher and the trainer, which may run on another machine, tell each other.
 
-Two files in the run's folder, made by the launcher, so that a trainer without a launcher
-writes neither. `.stop`: the trainer says that it listens when it begins to train; the launcher
+Two files in the run's folder, made by the launcher; a trainer without a launcher writes
+neither. `.stop`: the trainer writes that it listens when it begins to train; the launcher
 writes the request, and the trainer, before it ends early, what it did. `.stage`: what the
-trainer is doing. The files' content changes, not their existence, since network file systems
-show a new content to whoever opens a file, but a new file only after a while.
+trainer is doing. The launcher makes the files before the run and only their content changes,
+since network file systems show new content at once, but a new file only after a while.
 """
 
 from __future__ import annotations
@@ -13,39 +13,36 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 LISTENING, REQUESTED, STOPPED = "listening", "stop", "stopped"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Message:
-    """A small text file in a run's folder.
-
-    Args:
-        path: the file.
-    """
+    """A small text file in a run's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def create(self) -> None:
-        """Make it, empty."""
+        """Make the file, empty."""
         self.path.write_text("")
 
     def read(self) -> str | None:
-        """What was written last; None where there is no file."""
+        """The text that was written last; None where there is no file."""
         try:
             return self.path.read_text()
         except FileNotFoundError:
             return None
 
     def write(self, text: str) -> None:
-        """Tell the other side; without a file nobody is there to be told."""
+        """Write to an existing file; without a file there is no reader."""
         if self.path.exists():
             self.path.write_text(text)
 
     def remove(self) -> None:
-        """Forget what was said."""
+        """Remove the file."""
         self.path.unlink(missing_ok=True)
 
 
@@ -62,13 +59,13 @@ def stage_message(folder: Path) -> Message:
 class GracefulStop:
     """The first Ctrl-C or SIGTERM asks the trainer to stop; the next one interrupts.
 
-    A context manager. Where the trainer does not listen, since it has not begun to train
-    or is not ours, the first one interrupts.
+    A context manager. The first one interrupts too where the trainer does not listen: it has
+    not begun to train, or is not ours.
 
     Args:
         file: how the trainer is asked; removed at the end.
-        announce: told, once, that it was asked.
-        signals: which ones to heed.
+        announce: told once that the trainer was asked.
+        signals: the signals to handle.
 
     Attributes:
         stopped: at the end, whether the trainer ended early because it was asked.
@@ -82,11 +79,9 @@ class GracefulStop:
     ) -> None:
         self.file = file
         self.signals = signals
-        self.asked = False
-        self.stopped = False
+        self.asked = self.stopped = self._announced = False
         self._announce = announce
-        self._announced = False
-        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
         self.file.create()
@@ -114,7 +109,7 @@ class GracefulStop:
         self.file.write(REQUESTED)
 
     def on_poll(self) -> None:
-        """Say what happens; a signal's handler must not print."""
+        """Announce the request; a signal's handler must not print."""
         if self.asked and not self._announced:
             self._announced = True
             self._announce("stopping after this step, with a checkpoint; Ctrl-C again: at once")
