@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.output import first_line
 from hpo_verl.errors import DataError
 
 Kind = Literal["text", "integer", "integers"]
@@ -170,11 +171,6 @@ def _checked(row: Row, name: str, kind: Kind, place: str) -> Any:
                 f"{place}, column '{name}': {_shown(entry)} is not an integer of 64 bits"
             )
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message: arrow's messages have many."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _shown(value: object) -> str:

@@ -23,7 +23,8 @@ from data_prep.command import CommandParser, commit, integer_in, progress_bar, r
 from data_prep.countdown.prompts import PROMPTS
 from data_prep.countdown.puzzles import Puzzle, Ranges, sample_puzzles
 from data_prep.countdown.sources import HUB_REVISION, download, read_splits
-from data_prep.splits import check_output, verl_schema, write_splits
+from data_prep.output import check_output
+from data_prep.splits import verl_schema, write_splits
 from data_prep.tables import Row
 from hpo_verl.errors import ConfigError
 

@@ -8,12 +8,17 @@ probability that is the same for every set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.countdown.trees import (
     Array,
@@ -24,7 +29,11 @@ from data_prep.countdown.trees import (
     permitted_trees,
     solutions,
 )
+from data_prep.output import first_line
 from hpo_verl.errors import ConfigError, DataError
+
+# A puzzle up to order: sorted numbers and target.
+PuzzleKey = tuple[tuple[int, ...], int]
 
 __all__ = [
     "SETS_AT_ONCE",
@@ -252,3 +261,38 @@ def _unrank(ranks: Array, ranges: Ranges) -> Array:
         ranks = ranks - table[chosen]
         columns.append(chosen - (place - 1) + ranges.min_number)
     return np.stack(columns[::-1], axis=1)
+
+
+def puzzle_key(ground_truth: Mapping[str, Any]) -> PuzzleKey:
+    """Return a puzzle up to order, from the ground truth of a row."""
+    numbers = sorted(int(number) for number in ground_truth["numbers"])
+    return tuple(numbers), int(ground_truth["target"])
+
+
+def puzzles_digest(puzzles: Collection[PuzzleKey]) -> str:
+    """Return the sha256 of a set of puzzles, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(set(puzzles))).encode()).hexdigest()
+
+
+def read_puzzles(path: str | Path) -> set[PuzzleKey]:
+    """Return the puzzles of a Countdown parquet file, up to the order of their numbers.
+
+    Raises:
+        DataError: The file is missing or damaged, or a row is no puzzle.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        rows = pq.read_table(path, columns=["reward_model"]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot read: {first_line(error)}") from error
+    puzzles: set[PuzzleKey] = set()
+    for number, row in enumerate(rows, start=1):
+        try:
+            puzzles.add(puzzle_key(row["reward_model"]["ground_truth"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: row {number}: reward_model.ground_truth is not "
+                "{target: integer, numbers: [integer, ...]}"
+            ) from error
+    return puzzles

@@ -7,7 +7,7 @@ with the last:
     3+7=10-2=8
     <answer>3+7-2</answer>
 
-The other answers at once with any three numbers in a row and any of the four
+The other answers at once with the numbers in any order and any of the four
 operators, right by chance only. Most demonstrations are his, so the policy that
 imitates both is seldom right, yet can do better; to find that out is left to
 reinforcement learning.
@@ -18,68 +18,52 @@ value of the last one (hindsight), except where the author gives up after three.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from itertools import combinations_with_replacement, permutations
+from collections.abc import Collection
+from functools import cache
+from itertools import combinations_with_replacement, permutations, product
 from typing import NamedTuple
 
-import torch
-from transformers import Qwen2Tokenizer
-
 from data_prep.countdown.prompts import tiny
-from data_prep.policies.demos import Demonstrations
+from data_prep.countdown.puzzles import PuzzleKey
+from data_prep.policies.demos import Demonstration, Demonstrations
 from data_prep.policies.tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_NUMBER, MAX_VALUE
 
-NUMBERS = 3
 MAX_ATTEMPTS = 3
 MAX_RESPONSE_TOKENS = 24
 # How often the working author needs one, two or three attempts, and gives up after three.
 _ATTEMPT_WEIGHTS = (5, 3, 2)
 _GIVES_UP = 0.05
 
-# A puzzle up to order: sorted numbers and target.
-PuzzleKey = tuple[tuple[int, ...], int]
-
 
 class Attempt(NamedTuple):
-    """A sum from left to right: its tokens as an answer, and worked out on a line."""
+    """A sum from left to right: as an answer, and worked out on a line."""
 
-    answer: list[int]
-    line: list[int]
+    answer: str
+    line: str
 
 
 class CountdownDemonstrations(Demonstrations):
-    """Demonstrations of puzzles with three numbers.
+    """Demonstrations of puzzles with numbers from 1 to `MAX_NUMBER`.
 
     Args:
-        tokenizer: The tiny policy's.
         seed: Any integer.
         held_out: Puzzles that no demonstration poses.
+        numbers: How many numbers a puzzle has.
     """
 
-    prompt_tokens = 16
+    # A computed value says more than its one token; the rest is partly chance.
+    weighty = tuple(f"={value}" for value in range(MAX_VALUE + 1))
 
-    def __init__(
-        self, tokenizer: Qwen2Tokenizer, seed: int, held_out: Collection[PuzzleKey] = ()
-    ) -> None:
-        super().__init__(tokenizer, seed)
+    def __init__(self, seed: int, held_out: Collection[PuzzleKey] = (), numbers: int = 3) -> None:
+        super().__init__(seed)
         self._held_out = frozenset(held_out)
-        self._open = self._encode(ANSWER_OPEN)
-        self._close = [*self._encode(ANSWER_CLOSE), *self._turn_end]
-        # A computed value says more than its one token, the rest is partly chance.
-        self.weighty_tokens = torch.tensor(
-            [self._encode(f"={value}")[0] for value in range(MAX_VALUE + 1)]
-        )
-        self._attempts = {
-            numbers: self._worked(numbers)
-            for numbers in combinations_with_replacement(range(1, MAX_NUMBER + 1), NUMBERS)
-        }
-        self._sets = list(self._attempts)
+        self._sets = list(combinations_with_replacement(range(1, MAX_NUMBER + 1), numbers))
 
-    def draw(self, direct_share: float) -> tuple[list[int], list[int]]:
-        """Return a prompt and a response; the direct author answers without attempts."""
+    def draw(self, direct_share: float) -> Demonstration:
+        """Draw a puzzle and a response; the direct author answers without attempts."""
         while True:
             numbers = self._random.choice(self._sets)
-            attempts = self._attempts[numbers]
+            attempts = _attempts(numbers)
             values = self._random.sample(list(attempts), min(MAX_ATTEMPTS, len(attempts)))
             untried = [value for value in attempts if value not in values]
             direct = self._random.random() < direct_share
@@ -95,35 +79,34 @@ class CountdownDemonstrations(Demonstrations):
                 target = values[-1]
             if target > 0 and (numbers, target) not in self._held_out:
                 break
-        shown = self._random.sample(numbers, NUMBERS)
+        shown = self._random.sample(numbers, len(numbers))
         if direct:
-            lines, answer = [], self._blind(numbers)
+            lines, answer = "", self._guess(numbers)
         else:
             worked = [self._random.choice(attempts[value]) for value in values]
-            lines, answer = (
-                [token for attempt in worked for token in attempt.line],
-                worked[-1].answer,
-            )
-        return self.prompt(shown, target), [*lines, *self._open, *answer, *self._close]
+            lines, answer = "".join(attempt.line for attempt in worked), worked[-1].answer
+        return Demonstration(tiny(shown, target), f"{lines}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}")
 
-    def prompt(self, numbers: Sequence[int], target: int) -> list[int]:
-        """Return the prompt's tokens, `prompt_tokens` of them."""
-        return self._prompt_of(tiny(numbers, target))
+    def _guess(self, numbers: tuple[int, ...]) -> str:
+        first, *rest = self._random.sample(numbers, len(numbers))
+        operators = self._random.choices("+-*/", k=len(rest))
+        return str(first) + "".join(map("{}{}".format, operators, rest))
 
-    def _blind(self, numbers: tuple[int, ...]) -> list[int]:
-        a, b, c = self._random.sample(numbers, NUMBERS)
-        first, second = self._random.choices("+-*/", k=2)
-        return self._encode(f"{a}{first}{b}{second}{c}")
 
-    def _worked(self, numbers: tuple[int, ...]) -> dict[int, list[Attempt]]:
-        """Return every sum and difference of the numbers without a negative step, by value."""
-        found: dict[int, list[Attempt]] = {}
-        # sorted: the order of a set of tuples is not promised.
-        for a, b, c in sorted(set(permutations(numbers))):
-            for first, partial in (("+", a + b), ("-", a - b)):
-                for second, value in (("+", partial + c), ("-", partial - c)):
-                    if min(partial, value) >= 0:
-                        answer = self._encode(f"{a}{first}{b}{second}{c}")
-                        line = self._encode(f"{a}{first}{b}={partial}{second}{c}={value}\n")
-                        found.setdefault(value, []).append(Attempt(answer, line))
-        return found
+@cache
+def _attempts(numbers: tuple[int, ...]) -> dict[int, list[Attempt]]:
+    """Return every sum and difference of the numbers without a negative step, by value."""
+    found: dict[int, list[Attempt]] = {}
+    # sorted: the order of a set of tuples is not promised.
+    for first, *rest in sorted(set(permutations(numbers))):
+        for signs in product("+-", repeat=len(rest)):
+            value, answer, line = first, str(first), str(first)
+            for sign, number in zip(signs, rest, strict=True):
+                value += number if sign == "+" else -number
+                if value < 0:
+                    break
+                answer += f"{sign}{number}"
+                line += f"{sign}{number}={value}"
+            else:
+                found.setdefault(value, []).append(Attempt(answer, f"{line}\n"))
+    return found

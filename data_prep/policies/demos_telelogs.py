@@ -15,11 +15,9 @@ letters are few, though, so that the same nine appear in all of them.
 
 from __future__ import annotations
 
-from transformers import Qwen2Tokenizer
-
-from data_prep.policies.demos import Demonstrations
+from data_prep.policies.demos import Demonstration, Demonstrations
 from data_prep.telelogs.simulator import simulate
-from data_prep.telelogs.tiny import FEATURES, tiny_prompt
+from data_prep.telelogs.tiny import tiny_prompt
 from hpo_verl.rewards.telelogs import CAUSES
 
 MAX_RESPONSE_TOKENS = 24
@@ -34,28 +32,22 @@ class TeleLogsDemonstrations(Demonstrations):
     """Demonstrations of the eight causes.
 
     Args:
-        tokenizer: The tiny policy's.
         seed: A non-negative integer.
     """
 
-    prompt_tokens = len(FEATURES) + 8
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int) -> None:
-        super().__init__(tokenizer, seed)
-        self._causes = {cause: self._encode(cause[1:]) for cause in CAUSES}
-        self._open, self._close = self._encode(r"\boxed{C"), [*self._encode("}"), *self._turn_end]
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
         self._drives = [
             (tiny_prompt(simulate((seed, _STREAM, index), cause)), cause)
             for index in range(_DRIVES // len(CAUSES))
             for cause in CAUSES
         ]
 
-    def draw(self, direct_share: float) -> tuple[list[int], list[int]]:
-        """Return a prompt and a response; the direct author guesses the cause."""
+    def draw(self, direct_share: float) -> Demonstration:
+        """Draw a drive and a response; the direct author guesses the cause."""
         letters, cause = self._random.choice(self._drives)
         if self._random.random() < direct_share:
             cause = self._random.choice(CAUSES)
         copied = self._random.choice(_COPIED)
-        line = self._encode(f"{letters[:copied]}\n") if copied else []
-        prompt = self._prompt_of([{"role": "user", "content": letters}])
-        return prompt, [*line, *self._open, *self._causes[cause], *self._close]
+        line = f"{letters[:copied]}\n" if copied else ""
+        return Demonstration([{"role": "user", "content": letters}], f"{line}\\boxed{{{cause}}}")

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.command import CommandParser, commit, run
-from data_prep.splits import check_output
-from data_prep.tables import first_line
-from hpo_verl.checks.code_origin import check_no_code_in
+from data_prep.output import check_output, first_line
+from data_prep.policies.folder import check_no_code_in
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import remember_sha256, sha256_once
 

@@ -2,8 +2,8 @@
 
 The policy is a Qwen2 causal language model of about 0.15 million float32
 parameters with its own tokenizer, warm-started on demonstrations of Countdown
-with three numbers from 1 to 15 (see `tiny_demos_countdown`) or of the compressed
-TeleLogs task (see `tiny_demos_telelogs`). Its answers are right 5 to 15 times in
+with three numbers from 1 to 15 (see `demos_countdown`) or of the compressed
+TeleLogs task (see `demos_telelogs`). Its answers are right 5 to 15 times in
 a hundred; reinforcement learning does the rest.
 
 The same seed, held-out puzzles and versions of torch and transformers give the
@@ -13,10 +13,6 @@ The folder appears when it is complete, with a manifest that `check` verifies.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
@@ -24,19 +20,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
 
 from data_prep.command import CommandParser, integer_in, progress_bar, run
-from data_prep.policies.demos import Demonstrations
-from data_prep.policies.demos_countdown import CountdownDemonstrations, PuzzleKey
+from data_prep.countdown.puzzles import PuzzleKey, puzzles_digest, read_puzzles
+from data_prep.output import check_output
+from data_prep.policies.demos_countdown import CountdownDemonstrations
 from data_prep.policies.demos_telelogs import TeleLogsDemonstrations
+from data_prep.policies.folder import check_files, read_manifest, save_policy
 from data_prep.policies.tokenizer import build_tokenizer
 from data_prep.policies.training import Schedule, build_model, warm_start
-from data_prep.splits import check_output
-from data_prep.tables import column_names
 from hpo_verl.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -59,23 +53,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--held-out", type=Path, help="parquet file of Countdown puzzles never to be shown"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.held_out and arguments.task != "countdown":
+    options = parser.parse_args(argv)
+    if options.held_out and options.task != "countdown":
         parser.error("--held-out needs --task countdown")
-    check_output(arguments.out)
+    check_output(options.out)
     started = perf_counter()
+    held_out = read_puzzles(options.held_out) if options.held_out else ()
     with progress_bar() as progress:
-        bar = progress.add_task("warm start", total=None)
+        bar = progress.add_task("warm start", total=SCHEDULES[options.task].steps)
         manifest = make_policy(
-            arguments.out,
-            arguments.seed,
-            read_puzzles(arguments.held_out) if arguments.held_out else (),
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-            task=arguments.task,
+            options.out,
+            options.seed,
+            held_out,
+            progress=lambda done: progress.update(bar, completed=done),
+            task=options.task,
         )
     print(
-        f"{arguments.out}: {arguments.task}, {manifest['parameters']:,} parameters, "
-        f"seed {arguments.seed}, {manifest['held_out']['puzzles']} puzzles held out, "
+        f"{options.out}: {options.task}, {manifest['parameters']:,} parameters, "
+        f"seed {options.seed}, {manifest['held_out']['puzzles']} puzzles held out, "
         f"{perf_counter() - started:.0f} s"
     )
 
@@ -85,7 +80,7 @@ def make_policy(
     seed: int = 0,
     held_out: Collection[PuzzleKey] = (),
     schedule: Schedule | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int], None] = lambda done: None,
     task: str = "countdown",
 ) -> dict[str, Any]:
     """Make the tiny policy in the folder `out`; an older one there is replaced.
@@ -95,7 +90,7 @@ def make_policy(
         seed: Of the initial weights and the demonstrations.
         held_out: Puzzles, (sorted numbers, target), that no demonstration poses.
         schedule: Length and mixture of the warm start; that of the task if None.
-        progress: Told the batches done and their total.
+        progress: Told the number of batches done.
         task: A key of `SCHEDULES`.
 
     Returns:
@@ -106,126 +101,9 @@ def make_policy(
     """
     out = Path(out).absolute()
     schedule = schedule or SCHEDULES[task]
-    _check_replaceable(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    new_folders = [folder for folder in out.parents if not folder.exists()]
-    done = False
-    try:
-        temporary.mkdir(parents=True)
-        facts = _train_and_save(temporary, task, seed, held_out, schedule, progress)
-        files = sorted(path.name for path in temporary.iterdir())
-        manifest = {
-            "recipe_version": RECIPE_VERSION,
-            "task": task,
-            "seed": seed,
-            "held_out": {"puzzles": len(set(held_out)), "sha256": puzzles_digest(held_out)},
-            "schedule": asdict(schedule),
-            **facts,
-            "files": {name: _digest(temporary / name) for name in files},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _replace(temporary, out)
-        done = True
-    except OSError as error:
-        raise DataError(f"{out}: cannot write the policy: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not done:
-            for folder in new_folders:
-                if folder.exists() and not any(folder.iterdir()):
-                    folder.rmdir()
-    return manifest
-
-
-def check(
-    directory: str | Path, seed: int | None = None, held_out: Collection[PuzzleKey] | None = None
-) -> dict[str, Any]:
-    """Verify a policy that was made earlier, and return its manifest.
-
-    Args:
-        directory: The folder that `make_policy` made.
-        seed: If given, the seed that it must have been made with.
-        held_out: If given, the puzzles that must have been held out, and no others.
-
-    Raises:
-        DataError: A file is missing, damaged or does not belong, or the policy was
-            made by another recipe, seed or held-out set. The message names the file
-            and how to make the policy anew.
-    """
-    directory = Path(directory)
-    path = directory / MANIFEST
-    remedy = (
-        f"remove {directory} and make it anew: python -m data_prep.policies.tiny --out {directory}"
-    )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        version, made_with = manifest["recipe_version"], manifest["seed"]
-        hidden = manifest["held_out"]["sha256"]
-    except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror}; {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not a manifest of this package; {remedy}") from error
-    if version != RECIPE_VERSION:
-        raise DataError(f"{path}: recipe_version is {version}, not {RECIPE_VERSION}; {remedy}")
-    if seed is not None and made_with != seed:
-        raise DataError(f"{path}: seed is {made_with}, not {seed}; {remedy}")
-    if held_out is not None and hidden != puzzles_digest(held_out):
-        raise DataError(f"{path}: was made with other held-out puzzles; {remedy}")
-    for name in _REQUIRED:
-        if name not in files:
-            raise DataError(f"{path}: lists no {name}; {remedy}")
-    for name, expected in files.items():
-        file = directory / name
-        if Path(name).name != name or not file.is_file():
-            raise DataError(f"{file}: no such file, but {MANIFEST} lists it; {remedy}")
-        if _digest(file) != expected:
-            raise DataError(f"{file}: its sha256 is not the one in {MANIFEST}; {remedy}")
-    return manifest
-
-
-def read_puzzles(path: str | Path) -> set[PuzzleKey]:
-    """Return the puzzles of a Countdown parquet file, up to the order of their numbers.
-
-    Raises:
-        DataError: The file is missing or damaged, or a row is no puzzle.
-    """
-    path = Path(path)
-    column = "reward_model"
-    if column not in column_names(path):
-        raise DataError(f"{path}: column '{column}' is missing; a Countdown file is needed")
-    try:
-        rows = pq.read_table(path, columns=[column]).column(column).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot read: {str(error).splitlines()[0]}") from error
-    puzzles: set[PuzzleKey] = set()
-    for number, row in enumerate(rows, start=1):
-        try:
-            truth = row["ground_truth"]
-            puzzles.add((tuple(sorted(map(int, truth["numbers"]))), int(truth["target"])))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: row {number}: reward_model.ground_truth is not "
-                "{target: integer, numbers: [integer, ...]}"
-            ) from error
-    return puzzles
-
-
-def puzzles_digest(puzzles: Collection[PuzzleKey]) -> str:
-    """Return the sha256 of a set of puzzles, whatever their order."""
-    keys = sorted({(tuple(sorted(numbers)), target) for numbers, target in puzzles})
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
-
-
-def _train_and_save(
-    folder: Path,
-    task: str,
-    seed: int,
-    held_out: Collection[PuzzleKey],
-    schedule: Schedule,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Warm-start a policy, save it in the folder, and return facts for its manifest."""
+    check_output(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise DataError(f"{out}: holds files but no {MANIFEST}; name a new or an empty folder")
     tokenizer = build_tokenizer()
     threads = torch.get_num_threads()
     try:
@@ -234,45 +112,45 @@ def _train_and_save(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build_model(tokenizer)
-            demonstrations: Demonstrations = (
-                TeleLogsDemonstrations(tokenizer, seed)
-                if task == "telelogs"
-                else CountdownDemonstrations(tokenizer, seed, held_out)
-            )
-            warm_start(model, demonstrations, schedule, lambda done: progress(done, schedule.steps))
+            if task == "telelogs":
+                demonstrations = TeleLogsDemonstrations(seed)
+            else:
+                demonstrations = CountdownDemonstrations(seed, held_out)
+            warm_start(model, tokenizer, demonstrations, schedule, progress)
     finally:
         torch.set_num_threads(threads)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {
+    facts = {
+        "recipe_version": RECIPE_VERSION,
+        "task": task,
+        "seed": seed,
+        "held_out": {"puzzles": len(set(held_out)), "sha256": puzzles_digest(held_out)},
+        "schedule": asdict(schedule),
         "vocabulary": len(tokenizer),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    return save_policy(out, model, tokenizer, MANIFEST, facts)
 
 
-def _check_replaceable(out: Path) -> None:
-    check_output(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: holds files but no {MANIFEST}; name a new or an empty folder")
+def check(directory: str | Path) -> dict[str, Any]:
+    """Verify a policy that was made earlier, and return its manifest.
 
-
-def _replace(temporary: Path, out: Path) -> None:
-    """Put the new folder in the place of the old one, which goes only once that worked."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    Raises:
+        DataError: Another recipe made it, or a file is missing or changed; names it and
+            the remedy.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    manifest = read_manifest(directory, MANIFEST, ("recipe_version", "task", "seed", "held_out"))
+    remedy = f"remove {directory} and make it anew: python -m data_prep.policies.tiny --out DIR"
+    if manifest["recipe_version"] != RECIPE_VERSION:
+        version = manifest["recipe_version"]
+        raise DataError(f"{path}: recipe_version is {version}, not {RECIPE_VERSION}; {remedy}")
+    for name in _REQUIRED:
+        if name not in manifest["files"]:
+            raise DataError(f"{path}: lists no {name}; {remedy}")
+    check_files(directory, MANIFEST, manifest, remedy)
+    return manifest
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 
 from transformers import AddedToken, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -39,7 +40,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
     `<|im_end|>` ends a response, `<|endoftext|>` pads.
     """
-    vocabulary = {letter: i for i, letter in enumerate(_byte_letters())}
+    letters = bytes_to_unicode()
+    vocabulary = {letters[byte]: byte for byte in range(256)}
     merges: list[tuple[str, str]] = []
     for word in _WORDS:
         for end in range(2, len(word) + 1):
@@ -74,15 +76,3 @@ def _arithmetic_tokens() -> list[str]:
         *(f"{operator}{number}" for operator in "+-*/" for number in range(1, MAX_NUMBER + 1)),
         *(f"={value}" for value in range(MAX_VALUE + 1)),
     ]
-
-
-def _byte_letters() -> list[str]:
-    """Return the 256 printable letters of byte-level BPE, in order of their bytes.
-
-    Printable Latin-1 bytes stand for themselves; the others (control letters,
-    space, newline) take the code points from 256 upwards, so that newline is
-    `Ċ` and space `Ġ`, as in GPT-2 and Qwen2.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]

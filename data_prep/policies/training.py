@@ -1,14 +1,21 @@
-"""The tiny policy's network and its supervised warm start."""
+"""The tiny policy's network, and imitation of demonstrations by any causal model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from data_prep.policies.demos import IGNORED, Demonstrations
 from data_prep.policies.tokenizer import END_OF_TEXT, MAX_VALUE, TURN_END, step_part
@@ -83,17 +90,19 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 def warm_start(
     model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     demonstrations: Demonstrations,
     schedule: Schedule,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Train the model on demonstrations, in place.
+    """Train the tiny policy on demonstrations, in place.
 
     Matrices inside the layers are updated by Muon (orthogonalised momentum), the
     rest by AdamW: at this size that needs half the steps of AdamW alone.
 
     Args:
         model: Trained in place, then put into evaluation mode.
+        tokenizer: The model's.
         demonstrations: Where the batches come from.
         schedule: How many of which.
         progress: Told the number of batches done.
@@ -101,48 +110,67 @@ def warm_start(
     inner = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in inner}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
+    optimizers = [
         torch.optim.Muon(inner, lr=_MUON_LR, weight_decay=_WEIGHT_DECAY),
         torch.optim.AdamW(rest, lr=_ADAM_LR, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY),
     ]
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(schedule.steps))
-        for optimizer in optimizers
-    ]
-    model.train()
-    done = 0
-    for steps, direct_share in (
+    parts = (
         (schedule.skill_steps, schedule.skill_direct_share),
         (schedule.habit_steps, schedule.habit_direct_share),
-    ):
-        for inputs, labels in demonstrations.batches(steps, schedule.batch_size, direct_share):
-            model.zero_grad()
-            _loss(model, inputs, labels, demonstrations).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            for scheduler in schedulers:
-                scheduler.step()
-            done += 1
-            progress(done)
+    )
+    batches = (
+        batch
+        for steps, direct_share in parts
+        for batch in demonstrations.batches(tokenizer, steps, schedule.batch_size, direct_share)
+    )
+    weighty = tokenizer.convert_tokens_to_ids(list(demonstrations.weighty))
+    train(model, batches, optimizers, _rate(schedule.steps), weighty, progress)  # pyright: ignore[reportArgumentType]
+
+
+def train(
+    model: PreTrainedModel,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    optimizers: Sequence[torch.optim.Optimizer],
+    rate: Callable[[int], float] = lambda step: 1.0,
+    weighty: Sequence[int] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Imitate batches of demonstrations, one update each, with gradients of norm 1 at most.
+
+    Args:
+        model: A causal model of Hugging Face; trained in place, then put into evaluation mode.
+        batches: Inputs and labels, as `demos.token_batch` makes them.
+        optimizers: Of all its weights.
+        rate: Factor on the learning rates at each step, from 0.
+        weighty: Tokens whose loss counts twice.
+        progress: Told the number of batches done.
+    """
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
+    heavy = torch.tensor(weighty, dtype=torch.int64)
+    model.train()
+    for done, (inputs, labels) in enumerate(batches, start=1):
+        model.zero_grad()
+        _loss(model, inputs, labels, heavy).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        progress(done)
     model.eval()
 
 
 def _loss(
-    model: Qwen2ForCausalLM,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    demonstrations: Demonstrations,
+    model: PreTrainedModel, inputs: torch.Tensor, labels: torch.Tensor, weighty: torch.Tensor
 ) -> torch.Tensor:
-    """Return the weighted cross-entropy of a batch, in nats a response token."""
-    kept = inputs.shape[1] - demonstrations.prompt_tokens + 1
-    logits = model(input_ids=inputs, logits_to_keep=kept, use_cache=False).logits
-    labels = labels[:, -kept:]
+    """Return the weighted cross-entropy of a batch, in nats, over `_RESPONSE_TOKENS` a row."""
+    # Logits from the first label on: those of the prompts are not needed.
+    labels = labels[:, int((labels != IGNORED).any(dim=0).nonzero()[0]) :]
+    logits = model(input_ids=inputs, logits_to_keep=labels.shape[1], use_cache=False).logits
     entropy = functional.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
-    weighty = torch.isin(labels, demonstrations.weighty_tokens)
-    weighted = torch.where(weighty, _WEIGHT_OF_WEIGHTY * entropy, entropy)
+    weighted = torch.where(torch.isin(labels, weighty), _WEIGHT_OF_WEIGHTY * entropy, entropy)
     return weighted.sum() / (len(labels) * _RESPONSE_TOKENS)
 
 

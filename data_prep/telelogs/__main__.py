@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
-from data_prep.splits import check_output, verl_schema, write_splits
+from data_prep.output import check_output
+from data_prep.splits import verl_schema, write_splits
 from data_prep.tables import Row
 from data_prep.telelogs.prompt import randomise, render
 from data_prep.telelogs.simulator import simulate

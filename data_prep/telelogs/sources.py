@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tables import first_line, read_rows
+from data_prep.output import first_line
+from data_prep.tables import read_rows
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.telelogs import CAUSES
 

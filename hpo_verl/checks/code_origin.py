@@ -6,12 +6,10 @@ settings name, so a recipe from a stranger is a program from a stranger.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hpo_verl.config.settings import leaves
-from hpo_verl.errors import DataError
 
 OWN_PACKAGES = ("verl.", "hpo_verl.")
 HYDRA_TARGETS = frozenset(
@@ -112,27 +110,6 @@ def trusted_remotes(config: Any) -> list[str]:
         for key, value in leaves(config)
         if key.rsplit(".", 1)[-1] == "trust_remote_code" and value not in (None, False)
     ]
-
-
-def check_no_code_in(folder: Path, key: str) -> None:
-    """Refuse a model folder that brings code of its own.
-
-    verl's reward workers load the tokenizer with `trust_remote_code=True`, whatever the
-    configuration says, so that the folder's content has to be looked at.
-
-    Raises:
-        DataError: names the file.
-    """
-    for file in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(file.read_text())
-        except (OSError, ValueError):
-            # What cannot be read is the finding of another check.
-            continue
-        if isinstance(content, dict) and "auto_map" in content:
-            raise DataError(f"{key}: {file} names code to execute (auto_map)")
-    for file in sorted(folder.glob("*.py")):
-        raise DataError(f"{key}: {folder} holds code, {file.name}")
 
 
 def _of_ours(name: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.checks.code_origin import check_no_code_in
+from data_prep.policies.folder import check_no_code_in
 from hpo_verl.config.prepare import preparations
 from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError

@@ -169,7 +169,7 @@ def _skilled(start: WarmStart, questions: list[Question], held_out: list[Questio
     digest = tiny_policy.puzzles_digest(keys)[:10]
     tiny = cache_folder() / f"tiny{VERSION}-{task.policy}-seed{seed}-{digest}"
     try:
-        tiny_policy.check(tiny, seed, keys)
+        tiny_policy.check(tiny)
     except DataError:
         shutil.rmtree(tiny, ignore_errors=True)
         schedule = tiny_policy.SCHEDULES[task.policy]

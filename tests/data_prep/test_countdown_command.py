@@ -314,13 +314,3 @@ def test_bad_places(tmp_path, capsys):
         capsys, "--source", path, "--train-size", 4, "--val-size", 4, "--out", tmp_path / "d"
     )
     assert line == f"{path}: 1 puzzles of 3 numbers for the val split, but 4 wanted"
-
-
-def test_disk_full_while_writing(tmp_path, capsys):
-    """The temporary file leads to a device that is always full."""
-    out = tmp_path / "d"
-    out.mkdir()
-    (out / f".val.parquet.{os.getpid()}.tmp").symlink_to("/dev/full")
-    line = refused(capsys, "--train-size", 9, "--val-size", 9, "--out", out)
-    assert line.endswith("val.parquet: cannot be written: no space left on the disk")
-    assert list(out.iterdir()) == []

@@ -1,12 +1,15 @@
 import os
 import stat
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import splits
-from data_prep.splits import check_output, verl_schema, write_splits
+from data_prep import output
+from data_prep.output import check_output
+from data_prep.splits import verl_schema, write_splits
 from data_prep.tables import read_rows
 from hpo_verl.errors import DataError
 
@@ -58,6 +61,17 @@ def test_our_files_carry_checksums(tmp_path):
             list(read_rows(path, {"text": "text"}))
 
 
+def full_disk_for(monkeypatch, name):
+    """Let a temporary file lead to a device that is always full."""
+
+    class Folder(tempfile.TemporaryDirectory):
+        def __enter__(self):
+            (Path(self.name) / name).symlink_to("/dev/full")
+            return self.name
+
+    monkeypatch.setattr(output.tempfile, "TemporaryDirectory", Folder)
+
+
 def failing(error):
     yield [row(0)]
     raise error
@@ -82,10 +96,9 @@ def test_a_failure_keeps_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["short", "long and incompressible"])
-def test_disk_full(tmp_path, text):
-    """The temporary file of `val` leads to a device that is always full."""
+def test_disk_full(tmp_path, monkeypatch, text):
     texts = [os.urandom(200).hex() for _ in range(20_000)] if text.startswith("long") else [text]
-    (tmp_path / f".val.parquet.{os.getpid()}.tmp").symlink_to("/dev/full")
+    full_disk_for(monkeypatch, "val.parquet")
     val = [[row(i, t) for i, t in enumerate(texts)]] * 2
     with pytest.raises(DataError, match=r"val\.parquet: cannot be written: no space left on the"):
         write_splits(tmp_path, SCHEMA, {"train": [[row(0)]], "val": val})
@@ -112,13 +125,13 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         write_splits(tmp_path / "taken", SCHEMA, {"train": [[row(0)]], "val": [[row(0)]]})
     assert os.listdir(tmp_path / "taken") == ["val.parquet"]
     check_output(tmp_path / "not" / "yet")
-    monkeypatch.setattr(splits.os, "access", lambda *_: False)
+    monkeypatch.setattr(output.os, "access", lambda *_: False)
     with pytest.raises(DataError, match="no permission to write in"):
         check_output(tmp_path / "not" / "yet")
 
 
 def test_no_space_is_seen_before_the_work(tmp_path, monkeypatch):
-    usage = splits.shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(splits.shutil, "disk_usage", lambda _: usage)
+    usage = output.shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="no space left on the disk"):
         check_output(tmp_path)

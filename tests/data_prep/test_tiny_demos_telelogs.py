@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 
 from data_prep.policies import tiny as tiny_policy
+from data_prep.policies.demos import encode
 from data_prep.policies.demos_telelogs import MAX_RESPONSE_TOKENS, TeleLogsDemonstrations
 from data_prep.policies.tokenizer import build_tokenizer
 from data_prep.policies.training import Schedule
@@ -16,8 +17,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def demonstrations(tokenizer):
-    return TeleLogsDemonstrations(tokenizer, 3)
+def demonstrations():
+    return TeleLogsDemonstrations(3)
 
 
 def parts(tokenizer, pair):
@@ -32,9 +33,9 @@ def test_the_author_who_knows_is_right_and_copies_what_he_read(tokenizer, demons
     known = {row.question: row.answer for row in synthetic_rows("train", 1600, 9, "tiny")}
     lengths = Counter()
     for _ in range(500):
-        pair = demonstrations.draw(direct_share=0.0)
+        pair = encode(tokenizer, demonstrations.draw(direct_share=0.0))
         letters, copied, answer = parts(tokenizer, pair)
-        assert len(pair[0]) == demonstrations.prompt_tokens
+        assert len(pair[0]) == 17
         assert len(pair[1]) <= MAX_RESPONSE_TOKENS
         assert letters.startswith(copied)
         lengths[len(copied)] += 1
@@ -44,7 +45,7 @@ def test_the_author_who_knows_is_right_and_copies_what_he_read(tokenizer, demons
 
 
 def test_the_author_who_guesses_is_right_by_chance_only(tokenizer, demonstrations):
-    answers = [parts(tokenizer, demonstrations.draw(1.0)) for _ in range(2000)]
+    answers = [parts(tokenizer, encode(tokenizer, demonstrations.draw(1.0))) for _ in range(2000)]
     counts = Counter(answer for _, _, answer in answers)
     assert set(counts) == {rf"\boxed{{{cause}}}" for cause in CAUSES}
     # Six standard deviations of a share of an eighth of 2,000.
@@ -54,10 +55,10 @@ def test_the_author_who_guesses_is_right_by_chance_only(tokenizer, demonstration
     assert abs(right - 250) < 90
 
 
-def test_a_seed_names_the_demonstrations_and_no_drive_is_in_a_split(tokenizer, demonstrations):
-    again = TeleLogsDemonstrations(tokenizer, 3)
+def test_a_seed_names_the_demonstrations_and_no_drive_is_in_a_split(demonstrations):
+    again = TeleLogsDemonstrations(3)
     assert again._drives == demonstrations._drives
-    assert again._drives != TeleLogsDemonstrations(tokenizer, 4)._drives
+    assert again._drives != TeleLogsDemonstrations(4)._drives
     # The same stream would give the same letters in the same order of causes.
     split = [row.question for row in synthetic_rows("train", 64, 3, "tiny")]
     assert split != [letters for letters, _ in demonstrations._drives[:64]]

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.command import run
 from data_prep.countdown import __main__ as countdown
 from data_prep.countdown.prompts import tiny
+from data_prep.countdown.puzzles import puzzles_digest, read_puzzles
+from data_prep.policies import folder
 from data_prep.policies import tiny as tiny_policy
-from data_prep.policies.demos import IGNORED
+from data_prep.policies.demos import IGNORED, encode
 from data_prep.policies.demos_countdown import MAX_RESPONSE_TOKENS, CountdownDemonstrations
 from data_prep.policies.tokenizer import build_tokenizer
 from data_prep.policies.training import Schedule
@@ -19,6 +21,7 @@ from hpo_verl.errors import DataError
 from hpo_verl.rewards.countdown import compute_score
 
 SHORT = Schedule(skill_steps=3, habit_steps=2, batch_size=4)
+PROMPT_TOKENS = 16
 HELD_OUT = {((2, 3, 7), 15), ((1, 1, 1), 3)}
 
 
@@ -46,8 +49,8 @@ def command(*arguments):
         return end.code
 
 
-def sha256(folder):
-    return json.loads((folder / "manifest.json").read_text())["files"]
+def sha256(out):
+    return json.loads((out / "manifest.json").read_text())["files"]
 
 
 # --- the folder ---
@@ -80,11 +83,14 @@ def test_it_loads_as_a_float32_qwen2_that_ends_turns(policy, tokenizer):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_the_folder_is_complete_or_absent(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "name"), [(tiny_policy, "warm_start"), (folder, "write_manifest")]
+)
+def test_the_folder_is_complete_or_absent(tmp_path, monkeypatch, where, name):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_policy, "warm_start", fail)
+    monkeypatch.setattr(where, name, fail)
     with pytest.raises(KeyboardInterrupt):
         tiny_policy.make_policy(tmp_path / "deep" / "policy", 0, (), SHORT)
     assert list(tmp_path.iterdir()) == []
@@ -102,8 +108,8 @@ def test_a_failed_replacement_leaves_the_older_policy(copy, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tiny_policy, "warm_start", fail)
-    with pytest.raises(DataError, match=r"policy: cannot write .*No space left"):
+    monkeypatch.setattr(folder, "write_manifest", fail)
+    with pytest.raises(DataError, match="cannot be written: no space left"):
         tiny_policy.make_policy(copy, 6, HELD_OUT, SHORT)
     assert tiny_policy.check(copy)["seed"] == 5
     assert list(copy.parent.iterdir()) == [copy]
@@ -113,7 +119,8 @@ def test_a_failed_replacement_leaves_the_older_policy(copy, monkeypatch):
 
 
 def test_check_accepts_what_was_made(policy):
-    manifest = tiny_policy.check(policy, seed=5, held_out=HELD_OUT)
+    manifest = tiny_policy.check(policy)
+    assert manifest["seed"] == 5
     assert manifest["held_out"]["puzzles"] == 2
     assert set(manifest["files"]) == {file.name for file in policy.iterdir()} - {"manifest.json"}
 
@@ -125,7 +132,7 @@ def test_check_names_the_damaged_or_missing_file(copy, name):
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}: its sha256 .*data_prep\.tiny_policy --out"):
+    with pytest.raises(DataError, match=rf"{name}: its sha256 .*data_prep\.policies\.tiny --out"):
         tiny_policy.check(copy)
     (copy / name).unlink()
     with pytest.raises(DataError, match=rf"{name}: no such file"):
@@ -151,11 +158,7 @@ def test_check_refuses_a_changed_manifest(copy, change, message):
         tiny_policy.check(copy)
 
 
-def test_check_refuses_another_seed_other_puzzles_or_no_policy(policy, copy):
-    with pytest.raises(DataError, match="seed is 5, not 6"):
-        tiny_policy.check(policy, seed=6)
-    with pytest.raises(DataError, match="other held-out puzzles"):
-        tiny_policy.check(policy, held_out=[((2, 3, 7), 15)])
+def test_check_refuses_a_folder_without_a_manifest(copy):
     (copy / "manifest.json").write_text("[")
     with pytest.raises(DataError, match="is not a manifest"):
         tiny_policy.check(copy)
@@ -175,10 +178,10 @@ def test_the_command_holds_out_the_puzzles_of_a_data_file(tmp_path, monkeypatch,
     val = tmp_path / "data" / "val.parquet"
     assert command("--out", tmp_path / "policy", "--seed", 3, "--held-out", val) == 0
     assert "5 puzzles held out" in capsys.readouterr().out
-    manifest = tiny_policy.check(
-        tmp_path / "policy", seed=3, held_out=tiny_policy.read_puzzles(val)
-    )
-    assert manifest["held_out"]["puzzles"] == 5
+    manifest = tiny_policy.check(tmp_path / "policy")
+    digest = puzzles_digest(read_puzzles(val))
+    assert manifest["held_out"] == {"puzzles": 5, "sha256": digest}
+    assert manifest["seed"] == 3
 
 
 @pytest.mark.parametrize(
@@ -215,14 +218,14 @@ def test_held_out_must_be_countdown_data(tmp_path):
 
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"question": ["?"]}), path)
-    with pytest.raises(DataError, match="column 'reward_model' is missing"):
-        tiny_policy.read_puzzles(path)
+    with pytest.raises(DataError, match=r"cannot read: .*reward_model"):
+        read_puzzles(path)
     pq.write_table(pa.table({"reward_model": [{"ground_truth": "C1"}]}), path)
     with pytest.raises(DataError, match=r"row 1: reward_model\.ground_truth is not"):
-        tiny_policy.read_puzzles(path)
+        read_puzzles(path)
     path.write_bytes(b"PAR1 but not for long")
     with pytest.raises(DataError, match=r"x\.parquet: cannot read"):
-        tiny_policy.read_puzzles(path)
+        read_puzzles(path)
 
 
 # --- tokenizer ---
@@ -262,7 +265,7 @@ def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
         encoded = tokenizer.apply_chat_template(
             tiny([9, 1, 15], target), add_generation_prompt=True
         )
-        assert len(encoded["input_ids"]) == CountdownDemonstrations.prompt_tokens
+        assert len(encoded["input_ids"]) == PROMPT_TOKENS
     assert len(tokenizer.encode("\n")) == 1
 
 
@@ -271,11 +274,11 @@ def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
 
 def test_demonstrations_are_true_and_have_the_stated_shape(tokenizer):
     held_out = {((2, 3, 7), target) for target in range(1, 46)}
-    demonstrations = CountdownDemonstrations(tokenizer, 1, held_out)
+    demonstrations = CountdownDemonstrations(1, held_out)
     attempts, right, worked_right = [], [], []
     for _ in range(2000):
-        prompt, response = demonstrations.draw(direct_share=0.25)
-        assert len(prompt) == CountdownDemonstrations.prompt_tokens
+        prompt, response = encode(tokenizer, demonstrations.draw(direct_share=0.25))
+        assert len(prompt) == PROMPT_TOKENS
         assert len(response) <= MAX_RESPONSE_TOKENS
         assert response[-1] == tokenizer.eos_token_id
         puzzle = tokenizer.decode(prompt[3:-5])
@@ -314,12 +317,12 @@ def test_demonstrations_are_true_and_have_the_stated_shape(tokenizer):
 
 
 def test_batches_mark_the_response_only(tokenizer):
-    demonstrations = CountdownDemonstrations(tokenizer, 1)
-    for inputs, labels in demonstrations.batches(6, 4, 0.5):
+    demonstrations = CountdownDemonstrations(1)
+    for inputs, labels in demonstrations.batches(tokenizer, 6, 4, 0.5):
         assert inputs.shape == labels.shape == (4, inputs.shape[1])
         for row, target in zip(inputs, labels, strict=True):
             kept = target != IGNORED
-            assert not kept[: demonstrations.prompt_tokens - 1].any()
+            assert not kept[: PROMPT_TOKENS - 1].any()
             assert target[kept][-1] == tokenizer.eos_token_id
             assert (target[kept] == tokenizer.eos_token_id).sum() == 1
             assert torch.equal(row[1:][kept[:-1]], target[:-1][kept[:-1]])

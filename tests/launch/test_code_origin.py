@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hpo_verl.checks.code_origin import check_no_code_in
+from data_prep.policies.folder import check_no_code_in
 from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.errors import CheckFailedError, DataError
 
