@@ -144,7 +144,7 @@ def submit(
         wait,
         console.print,
         lambda text: print(text, end="", flush=True),
-        go_on=resume,
+        resume,
     )
 
 

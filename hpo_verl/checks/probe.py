@@ -24,7 +24,7 @@ from hpo_verl.checks.address import AUTO
 from hpo_verl.checks.finding import first_line
 from hpo_verl.checks.machine import Node
 from hpo_verl.checks.plugin import plugin_state
-from hpo_verl.config.job import job_environment, staged_code
+from hpo_verl.config.cluster import job_runtime_env
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.installed import package_versions
 
@@ -125,11 +125,7 @@ def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
     client = JobSubmissionClient(address)
     command = ["python3", "-m", "hpo_verl.checks.probe", "--address", AUTO]
     command += [part for path in paths for part in ("--path", path)]
-    with staged_code() as code:
-        job = client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(code), "env_vars": job_environment()},
-        )
+    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=job_runtime_env())
     try:
         deadline = time.monotonic() + ANSWER_SECONDS
         while not client.get_job_status(job).is_terminal():

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hpo_verl.config.recipes import recipes_directory
 
 # Arguments of ray.init that only a new cluster takes; Ray refuses most of them when it joins one.
 START_ONLY = (
@@ -32,6 +36,8 @@ IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 FORWARDED = ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "VERL_PLATFORM", "HF_HUB_OFFLINE")
 # The interfaces between machines: NCCL_SOCKET_IFNAME, NCCL_IB_HCA and the like.
 NETWORK_PREFIX, GLOO_INTERFACE = "NCCL_", "GLOO_SOCKET_IFNAME"
+# Folders of the submitting machine that recipes read from the environment.
+FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS", "HF_HOME")
 THREADS, AUTO = "OMP_NUM_THREADS", "auto"
 
 
@@ -40,11 +46,6 @@ def joined_address(config: DictConfig) -> str | None:
     given = OmegaConf.select(config, "ray_kwargs.ray_init.address")
     address = str(given or os.environ.get("RAY_ADDRESS") or "local")
     return None if address == "local" else address
-
-
-def joins_cluster(config: DictConfig) -> bool:
-    """Whether the run uses a Ray cluster that is already there."""
-    return joined_address(config) is not None
 
 
 def stop_signals() -> Sequence[signal.Signals]:
@@ -59,14 +60,14 @@ def stop_signals() -> Sequence[signal.Signals]:
 def join(config: DictConfig) -> None:
     """Where a run joins a cluster, drop the settings that would start one."""
     ray_init = OmegaConf.select(config, "ray_kwargs.ray_init")
-    if ray_init is None or not joins_cluster(config):
+    if ray_init is None or joined_address(config) is None:
         return
     with open_dict(config):
         for key in START_ONLY:
             ray_init.pop(key, None)
 
 
-def network_variables() -> dict[str, str]:
+def _network_variables() -> dict[str, str]:
     """What this process's environment says of the interfaces of NCCL and gloo."""
     return {
         name: value
@@ -78,12 +79,12 @@ def network_variables() -> dict[str, str]:
 def forward_environment(config: DictConfig) -> None:
     """Give this process's settings for verl's workers to Ray, which takes them to every node.
 
-    What the configuration itself says of NCCL and gloo stays. `OMP_NUM_THREADS=auto`
-    becomes the number of CPUs that this process may use.
+    Settings of NCCL and gloo in the configuration win. `OMP_NUM_THREADS=auto` becomes the
+    number of CPUs that this process may use.
     """
     key = "ray_kwargs.ray_init.runtime_env.env_vars"
     configured = OmegaConf.select(config, key) or {}
-    network = network_variables()
+    network = _network_variables()
     variables = {name: network[name] for name in network.keys() - configured.keys()}
     variables |= {name: os.environ[name] for name in FORWARDED if name in os.environ}
     if configured.get(THREADS) == AUTO:
@@ -92,3 +93,21 @@ def forward_environment(config: DictConfig) -> None:
         OmegaConf.update(config, key, variables, merge=True, force_add=True)
     # A job's own runtime environment may name the same variables; Ray would refuse that.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+
+
+def job_runtime_env() -> dict[str, Any]:
+    """Ray's runtime environment of a job: this package's code and recipes, and its variables.
+
+    `recipes/ray/runtime_env.yaml` says which files Ray uploads.
+    """
+    settings = OmegaConf.load(recipes_directory() / "ray" / "runtime_env.yaml")
+    folders = {name: os.environ[name] for name in FOLDER_VARIABLES if name in os.environ}
+    return {
+        "working_dir": str(Path(__file__).resolve().parents[2]),
+        "excludes": list(settings.excludes),
+        "env_vars": {
+            **settings.env_vars,
+            **_network_variables(),
+            **{name: str(Path(path).expanduser().absolute()) for name, path in folders.items()},
+        },
+    }

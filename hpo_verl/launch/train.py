@@ -73,6 +73,11 @@ def named_folder(overrides: Sequence[str]) -> Path | None:
     return None
 
 
+def without_run_folder(overrides: Sequence[str]) -> list[str]:
+    """All overrides but `hydra.run.dir=PATH`."""
+    return [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
+
+
 def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
     """Folder of a new run: `hydra.run.dir=PATH`, or `runs/<recipe>/<time>` here."""
     return (
@@ -98,13 +103,13 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if not cluster.joins_cluster(config):
+    if cluster.joined_address(config) is None:
         # verl leaves lock files where temporary files go, which is also where Ray finds
         # the cluster of this machine.
         variables["TMPDIR"] = str(temporary)
     if config.trainer.device == "cpu":
         variables |= {"VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
-    if config.trainer.device == "cpu" and not cluster.joins_cluster(config):
+    if config.trainer.device == "cpu" and cluster.joined_address(config) is None:
         variables |= {
             # Ray's own switch, named after the systems where it is the default: one
             # node, and every server on loopback.
@@ -145,8 +150,8 @@ def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, f
     """Where a run that was stopped left its checkpoint, and the command that goes on."""
     checkpoints = Path(config.trainer.default_local_dir)
     step = (checkpoints / TRACKER).read_text().strip()
-    kept = [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
-    command = ["hpo-verl", "train", recipe, "--resume", *kept, f"{RUN_FOLDER_KEY}={folder}"]
+    command = ["hpo-verl", "train", recipe, resume.FLAG, *without_run_folder(overrides)]
+    command.append(f"{RUN_FOLDER_KEY}={folder}")
     return (
         f"stopped after step {step}; checkpoint: {checkpoints / f'global_step_{step}'}\n"
         f"go on with: {shlex.join(command)}"
@@ -227,7 +232,7 @@ def _run(
     started = time.monotonic()
     arguments = [
         *("--config-dir", str(recipes_directory()), "--config-name", recipe),
-        *(text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)),
+        *without_run_folder(overrides),
         f"{RUN_FOLDER_KEY}={quoted(str(folder))}",
         f"++ray_kwargs.ray_init._temp_dir={quoted(str(child.temporary))}",
     ]

@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("worker_threads.py")
 @pytest.fixture
 def variables(monkeypatch):
     """A function: hardware -> what the recipe of the 7B policy gives Ray on this machine."""
-    for name in (*cluster.FORWARDED, *cluster.network_variables()):
+    for name in (*cluster.FORWARDED, *cluster._network_variables()):
         monkeypatch.delenv(name, raising=False)
 
     def of(hardware):

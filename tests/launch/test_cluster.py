@@ -1,9 +1,12 @@
 """What a run tells Ray is fit to a cluster that is there; what it cannot have is refused."""
 
 import signal
+import zipfile
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from ray._private.runtime_env.packaging import create_package
 
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import compose_recipe, without_hydra
@@ -20,7 +23,7 @@ def test_a_run_of_its_own_keeps_its_settings(config):
     before = config.copy()
     cluster.join(config)
     assert config == before
-    assert not cluster.joins_cluster(config)
+    assert cluster.joined_address(config) is None
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "auto"])
@@ -38,7 +41,7 @@ def test_joining_drops_what_starts_a_cluster(config, monkeypatch, address, how):
 
 def test_local_is_no_cluster(config, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    assert not cluster.joins_cluster(config)
+    assert cluster.joined_address(config) is None
 
 
 def test_workers_get_what_they_cannot_inherit(config, monkeypatch):
@@ -84,3 +87,58 @@ def test_ray_stops_a_job_too_soon_for_a_checkpoint(monkeypatch):
     assert cluster.stop_signals() == (signal.SIGINT, signal.SIGTERM)
     monkeypatch.setenv(cluster.IN_JOB, "{}")
     assert cluster.stop_signals() == (signal.SIGINT,)
+
+
+def test_environment_of_a_job(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPO_VERL_CACHE", "cache")
+    monkeypatch.delenv("HPO_VERL_CHECKPOINTS", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    assert cluster.job_runtime_env()["env_vars"] == {
+        "NCCL_SOCKET_IFNAME": "eth1",
+        "VERL_USE_EXTERNAL_MODULES": "hpo_verl.verl_plugin",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        "HPO_VERL_CACHE": str(tmp_path / "cache"),
+    }
+
+
+def uploaded(tmp_path, tree=None):
+    """Names of the files that Ray uploads of a folder, or else of this repository."""
+    runtime_env = cluster.job_runtime_env()
+    create_package(
+        str(tree or runtime_env["working_dir"]),
+        tmp_path / "package.zip",
+        include_gitignore=True,
+        excludes=runtime_env["excludes"],
+    )
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        return {entry.filename: entry.file_size for entry in package.infolist()}
+
+
+def test_code_and_recipes_travel_and_nothing_else(tmp_path):
+    sizes = uploaded(tmp_path)
+    files = [Path(name) for name in sizes if not name.endswith("/")]
+    root = Path(cluster.job_runtime_env()["working_dir"])
+    folders = {"hpo_verl", "data_prep", "recipes"}
+    assert {file.parts[0] for file in files} == folders
+    assert {file.suffix for file in files} == {".py", ".yaml"}
+    there = {path.relative_to(root) for name in folders for path in (root / name).rglob("*.*")}
+    assert set(files) == {path for path in there if path.suffix in (".py", ".yaml")}
+    assert sum(sizes.values()) < 1 << 20
+
+
+def test_data_and_secrets_stay(tmp_path):
+    travels = ("hpo_verl/cli.py", "data_prep/__init__.py", "recipes/algo/a_hpo.yaml")
+    stays = (
+        *(".git/config", ".venv/bin/python.py", ".env", ".netrc", ".aws/a.yaml", "hf_token.txt"),
+        *("runs/a/metrics.jsonl", "data/train.parquet", "policy/model.safetensors", "setup.py"),
+        *("checkpoints/model_world_size_1_rank_0.pt", "id.pem", "prod.env", "config.yaml"),
+        *("hpo_verl/__pycache__/cli.pyc", "build/lib/a.py", "my_secret.py", "tests/a.py"),
+        *("hpo_verl/.env", "hpo_verl/hf.key", "hpo_verl/rows.parquet", "hpo_verl/.hidden/a.py"),
+        *("recipes/secrets.yaml", "recipes/hf_token", "recipes/a.credentials.yaml", "a.b/c.py"),
+    )
+    for name in (*travels, *stays):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text("x")
+    assert set(uploaded(tmp_path, tmp_path / "tree")) == set(travels)
