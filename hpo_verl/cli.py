@@ -98,7 +98,7 @@ def train(
     with TrainingProgress(console) as progress:
         # Settings hold brackets, which are no markup.
         announce = partial(console.print, markup=False)
-        finished = run(recipe, arguments, announce, progress.update, go_on=resume)
+        finished = run(recipe, arguments, announce, progress.update, resume)
     summary = finished.summary
     before, after = summary["success_before"], summary["success_after"]
     if isinstance(before, float) and isinstance(after, float):

@@ -46,7 +46,7 @@ def checkpoints_of(source: Path) -> Path:
 def _last_checkpoint(source: Path) -> Path:
     """The newest whole checkpoint of a folder; of a run's, the newest that it had reached.
 
-    Another start of the same experiment may have gone on in the same folder.
+    Another start of the same experiment may have continued in the same folder.
     """
     folder = checkpoints_of(source)
     tracker = folder / TRACKER
@@ -133,8 +133,12 @@ def export(source: Path, target: Path) -> Path:
         from hpo_verl.verl_plugin import merge
 
     disk, memory = merge.needed_bytes(shards)
-    _require(f"{target}: disk", shutil.disk_usage(existing).free, disk)
-    _require(f"{checkpoint}: memory", psutil.virtual_memory().available, memory)
+    for what, free, needed in (
+        (f"{target}: disk", shutil.disk_usage(existing).free, disk),
+        (f"{checkpoint}: memory", psutil.virtual_memory().available, memory),
+    ):
+        if free < needed:
+            raise EnvironmentCheckError(f"{what}: {free >> 20} MiB free; need {needed >> 20} MiB")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -146,15 +150,10 @@ def export(source: Path, target: Path) -> Path:
     return checkpoint
 
 
-def _require(what: str, free: int, needed: int) -> None:
-    if free < needed:
-        raise EnvironmentCheckError(f"{what}: {free >> 20} MiB free; need {needed >> 20} MiB")
-
-
 def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
-    """Make `policy/` of a finished run, of its last checkpoint.
+    """Make `policy/` of a finished run, of its last checkpoint; an older one is removed.
 
-    Whatever is wrong is told and never fails the run: its checkpoint can be exported later.
+    No error here fails the run: its checkpoint can be exported later.
 
     Args:
         folder: the run's folder, with its `config.yaml`.
@@ -163,18 +162,15 @@ def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
     Returns:
         The folder; None where the run saved no checkpoint, or where it cannot be made here.
     """
-    target, partial = folder / POLICY_NAME, folder / f".{POLICY_NAME}"
+    target = folder / POLICY_NAME
+    shutil.rmtree(target, ignore_errors=True)
     try:
         checkpoints_of(folder)
     except DataError:
         return None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        export(folder, partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        export(folder, target)
     except Exception as error:
-        # The training is done, and its checkpoint is there.
         announce(f"no {POLICY_NAME}/: {error}; later: hpo-verl export {folder} --out {POLICY_NAME}")
         return None
     return target

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hpo_verl.config.settings import leaves
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.launch.manifest import CONFIG_NAME, Record, checked_record
+from hpo_verl.launch.manifest import CONFIG_NAME, checked_record
 from hpo_verl.runs import checkpoints
 from hpo_verl.runs.files import write_atomically
 
@@ -56,12 +56,12 @@ def latest_run(runs: Path) -> Path:
 
 
 def starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | None:
-    """The checkpoint that a run goes on from; None for a run from nothing.
+    """The checkpoint that a run continues from; None for a run from nothing.
 
     Args:
         config: `trainer.default_local_dir` is where checkpoints lie; `trainer.resume_mode`
             `auto` takes the newest whole one if there is any, `resume_path` the named one.
-        resume: whether going on was asked for, so that there must be one.
+        resume: whether `--resume` was given, so that there must be a checkpoint.
 
     Raises:
         ConfigError: `trainer.resume_mode` says something else than `--resume`.
@@ -85,23 +85,15 @@ def starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | Non
     return None
 
 
-def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(node, dict) or not node:
-        yield prefix, node
-        return
-    for key, value in node.items():
-        yield from _settings(value, f"{prefix}.{key}" if prefix else str(key))
-
-
 def changed_settings(before: str, now: str) -> list[str]:
     """What differs between two `config.yaml`, as `key: before -> now`."""
     old, new = (
-        dict(_settings(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now)
+        dict(leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now)
     )
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in RESUME_KEYS
+        if old.get(key, "absent") != new.get(key, "absent") and key not in RESUME_KEYS
     ]
 
 
@@ -119,18 +111,18 @@ def cut_metrics(path: Path, step: int) -> None:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("torn")
-            at = int(json.loads(line)["step"])
+            row_step = int(json.loads(line)["step"])
         except (ValueError, LookupError, TypeError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path}: line {number} is no row of metrics ({error})") from error
-        if at <= step:
+        if row_step <= step:
             kept.append(line)
     write_atomically(path, b"".join(kept))
 
 
 def keep_log(path: Path) -> None:
-    """Give the last start's log another name, since a start writes its own anew."""
+    """Rename the last start's log to `train.1.log` and so on; each start writes a new one."""
     if path.is_file():
         number = 1
         while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
@@ -148,15 +140,15 @@ def begin(
     """Check and record a run that is about to start, from nothing or from a checkpoint.
 
     Args:
-        config: the resolved configuration, without Hydra's own part. Where the run goes
-            on, `trainer.resume_mode` and `resume_from_path` are set to the checkpoint.
+        config: the resolved configuration, without Hydra's own part. Where the run continues,
+            `trainer.resume_mode` and `resume_from_path` are set to the checkpoint.
         folder: the run's folder, which exists.
         command: the command line.
-        resume: whether the run must go on from a checkpoint.
-        announce: told what is left out, what has changed and where the run goes on.
+        resume: whether the run must continue from a checkpoint.
+        announce: told what is left out, what has changed and where the run continues.
 
     Returns:
-        The checkpoint that the run goes on from.
+        The checkpoint that the run continues from.
 
     Raises:
         ConfigError: `trainer.resume_mode` says something else than `--resume`.
@@ -166,28 +158,23 @@ def begin(
     record = checked_record(config, command)
     start = starting_point(config, resume)
     if start is not None:
-        _announce(start, record, folder, announce)
+        for text in start.left_out:
+            announce(f"not used: {text}")
+        before = folder / CONFIG_NAME
+        if before.is_file():
+            changed = changed_settings(before.read_text(), record.config_text)
+            for text in changed[:DIFFERENCES_SHOWN]:
+                announce(f"changed since the last start: {text}")
+            if len(changed) > DIFFERENCES_SHOWN:
+                announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
+        announce(f"going on after step {start.step}, from {start.path}")
         keep_log(folder / LOG_NAME)
         cut_metrics(folder / METRICS_NAME, start.step)
         if start.path.parent == record.checkpoints.absolute():
-            # What reads verl's own note later must not stumble over a torn one.
+            # verl's own note may be torn, and is read later.
             write_atomically(record.checkpoints / checkpoints.TRACKER, str(start.step))
         with open_dict(config):
             config.trainer.resume_mode = "resume_path"
             config.trainer.resume_from_path = str(start.path)
     record.write(folder)
     return start
-
-
-def _announce(
-    start: checkpoints.Chosen, record: Record, folder: Path, announce: Callable[[str], None]
-) -> None:
-    for text in start.left_out:
-        announce(f"not used: {text}")
-    before = folder / CONFIG_NAME
-    changed = changed_settings(before.read_text(), record.config_text) if before.is_file() else []
-    for text in changed[:DIFFERENCES_SHOWN]:
-        announce(f"changed since the last start: {text}")
-    if len(changed) > DIFFERENCES_SHOWN:
-        announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
-    announce(f"going on after step {start.step}, from {start.path}")

@@ -22,11 +22,20 @@ from hpo_verl.checks.finding import demand
 from hpo_verl.checks.subject import Subject
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import quoted, recipes_directory
+from hpo_verl.config.secrets import secret_mask
 from hpo_verl.errors import HpoVerlError
-from hpo_verl.launch import outputs, resume
+from hpo_verl.launch import outputs
 from hpo_verl.launch.export import make_policy
 from hpo_verl.launch.progress import NoProgress, ProgressBound
-from hpo_verl.launch.text_mask import secret_mask
+from hpo_verl.launch.resume import (
+    CHECKPOINTS_NAME,
+    FLAG,
+    LOG_NAME,
+    METRICS_NAME,
+    begin,
+    latest_run,
+    refuse_used_folder,
+)
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.lock import locked
 from hpo_verl.runs.metrics import MetricsFile
@@ -95,7 +104,7 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
         temporary: the run's private temporary folder.
     """
     variables = {
-        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+        "VERL_FILE_LOGGER_PATH": str(folder / METRICS_NAME),
         "TENSORBOARD_DIR": str(folder / "tensorboard"),
         "HYDRA_FULL_ERROR": "1",
         "PYTHONUNBUFFERED": "1",
@@ -103,13 +112,15 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if cluster.joined_address(config) is None:
-        # verl leaves lock files where temporary files go, which is also where Ray finds
-        # the cluster of this machine.
-        variables["TMPDIR"] = str(temporary)
-    if config.trainer.device == "cpu":
+    on_cpu = config.trainer.device == "cpu"
+    if on_cpu:
         variables |= {"VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
-    if config.trainer.device == "cpu" and cluster.joined_address(config) is None:
+    if cluster.joined_address(config) is not None:
+        return variables
+    # verl leaves lock files where temporary files go. Ray finds the cluster of this machine
+    # there too, so a run that joins one keeps the machine's own folder.
+    variables["TMPDIR"] = str(temporary)
+    if on_cpu:
         variables |= {
             # Ray's own switch, named after the systems where it is the default: one
             # node, and every server on loopback.
@@ -128,11 +139,6 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
 def compose_alone(recipe: str, overrides: Sequence[str], folder: Path) -> tuple[Subject, list[str]]:
     """Compose a recipe, and make the checks that need neither its files nor verl.
 
-    Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides.
-        folder: the run's folder.
-
     Returns:
         What is to run, and a line for each warning.
 
@@ -147,10 +153,10 @@ def compose_alone(recipe: str, overrides: Sequence[str], folder: Path) -> tuple[
 
 
 def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
-    """Where a run that was stopped left its checkpoint, and the command that goes on."""
+    """The checkpoint that a stopped run left, and the command that continues it."""
     checkpoints = Path(config.trainer.default_local_dir)
     step = (checkpoints / TRACKER).read_text().strip()
-    command = ["hpo-verl", "train", recipe, resume.FLAG, *without_run_folder(overrides)]
+    command = ["hpo-verl", "train", recipe, FLAG, *without_run_folder(overrides)]
     command.append(f"{RUN_FOLDER_KEY}={folder}")
     return (
         f"stopped after step {step}; checkpoint: {checkpoints / f'global_step_{step}'}\n"
@@ -163,7 +169,7 @@ def train(
     overrides: Sequence[str],
     announce: Callable[[str], None],
     on_poll: Callable[[DictConfig, MetricsFile, str], None],
-    go_on: bool = False,
+    resume: bool = False,
 ) -> Finished:
     """Train as a recipe says, and collect what the run leaves.
 
@@ -173,10 +179,7 @@ def train(
         announce: told what happens, one line each.
         on_poll: called about three times a second with the metrics so far and what the run is
             doing.
-        go_on: from the newest whole checkpoint of the named, or else the last, run.
-
-    Returns:
-        Where everything is.
+        resume: continue from the newest whole checkpoint of the named, or else the last, run.
 
     Raises:
         HpoVerlError: wrong input, found before Ray starts.
@@ -184,61 +187,65 @@ def train(
             made no progress for longer than permitted.
         TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
-    if go_on:
-        folder = named_folder(overrides) or resume.latest_run((RUNS / recipe).absolute())
+    if resume:
+        folder = named_folder(overrides) or latest_run((RUNS / recipe).absolute())
     else:
         folder = run_folder(recipe, overrides)
-        resume.refuse_used_folder(folder)
+        refuse_used_folder(folder)
     subject, remarks = compose_alone(recipe, overrides, folder)
     config = subject.config
-    mask = secret_mask(
-        os.environ, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-    )
+    settings = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     # It imports verl while this process does, and then waits.
     child = ChildProcess(
         lambda _: ("-m", "hpo_verl.verl_plugin.main"),
         functools.partial(environment, config, folder),
-        mask,
+        secret_mask(os.environ, settings),
     )
     with child:
         remarks += make_and_check(subject, announce)
         for remark in dict.fromkeys(remarks):
             announce(remark)
         with locked(folder):
-            return _run(child, recipe, overrides, config, folder, announce, on_poll, go_on)
+            with open_dict(config):
+                config.trainer.default_local_dir = str(
+                    config.trainer.default_local_dir or folder / CHECKPOINTS_NAME
+                )
+            start = begin(config, folder, sys.argv, resume, announce)
+            arguments = [
+                *("--config-dir", str(recipes_directory()), "--config-name", recipe),
+                *without_run_folder(overrides),
+                f"{RUN_FOLDER_KEY}={quoted(str(folder))}",
+                f"++ray_kwargs.ray_init._temp_dir={quoted(str(child.temporary))}",
+            ]
+            if start is not None:
+                arguments += ["trainer.resume_mode=resume_path"]
+                arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
+            metrics = MetricsFile(folder / METRICS_NAME)
+            # The rows of earlier starts were shown by them.
+            metrics.read_new()
+            started = time.monotonic()
+            announce(f"run folder {folder} (full output: {LOG_NAME})")
+            if _run(child, arguments, config, folder, metrics, announce, on_poll):
+                raise TrainingStopped(stopped_message(recipe, overrides, config, folder))
+            metrics.read_new()
+            seconds = time.monotonic() - started
+            summary = outputs.write_summary(folder, config, metrics, seconds)
+            title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
+            curve = outputs.draw_curve(folder, metrics, title)
+            return Finished(folder, summary, curve, make_policy(folder, announce))
 
 
 def _run(
     child: ChildProcess,
-    recipe: str,
-    overrides: Sequence[str],
+    arguments: Sequence[str],
     config: DictConfig,
     folder: Path,
+    metrics: MetricsFile,
     announce: Callable[[str], None],
     on_poll: Callable[[DictConfig, MetricsFile, str], None],
-    go_on: bool,
-) -> Finished:
-    """Train in a folder that is locked, with a child that waits for its arguments."""
-    with open_dict(config):
-        config.trainer.default_local_dir = str(
-            config.trainer.default_local_dir or folder / "checkpoints"
-        )
-    start = resume.begin(config, folder, sys.argv, go_on, announce)
-    metrics = MetricsFile(folder / resume.METRICS_NAME)
-    # The rows of earlier starts were shown by them.
-    metrics.read_new()
-    log_file = folder / resume.LOG_NAME
-    announce(f"run folder {folder} (full output: {log_file.name})")
-    started = time.monotonic()
-    arguments = [
-        *("--config-dir", str(recipes_directory()), "--config-name", recipe),
-        *without_run_folder(overrides),
-        f"{RUN_FOLDER_KEY}={quoted(str(folder))}",
-        f"++ray_kwargs.ray_init._temp_dir={quoted(str(child.temporary))}",
-    ]
-    if start is not None:
-        arguments += ["trainer.resume_mode=resume_path"]
-        arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
+) -> bool:
+    """Send verl its arguments and wait for its end; whether it was stopped early."""
+    log_file = folder / LOG_NAME
     bound = ProgressBound(OmegaConf.select(config, NO_PROGRESS_KEY), NO_PROGRESS_KEY)
     stage = stage_message(folder)
     stage.create()
@@ -257,15 +264,8 @@ def _run(
         raise TrainingFailed(f"{error}\nfull output: {log_file}") from error
     finally:
         stage.remove()
-    seconds = time.monotonic() - started
     if code != 0:
         raise TrainingFailed(
             f"training ended with exit code {code}: {child.failure()}\nfull output: {log_file}"
         )
-    if stop.stopped:
-        raise TrainingStopped(stopped_message(recipe, overrides, config, folder))
-    metrics.read_new()
-    summary = outputs.write_summary(folder, config, metrics, seconds)
-    title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
-    curve = outputs.draw_curve(folder, metrics, title)
-    return Finished(folder, summary, curve, make_policy(folder, announce))
+    return stop.stopped

@@ -1,9 +1,9 @@
 """Which checkpoints are whole: a seal of checksums, written last, and the choice by it.
 
-verl writes a checkpoint's files one after another and then `latest_checkpointed_iteration.txt`,
-neither of them atomically. Here `global_step_N/complete.json` names every file with size and
-SHA-256. It is written last, by `os.replace`, after the files and the metrics of step N are on
-the disk; so a checkpoint with a seal that holds is complete, and no other one is used.
+verl writes a checkpoint's files and then `latest_checkpointed_iteration.txt`, none of them
+atomically. The seal `global_step_N/complete.json` names every file with size and SHA-256. It is
+written last and atomically, after the files and the metrics of step N are on the disk. Only
+checkpoints whose seal holds are used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from hpo_verl.runs.files import file_sha256, sync, write_atomically
 
 SEAL = "complete.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-"""verl's own note of the last step; it may be torn, so nothing here trusts it."""
+"""verl's own note of the last step; it may be torn, so nothing here relies on it."""
 DATA_ORDER, ACTOR = "data.pt", "actor"
 STEP_FOLDER = re.compile(r"global_step_(0|[1-9][0-9]{0,17})")
 RANK_FILE = re.compile(r"(?P<kind>\w+)_world_size_(?P<ranks>\d+)_rank_(?P<rank>\d+)\.pt")
@@ -35,7 +35,7 @@ HASHING_THREADS = 8
 
 @dataclass(frozen=True)
 class Chosen:
-    """The checkpoint to go on from.
+    """The checkpoint that a run continues from.
 
     Attributes:
         path: its folder.
@@ -70,7 +70,7 @@ def holds_checkpoints(folder: Path) -> bool:
 def _names(checkpoint: Path) -> list[str]:
     """Everything below a checkpoint that is no folder, but for the seal and hidden files.
 
-    What is hidden (`.nfs*`, a partial seal) is loaded by nobody.
+    Nothing loads hidden files (`.nfs*`, a partial seal).
     """
     return sorted(
         str(path.relative_to(checkpoint))
@@ -80,48 +80,50 @@ def _names(checkpoint: Path) -> list[str]:
     )
 
 
-def _missing_rank(names: Iterable[str]) -> str | None:
-    """The first file of a rank that is not there although those of other ranks are."""
-    present = set(names)
-    for name in sorted(present):
-        found = RANK_FILE.fullmatch(Path(name).name)
-        for rank in range(int(found["ranks"])) if found else ():
-            other = f"{found['kind']}_world_size_{found['ranks']}_rank_{rank}.pt"  # type: ignore[index]
-            expected = str(Path(name).with_name(other))
-            if expected not in present:
-                return expected
-    return None
+def _digests(checkpoint: Path, names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        found = pool.map(lambda name: file_sha256(checkpoint / name), names)
+        return dict(zip(names, found, strict=True))
+
+
+def _absent(names: list[str]) -> str | None:
+    """The first file without which no run can continue: the data order, or one of a rank."""
+    if DATA_ORDER not in names:
+        return DATA_ORDER
+    for name in names:
+        if found := RANK_FILE.fullmatch(Path(name).name):
+            kind, ranks = found["kind"], int(found["ranks"])
+            for rank in range(ranks):
+                other = str(Path(name).with_name(f"{kind}_world_size_{ranks}_rank_{rank}.pt"))
+                if other not in names:
+                    return other
+    return None if any(name.startswith(f"{ACTOR}/") for name in names) else f"file in {ACTOR}"
 
 
 def seal(checkpoint: Path) -> None:
-    """Write `complete.json`: the checkpoint's files are on the disk, and these are they.
+    """Write `complete.json`, once all files of the checkpoint are on the disk.
 
     Args:
         checkpoint: `global_step_N`, all of whose files are written and closed.
 
     Raises:
-        DataError: a file is missing that a run could not go on without.
+        DataError: a file is missing without which no run can continue.
         OSError: a file could not be read, or the disk is full.
     """
     names = _names(checkpoint)
-    absent = DATA_ORDER if DATA_ORDER not in names else _missing_rank(names)
-    if absent is None and not any(name.startswith(f"{ACTOR}/") for name in names):
-        absent = f"file in {ACTOR}"
-    if absent:
+    if absent := _absent(names):
         raise DataError(
             f"{checkpoint} holds no {absent} after it was saved; the folder must be on a disk "
             "that all nodes share"
         )
-
-    def describe(name: str) -> dict[str, object]:
-        path = checkpoint / name
+    files_and_folders = {checkpoint / name for name in names}
+    for path in files_and_folders | {file.parent for file in files_and_folders}:
         sync(path)
-        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        files = dict(zip(names, pool.map(describe, names), strict=True))
-    for path in {(checkpoint / name).parent for name in names}:
-        sync(path)
+    files = {
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": digest}
+        for name, digest in _digests(checkpoint, names).items()
+    }
     text = json.dumps({"step": step_of(checkpoint), "files": files}, indent=2)
     write_atomically(checkpoint / SEAL, text + "\n")
 
@@ -167,11 +169,9 @@ def fault(checkpoint: Path) -> str | None:
         found = (checkpoint / name).stat().st_size
         if found != size:
             return f"damaged: {name} has {found} bytes, {SEAL} says {size}"
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        digests = pool.map(lambda name: file_sha256(checkpoint / name), expected)
-        for name, digest in zip(expected, digests, strict=True):
-            if digest != expected[name][1]:
-                return f"damaged: {name} has another SHA-256 than {SEAL} says"
+    for name, digest in _digests(checkpoint, expected).items():
+        if digest != expected[name][1]:
+            return f"damaged: {name} has another SHA-256 than {SEAL} says"
     return None
 
 
@@ -184,32 +184,27 @@ def choose(folder: Path) -> Chosen:
     """
     left_out: list[str] = []
     candidates = step_folders(folder)
-    if candidates:
-        _check_owner(folder)
+    if not candidates:
+        raise DataError(f"{folder} holds no checkpoint to go on from")
+    _check_owner(folder)
     for step, path in candidates:
         wrong = fault(path)
         if wrong is None:
             return Chosen(path, step, tuple(left_out))
         left_out.append(f"{path.name} is {wrong}")
-    if not left_out:
-        raise DataError(f"{folder} holds no checkpoint to go on from")
     raise DataError(f"{folder} holds no complete checkpoint: {'; '.join(left_out)}")
 
 
-def _sealed(folder: Path) -> Iterator[Path]:
-    """Checkpoints with a seal, newest first; their files are not read."""
-    return (path for _, path in step_folders(folder) if (path / SEAL).exists())
-
-
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, its seal first: what a kill leaves of it must not look damaged."""
+    """Remove a checkpoint, its seal first: after a kill the rest counts as incomplete."""
     (checkpoint / SEAL).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:
     """Remove all complete checkpoints but the newest `count`; incomplete ones stay."""
-    for path in list(_sealed(folder))[count:]:
+    sealed = [path for _, path in step_folders(folder) if (path / SEAL).exists()]
+    for path in sealed[count:]:
         remove(path)
 
 
@@ -220,7 +215,7 @@ def full_disk(error: BaseException, folder: Path) -> bool:
 
     Args:
         error: what writing below `folder` raised, here or in a worker.
-        folder: an existing folder; what failed to be written must not be removed yet.
+        folder: an existing folder, with the file that failed to be written still in it.
     """
     cause: BaseException | None = error
     while cause is not None:

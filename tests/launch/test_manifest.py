@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from run_files import make_run_files
 
 from data_prep.policies import hub as hub_policy
+from hpo_verl.config.secrets import masked
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
 from hpo_verl.runs.checkpoints import TRACKER
@@ -142,7 +143,7 @@ def test_no_secret_reaches_a_file(run):
     ],
 )
 def test_what_is_secret(value, key, expected):
-    assert manifest.masked({key: [value]}) == {key: [expected]}
+    assert masked({key: [value]}) == {key: [expected]}
 
 
 def test_masking_leaves_the_recipes_as_they_are():
@@ -150,7 +151,7 @@ def test_masking_leaves_the_recipes_as_they_are():
 
     for recipe in ("countdown-tiny", "countdown4-7b"):
         plain = OmegaConf.to_container(compose_resolved(recipe, [])[0])
-        assert manifest.masked(plain) == plain
+        assert masked(plain) == plain
 
 
 def trained(tmp_path):

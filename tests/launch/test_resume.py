@@ -103,9 +103,10 @@ def test_what_has_changed_is_told(killed):
     config.data.train_batch_size = 64
     config.trainer.balance = [1, 2]
     _, told = begin(config, folder, go_on=True)
-    assert told[1:3] == [
+    assert told[1:4] == [
         "changed since the last start: data.train_batch_size: 16 -> 64",
-        "changed since the last start: trainer.balance: absent -> [1, 2]",
+        "changed since the last start: trainer.balance.0: absent -> 1",
+        "changed since the last start: trainer.balance.1: absent -> 2",
     ]
     assert not any("resume_" in text for text in told)
 
