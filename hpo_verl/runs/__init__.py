@@ -1,0 +1,1 @@
+"""Files and processes of a run: metrics, checkpoints, lock, child process."""
