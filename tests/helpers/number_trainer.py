@@ -11,7 +11,7 @@ from verl.trainer.ppo.utils import create_rl_sampler
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from hpo_verl.verl_plugin.trainer.sealed_checkpoints import SealedCheckpoints
+from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 
 ROWS, BATCH, STEPS = 13, 4, 8
 """Three steps an epoch, and a row left over."""
@@ -79,7 +79,7 @@ class Plain(PPOTrainerSync):
         pass
 
 
-class Trainer(SealedCheckpoints, Plain):
+class Trainer(LifeCycle, Plain):
     pass
 
 

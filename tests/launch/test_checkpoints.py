@@ -241,7 +241,7 @@ import sys
 from pathlib import Path
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.runs import checkpoints
-from hpo_verl.verl_plugin.trainer.sealed_checkpoints import whole_or_not_at_all
+from hpo_verl.verl_plugin.trainer.life_cycle import whole_or_not_at_all
 import torch
 folder = Path.cwd()
 def save(step):

@@ -10,21 +10,22 @@ from verl.utils import tensordict_utils as tu
 
 from hpo_verl.errors import DataError, RewardError
 from hpo_verl.verl_plugin.trainer import reward_errors
+from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 
 
 def fields(text=""):
     return {"reward_extra_info": {"reward_error": float(bool(text)), "reward_error_text": text}}
 
 
-class Parent:
-    def _compute_advantage(self, batch, metrics):
-        metrics["parent"] = True
-        return batch
+class Trainer(LifeCycle):
+    """In the place of verl's trainer, with one rank and a full batch."""
 
-
-class Trainer(reward_errors.RewardErrors, Parent):
-    def __init__(self, settings, tokenizer):
+    def __init__(self, settings, tokenizer, folder):
         self.config, self.tokenizer, self.global_steps = settings, tokenizer, 4
+        self._folder = folder
+
+    def _get_required_batch_multiple(self, ranks):
+        return ranks
 
 
 @pytest.fixture
@@ -32,13 +33,10 @@ def step(monkeypatch, tmp_path):
     """One call of the trainer on a batch whose rewards said what is given; returns metrics."""
     import transfer_queue as tq
 
-    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "run" / "metrics.jsonl"))
-
-    def call(texts, padding=0, response="", manager="guarded", limit=0.5):
+    def call(texts, response="", manager="guarded", limit=0.5):
         column = {f"u_{i}_0": fields(text) for i, text in enumerate(texts)}
-        keys = [*column, *(f"pad_{i}_0" for i in range(padding))]
         batch = SimpleNamespace(
-            keys=keys, partition_id="train", tags=[{"is_padding": "pad" in key} for key in keys]
+            keys=[*column], partition_id="train", reorder=lambda order: seen.append(order)
         )
 
         def get(keys, partition_id, select_fields):
@@ -55,13 +53,14 @@ def step(monkeypatch, tmp_path):
                     "sandbox_fusion": {"url": None},
                     "guard": {"max_error_fraction": limit},
                 },
-                "trainer": {"default_local_dir": "unset"},
+                "trainer": {"nnodes": 1, "n_gpus_per_node": 1},
             }
         )
         tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: response)
-        metrics = {}
-        assert Trainer(settings, tokenizer)._compute_advantage(batch, metrics) is batch
-        assert metrics.pop("parent")
+        seen, metrics = [], {}
+        trainer = Trainer(settings, tokenizer, tmp_path / "run")
+        assert trainer._balance_batch(batch, metrics) is batch
+        assert seen == [list(range(len(texts)))]
         return metrics
 
     return call
@@ -70,8 +69,6 @@ def step(monkeypatch, tmp_path):
 def test_the_share_is_logged_on_every_step(step):
     assert step(["", "", "", ""]) == {"reward/error_fraction": 0.0}
     assert step(["", "", "broken", "broken"]) == {"reward/error_fraction": 0.5}
-    # Padding rows count for nothing.
-    assert step(["", "broken"], padding=2) == {"reward/error_fraction": 0.5}
     assert step(["broken"], manager="naive") == {}
 
 

@@ -10,7 +10,7 @@ from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.rollout.agent_loop import sample_seed
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 from hpo_verl.verl_plugin.rollout.worker import CoalescingClient, reward_batch
-from hpo_verl.verl_plugin.trainer.repeatable import response_order
+from hpo_verl.verl_plugin.trainer.batches import response_order
 
 
 def test_items_submitted_together_are_processed_together():

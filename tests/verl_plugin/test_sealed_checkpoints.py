@@ -16,7 +16,7 @@ from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.launch import resume
 from hpo_verl.runs import checkpoints, files
 from hpo_verl.runs.checkpoints import SEAL, TRACKER
-from hpo_verl.verl_plugin.trainer import sealed_checkpoints
+from hpo_verl.verl_plugin.trainer import life_cycle
 
 
 class Killed(BaseException):
@@ -51,7 +51,7 @@ def state(folder, step):
     assert checkpoints.fault(path) is None
     order = torch.load(path / "data.pt", weights_only=False)
     weight = torch.load(path / "actor" / MODEL, weights_only=False)
-    return weight, repr(order), (path / sealed_checkpoints.KL_NAME).read_text()
+    return weight, repr(order), (path / life_cycle.KL_NAME).read_text()
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ KILLS = {
     "rollout of step 4, at an epoch's end": (at_step(4, "step"), 3),
     "update of step 3": (at_step(3, "step", after=True), 2),
     "first shard of step 4": (in_write(torch, "save", 4), 3),
-    "before the tracker of step 5": (in_write(sealed_checkpoints, "write_atomically", 5, False), 4),
+    "before the tracker of step 5": (in_write(life_cycle, "write_atomically", 5, False), 4),
     "tracker of step 7, at an epoch's end": (in_tracker(7), 6),
     "validation of step 6": (at_step(6, "_validate"), 5),
     "metrics of step 4": (in_metrics(4), 3),

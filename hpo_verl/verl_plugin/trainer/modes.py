@@ -6,13 +6,10 @@ metrics of every step, for every algorithm.
 
 verl compares `trainer_mode` with "sync" in several places and reads a mode's
 settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
-name in the configuration before the parent sees it. Beyond the metrics, the
-order of responses is made to repeat (`repeatable`), workers fetch only what
-they read (`transfer`), errors of rewards are counted (`reward_errors`), updates
-that are not finite are made known (`guarded_engine`), checkpoints are sealed
-(`sealed_checkpoints`), the launcher learns what the run is doing and can stop it
-(`launched`), and algorithms get what verl does not pass on (`entropy`, `d3s`,
-`spo_trainer`).
+name in the configuration before the parent sees it. Beyond the metrics, a run
+can be stopped, killed and repeated (`life_cycle`), updates that are not finite
+are made known (`guarded_engine`), and algorithms get what verl does not pass on
+(`entropy`, `d3s`, `spo_trainer`).
 """
 
 from __future__ import annotations
@@ -38,12 +35,8 @@ from hpo_verl.verl_plugin.d3s import DownSamplingTrainer
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.entropy import TokenEntropy
-from hpo_verl.verl_plugin.trainer.launched import Launched
-from hpo_verl.verl_plugin.trainer.repeatable import RepeatableOrder
-from hpo_verl.verl_plugin.trainer.reward_errors import RewardErrors, run_folder
-from hpo_verl.verl_plugin.trainer.sealed_checkpoints import SealedCheckpoints
+from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle, run_folder
 from hpo_verl.verl_plugin.trainer.spo_trainer import SingleStreamTrainer
-from hpo_verl.verl_plugin.trainer.transfer import LeanTransfer
 from hpo_verl.verl_plugin.validation import check_algorithm
 
 logger = logging.getLogger(__name__)
@@ -181,8 +174,5 @@ def register() -> None:
         if name not in TRAINER_REGISTRY:
             parent = TRAINER_REGISTRY[parent_mode]
             members = {"parent_mode": parent_mode, "__module__": __name__}
-            bases = (
-                *(Launched, BatchStatistics, RewardErrors, TokenEntropy),
-                *(RepeatableOrder, LeanTransfer, SealedCheckpoints, *ALGORITHM_PARTS, parent),
-            )
+            bases = (LifeCycle, BatchStatistics, TokenEntropy, *ALGORITHM_PARTS, parent)
             register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import transfer_queue as tq
+
 from hpo_verl.errors import DataError, RewardError
 from hpo_verl.runs.files import write_atomically
-from hpo_verl.verl_plugin.rollout.reward_guard import guard_settings, is_guarded
+from hpo_verl.verl_plugin.rollout.reward_guard import guard_settings
 
 METRIC = "reward/error_fraction"
 FILE_NAME = "reward_error.json"
@@ -35,82 +36,52 @@ def reward_errors(extra_fields: Sequence[Any]) -> list[str]:
     return texts
 
 
-def write_offender(folder: Path, offender: dict[str, Any]) -> Path:
-    """Write what a reward failed on; anything but printable ASCII is escaped.
+def check_rewards(
+    batch: Any,
+    config: Mapping[str, Any],
+    tokenizer: Any,
+    step: int,
+    folder: Path,
+    metrics: dict[str, Any],
+) -> None:
+    """Log the share of rewards that failed, and end a run with too many.
 
     Args:
-        folder: the run's folder.
-        offender: with the response under `response`, which is cut at 2,000 characters.
+        batch: verl's batch of the step, without padding rows.
+        config: verl's whole configuration.
+        tokenizer: decodes the response of the error.
+        step: for the message.
+        folder: the run's, where the first response whose reward failed is written.
+        metrics: of the step; gets `reward/error_fraction`.
 
-    Returns:
-        The file.
+    Raises:
+        RewardError: the share is above `reward.guard.max_error_fraction`; names the file.
     """
-    response = str(offender["response"])
-    shown = {
-        **offender,
+
+    def column(name: str, keys: list[str]) -> Any:
+        where: dict[str, Any] = {"keys": keys, "partition_id": batch.partition_id}
+        return tq.kv_batch_get(**where, select_fields=[name]).pop(name)
+
+    texts = reward_errors(column("extra_fields", batch.keys).tolist())
+    failed = [row for row, text in enumerate(texts) if text]
+    fraction = metrics[METRIC] = len(failed) / max(len(texts), 1)
+    limit = guard_settings(config).max_error_fraction
+    if fraction <= limit:
+        return
+    key = batch.keys[failed[0]]
+    response = tokenizer.decode(column("responses", [key])[0], skip_special_tokens=True)
+    offender = {
+        "error": texts[failed[0]],
+        "step": step,
+        "sample": key,
         "response": response[:RESPONSE_CHARACTERS],
         "response_characters": len(response),
     }
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    # DEL is the one control character that JSON leaves as it is.
-    write_atomically(path, json.dumps(shown, indent=2).replace("\x7f", "\\u007f") + "\n")
-    return path
-
-
-def run_folder(default_local_dir: str) -> Path:
-    """Folder of verl's metrics file, which `train` and `preflight` set; else the checkpoints'."""
-    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
-    return Path(metrics).parent if metrics else Path(default_local_dir)
-
-
-class RewardErrors:
-    """Mixed into a trainer of verl: logs `reward/error_fraction`, and stops above a threshold.
-
-    Does nothing unless the reward manager `guarded` is selected.
-    """
-
-    config: Any
-    tokenizer: Any
-    global_steps: int
-
-    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        if is_guarded(self.config):
-            self._count_reward_errors(batch, metrics)
-        return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
-
-    def _count_reward_errors(self, batch: Any, metrics: dict[str, Any]) -> None:
-        import transfer_queue as tq
-
-        keys = [
-            key
-            for key, tag in zip(batch.keys, batch.tags, strict=True)
-            if not tag.get("is_padding", False)
-        ]
-        data = tq.kv_batch_get(
-            keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"]
-        )
-        texts = reward_errors(data.pop("extra_fields").tolist())
-        failed = [row for row, text in enumerate(texts) if text]
-        fraction = len(failed) / max(len(texts), 1)
-        metrics[METRIC] = fraction
-        limit = guard_settings(self.config).max_error_fraction
-        if fraction <= limit:
-            return
-        first = failed[0]
-        response = tq.kv_batch_get(
-            keys=[keys[first]], partition_id=batch.partition_id, select_fields=["responses"]
-        )["responses"][0]
-        path = write_offender(
-            run_folder(self.config.trainer.default_local_dir),
-            {
-                "error": texts[first],
-                "step": self.global_steps,
-                "sample": keys[first],
-                "response": self.tokenizer.decode(response, skip_special_tokens=True),
-            },
-        )
-        raise RewardError(
-            f"{METRIC} = {fraction:.3g} in step {self.global_steps}, above "
-            f"reward.guard.max_error_fraction = {limit:g}; the first response and its error: {path}"
-        )
+    # JSON escapes all but printable ASCII, and DEL.
+    write_atomically(path, json.dumps(offender, indent=2).replace("\x7f", "\\u007f") + "\n")
+    raise RewardError(
+        f"{METRIC} = {fraction:.3g} in step {step}, above reward.guard.max_error_fraction = "
+        f"{limit:g}; the first response and its error: {path}"
+    )

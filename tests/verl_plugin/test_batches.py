@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 
-from hpo_verl.verl_plugin.trainer.repeatable import RepeatableOrder, deal_mini_batches
+from hpo_verl.verl_plugin.trainer import batches
+from hpo_verl.verl_plugin.trainer.batches import deal_mini_batches
+from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 
 
 def test_each_mini_batch_is_dealt_by_itself():
@@ -64,13 +66,16 @@ class Parent:
         return batch
 
 
-class Trainer(RepeatableOrder, Parent):
+class Trainer(LifeCycle, Parent):
     def __init__(self, ranks):
         self.ranks = ranks
         self.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(ranks))})
         actor = {"actor": {"ppo_mini_batch_size": 2}, "rollout": {"n": 2}}
         cluster = {"nnodes": 1, "n_gpus_per_node": ranks}
-        self.config = OmegaConf.create({"actor_rollout_ref": actor, "trainer": cluster})
+        reward = {"reward_manager": {"name": "naive"}}
+        self.config = OmegaConf.create(
+            {"actor_rollout_ref": actor, "trainer": cluster, "reward": reward}
+        )
 
     def _get_required_batch_multiple(self, ranks):
         assert ranks == 1
@@ -103,3 +108,10 @@ def test_one_rank_and_a_full_batch_need_no_balancing():
     Trainer(1)._balance_batch(batch, metrics)
     assert batch.keys == ["a_0_0", "a_1_0", "b_0_0", "c_0_0"]
     assert metrics == {}
+
+
+def test_workers_fetch_no_texts(monkeypatch):
+    columns = ["uid", "prompts", "data_source", "old_log_probs", "extra_fields", "a_new_one"]
+    meta = SimpleNamespace(field_names=columns)
+    monkeypatch.setattr(batches, "kv_batch_meta2batch_meta", lambda batch: meta)
+    assert batches.columns_for_workers(None) == ["prompts", "old_log_probs", "a_new_one"]

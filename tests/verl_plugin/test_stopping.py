@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 
 from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
-from hpo_verl.verl_plugin.trainer.launched import Launched
+from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 
 STEPS = 4
 LOGGERS = ["Tracking", "ValidationGenerationsLogger", "DapoFilteredRewardTableLogger", "tqdm"]
@@ -21,7 +21,7 @@ class Silent:
     """In place of verl's loggers."""
 
     def __init__(self, *args, **kwargs):
-        pass
+        self.logger = {}
 
     def log(self, *args, **kwargs):
         pass
@@ -32,14 +32,16 @@ class Silent:
 class Loop(trainer_base.PPOTrainer):
     """verl's loop around steps that only tell what happens."""
 
-    def __init__(self, config, ask_in_step, file):
+    def __init__(self, config):
         self.config = config
-        self.ask_in_step = ask_in_step
-        self.file, self.before = file, file.read()
-        self.stage = stage_message(file.path.parent)
         self.happened, self.stages = [], []
         self.global_steps = 0
         self.steps_per_epoch = self.total_training_steps = STEPS
+
+    def listen(self, ask_in_step, file):
+        self.ask_in_step = ask_in_step
+        self.file, self.before = file, file.read()
+        self.stage = stage_message(file.path.parent)
 
     def on_train_begin(self):
         assert self.file.read() == self.before
@@ -93,13 +95,17 @@ def run(tmp_path, monkeypatch):
                     "default_local_dir": str(tmp_path / "checkpoints"),
                 },
                 "global_profiler": {"steps": None},
+                "actor_rollout_ref": {"actor": {}},
             }
         )
         file = stop_message(tmp_path)
         if launcher:
             file.create()
             stage_message(tmp_path).create()
-        trainer = type("Trainer", (Launched, Loop), {})(config, ask_in_step, file)
+        # Nothing is written here that could be sealed.
+        unsealed = {"seal_checkpoint": lambda trainer: None}
+        trainer = type("Trainer", (LifeCycle, Loop), unsealed)(config)
+        trainer.listen(ask_in_step, file)
         trainer.fit(None)
         run.stages = trainer.stages
         return trainer.happened, file.read()
@@ -157,4 +163,4 @@ def test_in_the_last_step_there_is_nothing_to_stop(run):
 
 @pytest.mark.parametrize("mode", ["hpo_sync", "hpo_colocate_async", "hpo_separate_async"])
 def test_every_mode_listens(mode):
-    assert issubclass(get_trainer_cls(mode), Launched)
+    assert issubclass(get_trainer_cls(mode), LifeCycle)

@@ -1,0 +1,66 @@
+"""The order of a step's responses, how they are dealt to ranks, and what of them is sent there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
+
+FOR_THE_DRIVER_ALONE = frozenset(
+    {
+        "data_source",
+        "extra_fields",
+        "num_turns",
+        "reward_model",
+        "rm_scores",
+        "rollout_log_probs",
+        "token_level_rewards",
+        "uid",
+    }
+)
+"""Columns that no worker reads."""
+
+
+def response_order(key: str) -> tuple[str, int, int]:
+    """Sort key of TransferQueue's key `{uid}_{session}_{output}` of a response."""
+    uid, session, output = key.rsplit("_", 2)
+    return uid, int(session), int(output)
+
+
+def sort_rows(batch: Any) -> None:
+    """Sort a batch by prompt, session and output; verl's padding rows come last."""
+    batch.reorder(sorted(range(len(batch.keys)), key=lambda row: response_order(batch.keys[row])))
+
+
+def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
+    """Deal the rows of every mini-batch to the ranks, about the same work to each.
+
+    Args:
+        lengths: tokens of each row, in the order in which mini-batches are cut.
+        mini_batch_size: rows of a mini-batch over all ranks.
+        ranks: data-parallel ranks; they divide the mini-batch and the number of rows.
+
+    Returns:
+        For each rank, its rows: its share of the first mini-batch, of the second, ...
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    workloads = calculate_workload(torch.tensor(lengths, dtype=torch.int64))
+    for start in range(0, len(lengths), mini_batch_size):
+        parts: Any = get_seqlen_balanced_partitions(
+            workloads[start : start + mini_batch_size].tolist(), ranks, equal_size=True
+        )
+        for share, part in zip(shares, parts, strict=True):
+            share += [start + row for row in part]
+    return shares
+
+
+def columns_for_workers(batch: Any) -> list[str]:
+    """Names of a batch's columns in TransferQueue that a worker may read.
+
+    For short responses, to fetch the rest for every sample by itself costs as much as the update.
+    """
+    names = kv_batch_meta2batch_meta(batch).field_names
+    return [name for name in names if name not in FOR_THE_DRIVER_ALONE]
