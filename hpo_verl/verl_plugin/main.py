@@ -85,7 +85,7 @@ class Watch(threading.Thread):
         with self._lock:
             try:
                 if self._first is None and ray.is_initialized():
-                    self._first = next((death.shown for death in self._record.deaths()), None)
+                    self._first = next(iter(self._record.deaths()), None)
             except Exception as error:
                 # Ray's own client ends this process if the record stays away.
                 print(f"WARN: Ray's record cannot be read: {one_line(error)}", flush=True)

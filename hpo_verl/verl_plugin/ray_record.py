@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,39 +28,30 @@ LOST = (_CONTEXT.WORKER_DIED, _CONTEXT.NODE_DIED)
 DETAIL_CHARACTERS = 300
 
 
-@dataclass(frozen=True, order=True)
-class Death:
-    """The end of an actor or a node that nothing in the run asked for.
-
-    Attributes:
-        time: Ray's record of it, milliseconds since the epoch.
-        shown: role, name, process and machine, and what Ray says.
-    """
-
-    time: int
-    shown: str
-
-
 class RayRecord:
     """Reads Ray's tables of this process's job; Ray must be initialised in it."""
 
     def __init__(self) -> None:
         self._nodes: dict[str, str] = {}
 
-    def deaths(self) -> list[Death]:
-        """The deaths so far: nodes first, since their actors end with them, then by time."""
-        return [*self._dead_nodes(), *sorted(self._dead_actors())]
+    def deaths(self) -> list[str]:
+        """The ends of actors and nodes that nothing in the run asked for.
 
-    def _dead_nodes(self) -> Iterator[Death]:
+        Each has role, name, process and machine, and what Ray says. Nodes come first, since
+        their actors end with them; then actors by time.
+        """
+        return [*self._dead_nodes(), *(text for _, text in sorted(self._dead_actors()))]
+
+    def _dead_nodes(self) -> Iterator[str]:
         for node in ray.nodes():
             identity, address = node["NodeID"], node["NodeManagerAddress"]
             if node["Alive"]:
                 self._nodes[identity] = address
             elif identity in self._nodes:
-                yield Death(0, f"the Ray node {address} died (its raylet does not answer)")
+                yield f"the Ray node {address} died (its raylet does not answer)"
 
     @staticmethod
-    def _dead_actors() -> Iterator[Death]:
+    def _dead_actors() -> Iterator[tuple[int, str]]:
         job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
         table: Mapping[str, Any] = actor_table(job_id=job, actor_state_name="DEAD")
         for actor in table.values():
@@ -70,7 +60,7 @@ class RayRecord:
             context: Any = getattr(cause, kind, None)
             lost = kind == "actor_died_error_context" and context.reason in LOST
             if lost or kind == "oom_context":
-                yield Death(actor["EndTime"], f"{_shown(actor)} died ({_detail(context)})")
+                yield actor["EndTime"], f"{_shown(actor)} died ({_detail(context)})"
 
 
 def _shown(actor: Mapping[str, Any]) -> str:
