@@ -194,20 +194,19 @@ def export(
 @app.command()
 def replay(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="not_finite_*.safetensors of a run's folder.")
+        Path, typer.Argument(metavar="FILE", help="not_finite_*.pt of a run's folder.")
     ],
 ) -> None:
     """Evaluate the loss and gradient of a mini-batch again whose update was not finite.
 
     Examples:
-      hpo-verl replay runs/countdown-tiny/2026-01-31_12-00-00/not_finite_0001_rank0.safetensors
+      hpo-verl replay runs/countdown-tiny/2026-01-31_12-00-00/not_finite_0001_rank0.pt
     """
     from hpo_verl.runs.quiet import quiet_imports
 
     with quiet_imports():
-        from hpo_verl.verl_plugin.engine.batch_file import load
-        from hpo_verl.verl_plugin.engine.recorded_batch import report as evaluate_again
-    for line in evaluate_again(file, load(file)):
+        from hpo_verl.verl_plugin.engine.replay import load, report
+    for line in report(file, load(file)):
         print(line)
 
 

@@ -259,7 +259,7 @@ class Trainer:
         useful = (advantages[rows] != 0).view(len(prompts), -1).any(dim=-1).cpu()
         kept, kept_weights = prompts[useful], weights.view(len(prompts), self.group, -1)[useful]
         if not len(kept):
-            # As in verl (`guarded_engine`): Adam's momentum alone must not move the weights.
+            # As in verl (`engine.step_guard`): Adam's momentum alone must not move the weights.
             return {}, 0.0
         self.optimizer.zero_grad()
         rows = _rows_of(kept, self.group)

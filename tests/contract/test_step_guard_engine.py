@@ -6,8 +6,7 @@ import pytest
 import torch
 from engine_ranks import free_port, run_ranks, save_tiny_model
 
-from hpo_verl.verl_plugin.engine.batch_file import load
-from hpo_verl.verl_plugin.engine.recorded_batch import first_found, report
+from hpo_verl.verl_plugin.engine.replay import first_found, load, report
 from hpo_verl.verl_plugin.engine.step_guard import NO_ADVANTAGE, NOT_FINITE
 
 LOSSES = ("mhpo", "bapo", "hapo", "aepo_clip", "vanilla", "gspo", "sapo")

@@ -53,14 +53,12 @@ def test_one_update_is_skipped_and_counted_and_the_run_goes_on(runs):
     assert [metrics[step]["hpo/updates_without_advantage"] for step in (1, 2, 3)] == [0, 0, 0]
     # Means of the other update alone.
     assert all(0 < metrics[step]["actor/grad_norm"] < 100 for step in (1, 2, 3))
-    assert [file.name for file in folder.glob("not_finite_*")] == [
-        "not_finite_0001_rank0.safetensors"
-    ]
+    assert [file.name for file in folder.glob("not_finite_*")] == ["not_finite_0001_rank0.pt"]
 
 
 def test_the_batch_of_the_run_is_replayed(runs):
     folder, _, _ = runs["once"]
-    command = [BIN / "hpo-verl", "replay", folder / "not_finite_0001_rank0.safetensors"]
+    command = [BIN / "hpo-verl", "replay", folder / "not_finite_0001_rank0.pt"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert ": loss hpo, token-mean" in done.stdout
@@ -72,7 +70,7 @@ def test_three_in_a_row_end_the_run_with_the_tensor_and_the_file(runs):
     assert code == 1
     # Updates 3 and 4 are those of step 2; with update 5 it is enough.
     assert set(read_metrics(folder)) == {1, 2}
-    path = folder / "not_finite_0003_rank0.safetensors"
+    path = folder / "not_finite_0003_rank0.pt"
     assert path.exists()
     assert "NotFiniteError: 3 updates in a row were not finite" in output
     assert "the last: micro-batch 0: log_prob: 1 of " in output

@@ -12,7 +12,7 @@ from real_runs import BIN, SMALL, listening_addresses, read_metrics, repeatable,
 
 from hpo_verl import __version__
 from hpo_verl.runs.process import SHARED_MEMORY
-from hpo_verl.verl_plugin.engine.batch_file import load
+from hpo_verl.verl_plugin.engine.replay import load
 
 REPOSITORY = Path(__file__).parents[2]
 SPOIL = REPOSITORY / "tests" / "helpers" / "spoiled" / "spoil.py"
@@ -108,7 +108,7 @@ def test_an_update_with_a_nan_is_skipped_and_recorded(submit, cluster, tmp_path)
     assert job.returncode == 0, output + errors
     metrics = read_metrics(folder)
     assert [metrics[step]["hpo/updates_not_finite"] for step in (1, 2, 3)] == [0, 1, 0]
-    file = folder / "not_finite_0001_rank0.safetensors"
+    file = folder / "not_finite_0001_rank0.pt"
     assert load(file).info["versions"]["hpo-verl"] == __version__
     wait_until_idle(cluster)
 

@@ -14,9 +14,8 @@ from verl.workers.config import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from hpo_verl.errors import ConfigError, NotFiniteError
-from hpo_verl.verl_plugin.engine import guarded_engine
 from hpo_verl.verl_plugin.engine import step_guard as plugin
-from hpo_verl.verl_plugin.engine.batch_file import load
+from hpo_verl.verl_plugin.engine.replay import load
 
 NAN, INF = float("nan"), float("inf")
 
@@ -100,7 +99,7 @@ def data(advantage=1.0, old=-1.0):
 
 @pytest.fixture
 def engine():
-    made = guarded_engine.guarded_engine(Parent)()
+    made = plugin.guarded_engine(Parent)()
     made.train_batch(data(), guarded(Path("nowhere")))
     return made
 
@@ -168,7 +167,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(engine, tmp_pat
 
 def test_a_norm_that_overflows_is_told_apart(engine, tmp_path, monkeypatch):
     before = engine.state()
-    monkeypatch.setattr(guarded_engine, "gradient_norm", lambda module: INF)
+    monkeypatch.setattr(plugin, "gradient_norm", lambda module: INF)
     engine.train_batch(data(), guarded(tmp_path))
     assert unchanged(engine, before)
     (path,) = tmp_path.glob("not_finite_*")
@@ -227,7 +226,7 @@ def test_the_run_ends_after_the_set_number_in_a_row(engine, tmp_path):
     with pytest.raises(NotFiniteError, match=r"^3 updates in a row .*advantages: 8 of 8") as ended:
         engine.train_batch(bad, guarded(tmp_path))
     assert unchanged(engine, before)
-    assert f"{tmp_path}/not_finite_0005_rank0.safetensors" in str(ended.value)
+    assert f"{tmp_path}/not_finite_0005_rank0.pt" in str(ended.value)
     assert len(list(tmp_path.glob("not_finite_*"))) == 5
 
 
@@ -247,7 +246,7 @@ def test_a_folder_that_takes_no_file_does_not_hide_the_fault(engine, tmp_path, c
 
 
 def test_not_more_files_than_a_limit(engine, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(guarded_engine, "FILES_KEPT", 2)
+    monkeypatch.setattr(plugin, "FILES_KEPT", 2)
     for _ in range(4):
         engine.train_batch(data(advantage=NAN), guarded(tmp_path, limit=9))
     assert len(list(tmp_path.glob("not_finite_*"))) == 2

@@ -9,7 +9,7 @@ leaves the clip bounds that follow in the loss's `policy_loss.batch_info` before
 verl's own passes begin. So the bounds know nothing of the split, and every rank
 has the same. The price is one forward pass a mini-batch.
 
-Registered for FSDP under the vendor `hpo`, inside the guard of `guarded_engine`; verl
+Registered for FSDP under the vendor `hpo`, inside the guard of `step_guard`; verl
 selects it where the environment variable VERL_ENGINE_VENDOR says so, which the
 recipes set for the workers. For every other loss this part changes nothing.
 """
@@ -25,7 +25,7 @@ import torch
 
 from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.engine.guarded_engine import guarded_engine
+from hpo_verl.verl_plugin.engine.step_guard import guarded_engine
 from hpo_verl.verl_plugin.losses import CLIP_BOUNDS, ENGINE_VENDOR, loss_settings, prepare
 
 VENDOR = "hpo"

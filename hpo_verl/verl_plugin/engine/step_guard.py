@@ -1,7 +1,27 @@
-"""What the guard of updates knows of one, and its settings; the guard: `guarded_engine`."""
+"""Updates that must not happen: NaN or infinity, and nothing to learn from.
+
+`guarded_engine` extends verl's engine. Before the optimizer's step of each
+mini-batch, all ranks agree on one of three outcomes:
+
+- Not finite: an input of the loss, the log-probabilities, the loss or a gradient
+  holds NaN or infinity on some rank. There is no optimizer step: weights and
+  optimizer state stay bit for bit. The first such tensor is named, the
+  mini-batch kept for `hpo-verl replay`, and the metrics of this mini-batch are
+  left out of the step's (its loss counts as 0). After `max_not_finite_in_a_row`
+  of them the run ends; an update that is finite starts the count anew.
+- No advantage: every live advantage on every rank is 0, and so is every
+  gradient. No step either, since Adam's momentum and weight decay would still
+  move the weights. With an entropy or KL term the gradient is not 0, and the
+  step is made.
+- Otherwise verl's step. (verl itself skips where the norm of the gradient is not
+  finite, and says so in a line of its log.)
+
+The learning rate follows verl's training steps, whatever was skipped.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,19 +32,18 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hpo_verl.core.settings import parse_settings, require_number
-from hpo_verl.errors import ConfigError
+from hpo_verl.errors import ConfigError, NotFiniteError
 from hpo_verl.installed import package_versions
-from hpo_verl.verl_plugin.engine.recorded_batch import (
+from hpo_verl.verl_plugin.engine.replay import (
     COUNTS,
     MASK,
-    TOKENS,
     RecordedBatch,
     Tensors,
     first_found,
     first_not_finite,
     loss_settings_of,
     loss_tensors,
-    with_tokens,
+    save,
 )
 
 SECTION = "trainer.guard"
@@ -35,8 +54,7 @@ COUNTERS = {
     NO_ADVANTAGE: "hpo/updates_without_advantage",
 }
 """Share of a step's updates, as verl averages it -> their number, as it is logged."""
-
-LossFunction = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
+FILES_KEPT = 20
 
 
 @dataclass(frozen=True)
@@ -98,51 +116,43 @@ class GuardedLoss:
 
 @dataclass
 class Update:
-    """What is known of the update at hand.
+    """What is known of one update on this rank.
 
     Attributes:
+        outcome: `NOT_FINITE` or `NO_ADVANTAGE`; None where verl makes its step.
         found: Text on the first tensor that is not finite.
         in_backward: Whether only the model's backward pass shows it.
-        micro_batches: What the loss read, and the token ids.
+        micro_batches: What the loss read.
         losses: Of the micro-batches that were evaluated.
-        settings: Those of the loss.
-        counts: verl's counts of the global mini-batch.
+        info: Settings of the loss, and verl's counts of the global mini-batch.
     """
 
+    outcome: str | None = None
     found: str | None = None
     in_backward: bool = False
-    micro_batches: list[tuple[Tensors, Tensors]] = field(default_factory=list)
+    micro_batches: list[Tensors] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
     def evaluate(
         self,
+        function: Callable[..., tuple[torch.Tensor, dict[str, Any]]],
         model_output: dict[str, Any],
         data: Any,
         dp_group: Any = None,
         *,
-        function: LossFunction,
         config: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Evaluate a loss, unless what it reads is not finite.
-
-        Args:
-            model_output: As verl passes it.
-            data: As verl passes it.
-            dp_group: As verl passes it.
-            function: The loss function.
-            config: verl's actor config.
+        """Evaluate a loss function of verl, unless what it reads is not finite.
 
         Returns:
             Loss and metrics; a loss of 0 and no metrics where an input is not finite.
         """
         tensors = loss_tensors(model_output, data)
         index = len(self.micro_batches)
-        # Not all of it: images would stay on the device until the update.
-        self.micro_batches.append((tensors, {name: data[name] for name in TOKENS if name in data}))
-        self.counts = {key: data[key] for key in COUNTS}
-        self.settings = loss_settings_of(config)
+        self.micro_batches.append(tensors)
+        if not self.info:
+            self.info = {**loss_settings_of(config), "counts": {key: data[key] for key in COUNTS}}
         text = first_not_finite(tensors)
         if text is None:
             loss, metrics = function(model_output=model_output, data=data, dp_group=dp_group)
@@ -158,7 +168,7 @@ class Update:
         """Whether a live advantage of this rank is not 0."""
         return any(
             bool(((tensors["advantages"] != 0) & tensors[MASK]).any())
-            for tensors, _ in self.micro_batches
+            for tensors in self.micro_batches
         )
 
     def loss_is_finite(self) -> bool:
@@ -177,9 +187,116 @@ class Update:
 
     def recorded(self) -> RecordedBatch:
         """The mini-batch with what is needed to evaluate it again."""
-        facts = {"counts": self.counts, "versions": package_versions(), "found": ""}
-        info = {**self.settings, **facts}
-        return RecordedBatch(info, [with_tokens(*pair) for pair in self.micro_batches])
+        info = {**self.info, "versions": package_versions(), "found": self.found or ""}
+        on_cpu = [{name: t.cpu() for name, t in one.items()} for one in self.micro_batches]
+        return RecordedBatch(info, on_cpu)
+
+
+def guarded_engine(parent: type) -> type:
+    """Extend an engine of verl by the guard.
+
+    Args:
+        parent: `FSDPEngineWithLMHead`, or a class made of it.
+    """
+    from verl.utils.device import get_device_id
+
+    class GuardedEngine(parent):
+        """verl's engine; makes no update that is not finite, or has no advantage."""
+
+        _update: Update | None = None
+        _in_a_row = 0
+        _not_finite = 0
+
+        def train_batch(self, data: Any, loss_function: Any) -> Any:
+            """Follow verl's interface; guards the update of a `GuardedLoss`.
+
+            Raises:
+                NotFiniteError: The last of too many updates in a row that were not finite.
+            """
+            if not isinstance(loss_function, GuardedLoss):
+                return super().train_batch(data, loss_function)
+            update = self._update = Update()
+            inner = loss_function.function
+            watched = partial(update.evaluate, inner, config=inner.keywords["config"])
+            try:
+                output = super().train_batch(data, watched)
+            finally:
+                self._update = None
+            if update.outcome == NOT_FINITE:
+                self._in_a_row += 1
+                self._not_finite += 1
+                self._report(update, loss_function)
+                output["metrics"], output["loss"] = {}, [0.0]
+            else:
+                self._in_a_row = 0
+            for name in COUNTERS:
+                output["metrics"][name] = [float(update.outcome == name)]
+            return output
+
+        def optimizer_step(self) -> float:
+            """Make verl's step if all ranks find the update finite and worth it.
+
+            Returns:
+                verl's norm of the gradient; NaN or 0 where there was no step.
+            """
+            update = self._update
+            if update is None:
+                return super().optimizer_step()
+            norm = gradient_norm(self.module)
+            # With a scaler (float16) such gradients are part of its search for a scale.
+            scaled = getattr(self, "scaler", None) is not None
+            bad_gradient = not scaled and not math.isfinite(norm)
+            bad = update.found is not None or bad_gradient or not update.loss_is_finite()
+            learns = norm != 0 or update.has_advantage()
+            flags = torch.tensor([bad, learns], dtype=torch.int32).to(get_device_id())
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            any_bad, any_learns = flags.tolist()
+            if any_bad:
+                if bad and update.found is None:
+                    update.find(self.module)
+                self.optimizer_zero_grad()
+                update.outcome = NOT_FINITE
+                return math.nan
+            if not any_learns:
+                self.optimizer_zero_grad()
+                update.outcome = NO_ADVANTAGE
+                return 0.0
+            total = super().optimizer_step()
+            if not scaled and not math.isfinite(total):
+                # verl has made no step either.
+                update.found = "gradient: finite on each rank, but the norm over all is not"
+                update.in_backward = True
+                update.outcome = NOT_FINITE
+            return total
+
+        def _report(self, update: Update, loss: GuardedLoss) -> None:
+            """Tell what was not finite, keep the mini-batch, and end a run of too many."""
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            seen: list[Any] = [None] * ranks
+            torch.distributed.all_gather_object(seen, (update.in_backward, update.found))
+            # A rank that finds it in the backward pass alone may have it from another one.
+            _, source = min((late, r) for r, (late, text) in enumerate(seen) if text is not None)
+            found = seen[source][1] + (f" (rank {source} of {ranks})" if ranks > 1 else "")
+            path = loss.folder / f"not_finite_{self._not_finite:04d}_rank{source}.pt"
+            last = self._in_a_row >= loss.settings.max_not_finite_in_a_row
+            kept = last or self._not_finite <= FILES_KEPT
+            text = f"{found}; mini-batch: {path if kept else 'not kept'}"
+            if rank == source:
+                if kept:
+                    update.found = found
+                    try:
+                        save(path, update.recorded())
+                    except (OSError, RuntimeError) as error:
+                        # torch's writer raises the latter where the disk is full.
+                        print(f"WARN: {path} could not be written: {error}", flush=True)
+                print(f"WARN: update {self._in_a_row} in a row not finite: {text}", flush=True)
+            if last:
+                raise NotFiniteError(
+                    f"{self._in_a_row} updates in a row were not finite ({SECTION}."
+                    f"max_not_finite_in_a_row), the last: {text}; see hpo-verl replay"
+                )
+
+    return GuardedEngine
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ verl compares `trainer_mode` with "sync" in several places and reads a mode's
 settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
 name in the configuration before the parent sees it. Beyond the metrics, a run
 can be stopped, killed and repeated (`life_cycle`), updates that are not finite
-are made known (`guarded_engine`), and algorithms get what verl does not pass on
+are made known (`step_guard`), and algorithms get what verl does not pass on
 (`entropy`, `d3s`, `spo_trainer`).
 """
 

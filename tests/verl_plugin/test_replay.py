@@ -1,21 +1,20 @@
 """A mini-batch that was not finite: what is recorded, its file, and its evaluation."""
 
-import json
 import pickle
+import re
 import stat
+import zipfile
 
 import pytest
 import torch
 from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch, supplied
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 from verl.workers.config import PolicyLossConfig
 
 from hpo_verl.cli import app
-from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.verl_plugin.engine import batch_file
-from hpo_verl.verl_plugin.engine import recorded_batch as plugin
-from hpo_verl.verl_plugin.engine.batch_file import load, save
+from hpo_verl.errors import DataError
+from hpo_verl.verl_plugin.engine import replay as plugin
+from hpo_verl.verl_plugin.engine.replay import load, save
 
 VERLS = [
     ("vanilla", "token-mean"),
@@ -47,27 +46,28 @@ def recorded(name="vanilla", mode="token-mean", batch=None, parts=1, **settings)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_file_gives_the_loss_and_gradient_of_the_actor_again(tmp_path, name, mode, parts):
     made, config = recorded(name, mode, parts=parts)
-    save(tmp_path / "batch.safetensors", made)
-    batch = load(tmp_path / "batch.safetensors")
+    save(tmp_path / "batch.pt", made)
+    batch = load(tmp_path / "batch.pt")
     assert len(batch.micro_batches) == parts
-    results = [plugin.evaluate(tensors, batch.info) for tensors in batch.micro_batches]
+    losses, largest, found = zip(
+        *(plugin.evaluate(tensors, batch.info) for tensors in batch.micro_batches), strict=True
+    )
     config.global_batch_info.update(counts_of(make_batch()["response_mask"]))
     loss, gradient, _ = evaluate(name, make_batch(), mode, config)
-    assert sum(result.loss for result in results) == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
-    largest = max(result.largest for result in results)
-    assert largest == pytest.approx(gradient.abs().max().item(), rel=1e-5)
-    assert [result.found for result in results] == [None] * parts
+    assert sum(losses) == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+    assert max(largest) == pytest.approx(gradient.abs().max().item(), rel=1e-5)
+    assert found == (None,) * parts
 
 
 def test_entropy_and_kl_terms_are_part_of_the_loss():
     made, _ = recorded(entropy_coeff=0.5, use_kl_loss=True, kl_loss_coef=2.0, kl_loss_type="kl")
     (tensors,) = made.micro_batches
-    plain = plugin.evaluate(tensors, recorded()[0].info).loss
+    plain, _, _ = plugin.evaluate(tensors, recorded()[0].info)
     tensors["entropy"] = torch.full_like(tensors["log_prob"], 0.25)
     tensors["ref_log_prob"] = tensors["log_prob"] - 0.125
     # Means over tokens: 0.5 x 0.25 of entropy off, 2 x 0.125 of KL on.
-    result = plugin.evaluate(tensors, made.info)
-    assert result.loss == pytest.approx(plain - 0.125 + 0.25, rel=1e-5)
+    loss, _, _ = plugin.evaluate(tensors, made.info)
+    assert loss == pytest.approx(plain - 0.125 + 0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -130,8 +130,7 @@ def test_a_file_holds_every_bit_and_is_its_owners_alone(tmp_path):
     batch = make_batch()
     batch["log_prob"][0, 0] = NAN
     made, _ = recorded(batch=batch, parts=2)
-    made.micro_batches[1]["responses"] = torch.full((4, 12), -1)
-    path = tmp_path / "run" / "batch.safetensors"
+    path = tmp_path / "run" / "batch.pt"
     save(path, made)
     save(path, made)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -144,58 +143,85 @@ def test_a_file_holds_every_bit_and_is_its_owners_alone(tmp_path):
             assert torch.equal(ours[name].nan_to_num(7), tensor.nan_to_num(7)), name
 
 
-def write(path, tensors=None, info=None, header=None):
+def write(path, tensors=None, settings=None, **changes):
     made, _ = recorded()
     (plain,) = made.micro_batches
-    plain = {f"0/{name}": tensor for name, tensor in plain.items()} | (tensors or {})
-    plain = {name: tensor for name, tensor in plain.items() if tensor is not None}
-    usual = {"format": batch_file.FORMAT, "info": json.dumps(made.info | (info or {}))}
-    save_file(plain, path, usual | (header or {}))
+    plain = {k: v for k, v in (plain | (tensors or {})).items() if v is not None}
+    content = {
+        "format": plugin.FORMAT,
+        "info": made.info | (settings or {}),
+        "micro_batches": [plain],
+    }
+    torch.save(content | changes, path)
     return path
 
 
+WIDE = torch.zeros(8, 12)
 BAD_TENSORS = {
-    "a stranger's name": ({"0/weights": torch.zeros(8, 12)}, "tensor '0/weights': unknown"),
-    "no micro-batch": ({"log_prob": torch.zeros(8, 12)}, "tensor 'log_prob': unknown"),
-    "a gap": ({"2/log_prob": torch.zeros(8, 12)}, "micro-batch 2: lacks"),
-    "another shape": ({"0/log_prob": torch.zeros(8, 11)}, "micro-batch 0: shapes"),
-    "three dimensions": ({"0/log_prob": torch.zeros(8, 12, 1)}, r"\(8, 12, 1\)"),
-    "whole numbers": ({"0/advantages": torch.zeros(8, 12, dtype=torch.int32)}, "torch.int32"),
-    "a mask of numbers": ({"0/response_mask": torch.ones(8, 12)}, "torch.float32"),
-    "no advantages": ({"0/advantages": None}, "micro-batch 0: lacks advantages"),
+    "a stranger's name": ({"weights": WIDE}, "tensor 'weights': unknown"),
+    "no name": ({3: WIDE}, "tensor 3: unknown"),
+    "another shape": (
+        {"log_prob": torch.zeros(8, 11)},
+        r"log_prob: torch.float32, shape \(8, 11\)",
+    ),
+    "three dimensions": ({"log_prob": torch.zeros(8, 12, 1)}, r"shape \(8, 12, 1\)"),
+    "whole numbers": ({"advantages": WIDE.int()}, "advantages: torch.int32"),
+    "a mask of numbers": ({"response_mask": WIDE}, "response_mask: torch.float32"),
+    "a list": ({"advantages": [[0.0] * 12] * 8}, "advantages: must be a plain tensor"),
+    "no data": ({"advantages": WIDE.to("meta")}, "is no file of an update"),
+    "a parameter": ({"advantages": torch.nn.Parameter(WIDE)}, "must be a plain tensor"),
+    "sparse values": ({"advantages": WIDE.to_sparse()}, "is no file of an update"),
+    "one value many times": ({"advantages": torch.zeros(1, 1).expand(8, 12)}, "torch.float32"),
+    "no advantages": ({"advantages": None}, "must hold advantages, log_prob"),
 }
 BAD_INFO = {
-    "a class": ({"actor": {"_target_": "os.system"}}, r"actor._target_ = 'os.system': no setting"),
-    "a class of the loss": ({"policy_loss": {"loss_mode": "vanilla", "_target_": "x"}}, "_target_"),
-    "a nested setting": ({"actor": {"clip_ratio": {"a": 1}}}, "no setting of this loss"),
-    "a text for a number": ({"actor": {"clip_ratio": "0.2"}}, "no setting of this loss"),
-    "an unknown loss": ({"policy_loss": {"loss_mode": "mine"}}, "loss_mode = 'mine': unknown"),
+    "a stranger's setting": ({"actor": {"command": "x"}}, "unexpected keyword argument 'command'"),
+    "a list for a setting": ({"actor": {"clip_ratio": [1]}}, "actor.clip_ratio: must be a mapping"),
+    "a list in the loss": (
+        {"policy_loss": {"a": {"b": [1]}}},
+        "policy_loss.a.b: must be a mapping",
+    ),
     "a mode that is none": ({"actor": {"loss_agg_mode": "sum"}}, "Invalid loss_agg_mode: sum"),
     "no mapping": ({"actor": 3}, "actor: must be a mapping"),
     "a count of 0": ({"counts": {"dp_size": 0}}, "counts.dp_size = 0"),
     "no counts": ({"counts": {}}, "dp_size"),
     "a bound of text": ({"clip_bounds": ["a", "b", "c"]}, "must be three numbers"),
     "a number found": ({"found": 3}, "found: must be a text"),
-    "a loss out of range": ({"policy_loss": {"loss_mode": "mhpo", "c": -1.0}}, "c = -1.0"),
 }
+
+
+def assert_refused(path, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
 def test_tensors_that_fit_no_batch_are_refused(tmp_path, case):
     tensors, message = BAD_TENSORS[case]
-    path = write(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(DataError, match=message) as caught:
-        load(path)
-    assert str(caught.value).startswith(str(path))
+    assert_refused(write(tmp_path / "a.pt", tensors), message)
 
 
 @pytest.mark.parametrize("case", BAD_INFO)
 def test_settings_that_fit_no_loss_are_refused(tmp_path, case):
     info, message = BAD_INFO[case]
-    path = write(tmp_path / "a.safetensors", info=info)
-    with pytest.raises((DataError, ConfigError), match=message) as caught:
-        load(path)
-    assert str(caught.value).startswith(str(path))
+    known = recorded()[0].info
+    if isinstance(info.get("actor"), dict):
+        info = {"actor": known["actor"] | info["actor"]}
+    assert_refused(write(tmp_path / "a.pt", settings=info), message)
+
+
+def compressed(path):
+    """The same file with its entries deflated, and its pickle grown to 10 MB of no-operations."""
+    with zipfile.ZipFile(path) as plain:
+        entries = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            grow = name.endswith("data.pkl")
+            archive.writestr(
+                name, content[:2] + b"N0" * 5_000_000 + content[2:] if grow else content
+            )
 
 
 class Payload:
@@ -203,27 +229,46 @@ class Payload:
         return (open, ("executed", "w"))
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "json", "truncated", "format", "info", "none"])
-def test_other_files_are_refused_and_nothing_of_them_runs(tmp_path, monkeypatch, kind):
+DAMAGES = {
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Payload())), "not a zip file"),
+    "a class": (lambda path: torch.save(Payload(), path), "Weights only load failed"),
+    "a text": (lambda path: path.write_text("{}"), "not a zip file"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-50]), "is no file of an update"),
+    "cut inside": (
+        lambda path: path.write_bytes(path.read_bytes()[:500] + path.read_bytes()[900:]),
+        "is no file of an update",
+    ),
+    "another format": (lambda path: write(path, format="another"), "its format must be 'hpo_verl"),
+    "a list": (lambda path: torch.save([1], path), "its format must be"),
+    "no settings": (lambda path: torch.save({"format": plugin.FORMAT}, path), "info"),
+    "settings of text": (lambda path: write(path, info="\x1b[2J"), "is no file"),
+    "no micro-batch": (lambda path: write(path, micro_batches=[]), "must be a list with entries"),
+    "a text for tensors": (lambda path: write(path, micro_batches=["a"]), "must hold advantages"),
+    "compressed": (compressed, "it is compressed"),
+    "absent": (lambda path: path.unlink(), "no such file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "no such file"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_other_files_are_refused_and_nothing_of_them_runs(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path / "a.safetensors")
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(Payload()))
-    elif kind == "torch":
-        torch.save(Payload(), path)
-    elif kind == "json":
-        path.write_text("{}")
-    elif kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-50])
-    elif kind == "format":
-        write(path, header={"format": "another"})
-    elif kind == "info":
-        write(path, header={"info": "[" * 100_000})
-    else:
-        path.unlink()
-    with pytest.raises(DataError, match=str(path)):
-        load(path)
+    damage, message = DAMAGES[case]
+    path = write(tmp_path / "a.pt")
+    load(path)
+    damage(path)
+    assert_refused(path, message)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_may_not_hold_more_than_its_size(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.pt")
+    (plain,) = load(path).micro_batches
+    # Many micro-batches of the same tensors take a few bytes each.
+    write(path, micro_batches=[plain] * 1000)
+    assert_refused(path, "its tensors are larger than the file")
+    monkeypatch.setattr(plugin, "MAX_BYTES", 1000)
+    assert_refused(write(path), "bytes; at most 1000 are read")
 
 
 # ---------------------------------------------------------------- command
@@ -234,7 +279,7 @@ def test_the_command_shows_each_micro_batch_and_what_came_first(tmp_path):
     batch["advantages"][6, 0] = INF
     made, _ = recorded("hpo", batch=batch, parts=2)
     made.info["found"] = "advantages \x1b[2J" + "x" * 5000
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "a.pt"
     save(path, made)
     result = CliRunner().invoke(app, ["replay", str(path)])
     assert result.exit_code == 0, result.output
@@ -249,7 +294,7 @@ def test_the_command_shows_each_micro_batch_and_what_came_first(tmp_path):
 
 
 def test_the_command_says_where_a_finite_loss_leaves_the_fault(tmp_path):
-    path = write(tmp_path / "a.safetensors")
+    path = write(tmp_path / "a.pt")
     lines = CliRunner().invoke(app, ["replay", str(path)]).output.splitlines()
     assert lines[3].startswith("first not finite: nothing that the loss reads or returns")
 
@@ -257,3 +302,37 @@ def test_the_command_says_where_a_finite_loss_leaves_the_fault(tmp_path):
 def test_the_command_refuses_another_file(tmp_path):
     result = CliRunner().invoke(app, ["replay", str(tmp_path / "none")])
     assert isinstance(result.exception, DataError)
+
+
+UNUSABLE = {
+    "a text for a number": ({"clip_ratio": "0.2\x1b[2J"}, {}, "must be"),
+    "a mapping for a number": ({"clip_ratio": {"a": 1}}, {}, "must be"),
+    "an unknown loss": ({}, {"loss_mode": "mine\x1b[2J"}, r"mine\\u001b"),
+    "a loss out of range": ({}, {"loss_mode": "mhpo", "c": -1.0}, "c = -1.0"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_settings_that_the_loss_cannot_use_are_one_line(tmp_path, case):
+    actor, policy_loss, message = UNUSABLE[case]
+    known = recorded("hpo")[0].info
+    sides = {"clip_ratio_low": None, "clip_ratio_high": None}
+    settings = {
+        "actor": known["actor"] | sides | actor,
+        "policy_loss": known["policy_loss"] | policy_loss,
+    }
+    path = write(tmp_path / "a.pt", settings=settings)
+    result = CliRunner().invoke(app, ["replay", str(path)])
+    assert isinstance(result.exception, DataError)
+    assert str(result.exception).startswith(f"{path}: micro-batch 0 cannot be evaluated: ")
+    assert re.search(message, str(result.exception))
+    assert all(line.isprintable() for line in (str(result.exception), *result.output.splitlines()))
+
+
+def test_a_class_that_a_file_names_is_not_made(tmp_path):
+    known = recorded()[0].info
+    spoiled = {key: known[key] | {"_target_": "os.getcwd"} for key in ("actor", "policy_loss")}
+    batch = load(write(tmp_path / "a.pt", settings=spoiled))
+    assert plugin.evaluate(batch.micro_batches[0], batch.info) == plugin.evaluate(
+        batch.micro_batches[0], known
+    )
