@@ -11,12 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hpo_verl.errors import HpoVerlError
+from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, HpoVerlError, TrainingStopped
 from hpo_verl.lab_cli import app as lab
-
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="hpo-verl",
@@ -33,21 +29,26 @@ app.add_typer(lab, name="lab")
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
-    from hpo_verl.launch.completion import recipes
+    from hpo_verl.config.recipes import recipe_names
 
-    return recipes(incomplete)
+    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def _complete_override(incomplete: str) -> list[str]:
-    from hpo_verl.launch.completion import overrides
+    """Group overrides such as `algo=a_hpo`; single settings are too many."""
+    from hpo_verl.config.recipes import GROUPS, group_options
 
-    return overrides(incomplete)
+    group = incomplete.partition("=")[0]
+    options = [f"{group}={name}" for name in group_options(group)] if group in GROUPS else []
+    offered = options if "=" in incomplete else [f"{name}=" for name in GROUPS]
+    return [text for text in offered if text.startswith(incomplete)]
 
 
-Recipe = Annotated[
-    str,
-    typer.Argument(help="Name of a recipe; see `hpo-verl list`.", autocompletion=_complete_recipe),
-]
+_RECIPE = typer.Argument(
+    help="Name of a recipe; see `hpo-verl list`.", autocompletion=_complete_recipe
+)
+Recipe = Annotated[str, _RECIPE]
+OptionalRecipe = Annotated[str | None, _RECIPE]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -66,17 +67,8 @@ Resume = Annotated[
 ]
 
 
-@app.callback()
-def hpo_verl() -> None:
-    """Keep subcommands even while there is only one."""
-
-
 @app.command(context_settings={"ignore_unknown_options": True})
-def train(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    resume: Resume = False,
-) -> None:
+def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train a policy as a recipe says; make its data and tiny policy if they are missing.
 
     Examples:
@@ -90,33 +82,22 @@ def train(
 
       hpo-verl train countdown-tiny trainer.total_training_steps=300 --resume
     """
+    from hpo_verl.launch.outputs import shown_results
     from hpo_verl.launch.progress import TrainingProgress
     from hpo_verl.launch.train import train as run
 
-    console = Console(highlight=False, soft_wrap=True)
+    # Settings hold brackets, which are no markup.
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     arguments = overrides or []
     with TrainingProgress(console) as progress:
-        # Settings hold brackets, which are no markup.
-        announce = partial(console.print, markup=False)
-        finished = run(recipe, arguments, announce, progress.update, resume)
-    summary = finished.summary
-    before, after = summary["success_before"], summary["success_after"]
-    if isinstance(before, float) and isinstance(after, float):
-        console.print(f"success on held-out puzzles: {before:.1%} before, {after:.1%} after")
-    console.print(f"picture: {finished.curve}")
-    if finished.policy is not None:
-        console.print(f"policy:  {finished.policy}")
-    steps = summary["steps"]
-    if isinstance(steps, int):
-        changed = ("total_training_steps", "hydra.run.dir")
-        kept = [text for text in arguments if not any(key in text for key in changed)]
-        longer = " ".join([recipe, *kept, f"trainer.total_training_steps={5 * steps}"])
-        console.print(f"a longer run: hpo-verl train {longer}")
+        finished = run(recipe, arguments, console.print, progress.show, resume)
+    for line in shown_results(finished, recipe, arguments):
+        console.print(line)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe; see `hpo-verl list`.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     address: Annotated[
         str,
@@ -136,16 +117,8 @@ def submit(
     """
     from hpo_verl.launch.submit import submit as run
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    run(
-        recipe,
-        overrides or [],
-        address,
-        wait,
-        console.print,
-        lambda text: print(text, end="", flush=True),
-        resume,
-    )
+    announce, write = partial(print, flush=True), partial(print, end="", flush=True)
+    run(recipe, overrides or [], address, wait, announce, write, resume)
 
 
 @app.command()
@@ -250,12 +223,7 @@ def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            help="Name of a recipe; see `hpo-verl list`.", autocompletion=_complete_recipe
-        ),
-    ] = None,
+    recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Without a recipe: versions and the plugin only.")
@@ -308,21 +276,14 @@ def doctor(
 
 def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
-    from hpo_verl.launch.train import TrainingFailed, TrainingStopped
-
     # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_FAILED) from None
-    except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
     except HpoVerlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        prefix = "" if isinstance(error, TrainingStopped) else "error: "
+        print(f"{prefix}{error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except SystemExit as end:
         # Typer turns Ctrl-C into this code, and says nothing.
         if end.code == EXIT_INTERRUPTED:

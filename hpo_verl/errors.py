@@ -1,12 +1,16 @@
-"""Errors that name what is wrong and what would be right.
+"""Errors that name what is wrong and what would be right, and the exit codes of the command.
 
 Each is also a `ValueError` or `RuntimeError`, so that callers that know
 nothing of this package can catch it, and each survives pickling by Ray.
 """
 
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
 
 class HpoVerlError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    exit_code = EXIT_BAD_INPUT
 
 
 class ConfigError(HpoVerlError, ValueError):
@@ -23,6 +27,18 @@ class EnvironmentCheckError(HpoVerlError, RuntimeError):
 
 class CheckFailedError(HpoVerlError, ValueError):
     """A check found something with which a run fails or learns nothing."""
+
+
+class TrainingFailed(HpoVerlError, RuntimeError):
+    """verl's process, or the job on a cluster, ended with an error."""
+
+    exit_code = EXIT_FAILED
+
+
+class TrainingStopped(HpoVerlError):
+    """The run ended early, with a checkpoint, because it was asked to."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class WeightSyncError(HpoVerlError, RuntimeError):

@@ -22,12 +22,8 @@ from hpo_verl.runs.quiet import quiet_imports
 POLICY_NAME = "policy"
 
 
-def checkpoints_of(source: Path) -> Path:
-    """Where a folder's checkpoints lie: in it, below it, or where a run's `config.yaml` says.
-
-    Raises:
-        DataError: there are none; names the folders.
-    """
+def _checkpoints_of(source: Path) -> Path:
+    """Where checkpoints lie: in a folder, below it, or where a run's `config.yaml` says."""
     config = source / CONFIG_NAME
     places = [source, source / CHECKPOINTS_NAME]
     if config.is_file():
@@ -48,7 +44,7 @@ def _last_checkpoint(source: Path) -> Path:
 
     Another start of the same experiment may have continued in the same folder.
     """
-    folder = checkpoints_of(source)
+    folder = _checkpoints_of(source)
     tracker = folder / TRACKER
     noted = tracker.read_text().strip() if tracker.is_file() else ""
     metrics = MetricsFile(source / METRICS_NAME)
@@ -88,12 +84,8 @@ def checkpoint_folder(source: Path) -> Path:
     return actor
 
 
-def shard_files(checkpoint: Path) -> list[Path]:
-    """The model shards of all ranks.
-
-    Raises:
-        DataError: `fsdp_config.json` is unreadable, or a shard or model file is missing.
-    """
+def _shard_files(checkpoint: Path) -> list[Path]:
+    """The model shards of all ranks."""
     settings = checkpoint / "fsdp_config.json"
     try:
         ranks = int(json.loads(settings.read_text())["world_size"])
@@ -122,7 +114,7 @@ def export(source: Path, target: Path) -> Path:
             is too small.
     """
     checkpoint = checkpoint_folder(source)
-    shards = shard_files(checkpoint)
+    shards = _shard_files(checkpoint)
     target = target.absolute()
     if target.exists():
         raise EnvironmentCheckError(f"{target} exists already; choose another folder")
@@ -165,7 +157,7 @@ def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
     target = folder / POLICY_NAME
     shutil.rmtree(target, ignore_errors=True)
     try:
-        checkpoints_of(folder)
+        _checkpoints_of(folder)
     except DataError:
         return None
     try:

@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 )
 
 
-def folder_sha256(files: Sequence[Path]) -> str:
+def _folder_sha256(files: Sequence[Path]) -> str:
     """SHA-256 over the names and contents of files, whatever their order."""
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda file: file.name):
@@ -70,14 +70,8 @@ def _commit() -> dict[str, Any] | None:
         return None
 
 
-def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -> dict[str, Any]:
-    """Gather a manifest; reads every data file and the policy once.
-
-    Args:
-        config: the resolved configuration, without Hydra's own part.
-        config_text: what `config.yaml` holds.
-        command: the command line.
-    """
+def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -> dict[str, Any]:
+    """Gather a manifest; reads every data file and the policy once."""
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     policy = policy_folder(config)
     fetched = (policy / hub_policy.MANIFEST).is_file()
@@ -99,11 +93,11 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
         },
         "policy": {
             "path": str(policy),
-            "sha256": folder_sha256([file for file in policy.iterdir() if file.is_file()]),
+            "sha256": _folder_sha256([file for file in policy.iterdir() if file.is_file()]),
             "repo": origin.get("repo"),
             "revision": origin.get("revision"),
         },
-        "tokenizer": folder_sha256(
+        "tokenizer": _folder_sha256(
             [tokenizer / file for file in TOKENIZER_FILES if (tokenizer / file).is_file()]
         ),
         "data": [
@@ -121,7 +115,7 @@ def describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -
     }
 
 
-def identity(manifest: dict[str, Any]) -> dict[str, Any]:
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must stay the same for a run to continue from a checkpoint."""
     return {
         "algorithm": manifest["algorithm"],
@@ -140,22 +134,14 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a folder with checkpoints of another run.
-
-    Args:
-        folder: where verl looks for checkpoints, and writes them.
-        manifest: of the run that is about to start.
-
-    Raises:
-        DataError: names what differs; or the folder has checkpoints and no manifest.
-    """
+def _check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a folder with checkpoints of another run, or without a manifest."""
     if not holds_checkpoints(folder):
         return
     remedy = "choose another folder with trainer.default_local_dir="
     path = folder / FILE_NAME
     try:
-        recorded = identity(json.loads(path.read_text()))
+        recorded = _identity(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} holds checkpoints and no {FILE_NAME}, so no run of ours wrote them, and "
@@ -163,7 +149,7 @@ def check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
         ) from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
-    for key, now in identity(manifest).items():
+    for key, now in _identity(manifest).items():
         # None: the manifest is older than this entry.
         if recorded[key] not in (now, None):
             raise DataError(
@@ -208,9 +194,9 @@ def checked_record(config: DictConfig, command: Sequence[str]) -> Record:
         DataError: the checkpoints there are another run's. Nothing is written.
     """
     text = OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=True))))
-    manifest = describe_run(config, text, command)
+    manifest = _describe_run(config, text, command)
     checkpoints = Path(config.trainer.default_local_dir).expanduser()
     if config.trainer.get("resume_mode") == "resume_path":
-        check_checkpoints(Path(config.trainer.resume_from_path).expanduser().parent, manifest)
-    check_checkpoints(checkpoints, manifest)
+        _check_checkpoints(Path(config.trainer.resume_from_path).expanduser().parent, manifest)
+    _check_checkpoints(checkpoints, manifest)
     return Record(text, manifest, checkpoints)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,38 @@ from hpo_verl.runs.metrics import MetricsFile
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: the run's folder.
+        summary: content of `summary.json`.
+        curve: the picture.
+        policy: folder of the trained policy; None if there is none.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    curve: Path
+    policy: Path | None
+
+
+def shown_results(finished: Finished, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
+    """What the user is told of a finished run: success rates, files, and a longer run."""
+    summary = finished.summary
+    before, after = summary["success_before"], summary["success_after"]
+    if before is not None and after is not None:
+        yield f"success on held-out puzzles: {before:.1%} before, {after:.1%} after"
+    yield f"picture: {finished.curve}"
+    if finished.policy is not None:
+        yield f"policy:  {finished.policy}"
+    changed = ("total_training_steps", "hydra.run.dir")
+    kept = [text for text in overrides if not any(key in text for key in changed)]
+    steps = f"trainer.total_training_steps={5 * summary['steps']}"
+    yield f"a longer run: hpo-verl train {shlex.join([recipe, *kept, steps])}"
+
+
 def algorithm_name(config: DictConfig) -> str:
     """Estimator and, where it adds something, loss: `a_hpo`, `grpo`, `a_hpo+gspo`."""
     estimator = str(config.algorithm.adv_estimator)
@@ -28,17 +63,13 @@ def algorithm_name(config: DictConfig) -> str:
 def write_summary(
     folder: Path, config: DictConfig, metrics: MetricsFile, seconds: float
 ) -> dict[str, Any]:
-    """Write `summary.json` and return what it holds.
+    """Write `summary.json` and return what it holds; success rates are fractions, or null.
 
     Args:
         folder: the run's folder.
         config: the composed recipe.
         metrics: all metrics of the run.
         seconds: wall time from the start of verl's process.
-
-    Returns:
-        Keys algorithm, steps, seconds, success_before, success_after (fractions;
-        null without a validation), versions, seed.
     """
     steps, success = metrics.success()
     summary = {

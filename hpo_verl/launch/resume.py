@@ -23,7 +23,7 @@ RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
 DIFFERENCES_SHOWN = 12
 
 
-def holds_run(folder: Path) -> bool:
+def _holds_run(folder: Path) -> bool:
     """Whether a folder holds metrics or checkpoints, which another run would overwrite."""
     metrics = folder / METRICS_NAME
     written = metrics.is_file() and metrics.stat().st_size > 0
@@ -36,7 +36,7 @@ def refuse_used_folder(folder: Path) -> None:
     Raises:
         ConfigError: names the folder and `--resume`.
     """
-    if holds_run(folder):
+    if _holds_run(folder):
         raise ConfigError(
             f"run folder {folder} holds a run: {FLAG} goes on with it; for a new run, choose "
             "another folder with hydra.run.dir="
@@ -49,24 +49,14 @@ def latest_run(runs: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = [path for path in sorted(runs.glob("*")) if holds_run(path)]
+    found = [path for path in sorted(runs.glob("*")) if _holds_run(path)]
     if not found:
         raise ConfigError(f"{FLAG}: no run in {runs}; name its folder with hydra.run.dir=")
     return found[-1]
 
 
-def starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | None:
-    """The checkpoint that a run continues from; None for a run from nothing.
-
-    Args:
-        config: `trainer.default_local_dir` is where checkpoints lie; `trainer.resume_mode`
-            `auto` takes the newest whole one if there is any, `resume_path` the named one.
-        resume: whether `--resume` was given, so that there must be a checkpoint.
-
-    Raises:
-        ConfigError: `trainer.resume_mode` says something else than `--resume`.
-        DataError: there is no whole checkpoint, or the named one is not whole.
-    """
+def _starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | None:
+    """The checkpoint that a run continues from; None for a run from nothing."""
     mode = config.trainer.get("resume_mode")
     if resume and mode != "auto":
         raise ConfigError(f"{FLAG} chooses the checkpoint: leave out trainer.resume_mode={mode}")
@@ -85,7 +75,7 @@ def starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | Non
     return None
 
 
-def changed_settings(before: str, now: str) -> list[str]:
+def _changed_settings(before: str, now: str) -> list[str]:
     """What differs between two `config.yaml`, as `key: before -> now`."""
     old, new = (
         dict(leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now)
@@ -121,7 +111,7 @@ def cut_metrics(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
-def keep_log(path: Path) -> None:
+def _keep_log(path: Path) -> None:
     """Rename the last start's log to `train.1.log` and so on; each start writes a new one."""
     if path.is_file():
         number = 1
@@ -156,19 +146,19 @@ def begin(
             Nothing is written then.
     """
     record = checked_record(config, command)
-    start = starting_point(config, resume)
+    start = _starting_point(config, resume)
     if start is not None:
         for text in start.left_out:
             announce(f"not used: {text}")
         before = folder / CONFIG_NAME
         if before.is_file():
-            changed = changed_settings(before.read_text(), record.config_text)
+            changed = _changed_settings(before.read_text(), record.config_text)
             for text in changed[:DIFFERENCES_SHOWN]:
                 announce(f"changed since the last start: {text}")
             if len(changed) > DIFFERENCES_SHOWN:
                 announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
         announce(f"going on after step {start.step}, from {start.path}")
-        keep_log(folder / LOG_NAME)
+        _keep_log(folder / LOG_NAME)
         cut_metrics(folder / METRICS_NAME, start.step)
         if start.path.parent == record.checkpoints.absolute():
             # verl's own note may be torn, and is read later.

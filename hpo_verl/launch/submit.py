@@ -13,13 +13,12 @@ import os
 import shlex
 import signal
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from hpo_verl.checks import machine
 from hpo_verl.checks.checklist import run_checks
@@ -27,11 +26,15 @@ from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.checks.finding import demand, first_line
 from hpo_verl.checks.subject import Subject
 from hpo_verl.config import cluster
-from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.errors import (
+    EXIT_BAD_INPUT,
+    ConfigError,
+    EnvironmentCheckError,
+    TrainingFailed,
+)
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import (
     RUN_FOLDER_KEY,
-    TrainingFailed,
     named_folder,
     run_folder,
     without_run_folder,
@@ -46,7 +49,6 @@ POLL_SECONDS = 1.0
 STOP_SECONDS = 90.0
 # After this time without an answer the cluster is given up; its job may still run.
 SILENCE_SECONDS = 60.0
-EXIT_BAD_INPUT = 2
 
 
 def dashboard_address(text: str) -> str:
@@ -83,19 +85,17 @@ def connect(address: str) -> Any:
     try:
         with urllib.request.urlopen(f"{address}/api/version", timeout=CONNECT_SECONDS) as reply:  # noqa: S310
             found = str(json.load(reply)["ray_version"])
-        if Version(found) < Version(LOWEST_RAY):
-            raise refusal(f"Ray {found}; need >= {LOWEST_RAY} (CVE-2026-27482)")
-    except urllib.error.HTTPError as error:
-        # Where tokens are asked for, only Ray's client below knows how to give one.
-        if error.code not in (401, 403):
-            raise refusal(f"no Ray dashboard (HTTP status {error.code})") from error
-    except OSError as error:
-        raise refusal(
-            f"no answer ({error.strerror or error}); give the URL of the dashboard that "
-            "`ray start --head` printed, or of a tunnel to it"
-        ) from error
-    except (ValueError, KeyError, TypeError, InvalidVersion) as error:
-        raise refusal("no Ray dashboard answers") from error
+        too_old = Version(found) < Version(LOWEST_RAY)
+    except Exception as error:
+        found, too_old = "", False
+        # Where a token is asked for, only Ray's client below knows how to give it.
+        if getattr(error, "code", None) not in (401, 403):
+            raise refusal(
+                f"no Ray dashboard answers ({first_line(error)}); give the URL of the dashboard "
+                "that `ray start --head` printed, or of a tunnel to it"
+            ) from error
+    if too_old:
+        raise refusal(f"Ray {found}; need >= {LOWEST_RAY} (CVE-2026-27482)")
     # Ray reads this variable before any address that it is given.
     os.environ[ADDRESS_VARIABLE] = address
     from ray.exceptions import AuthenticationError

@@ -9,7 +9,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ from hpo_verl.checks.subject import Subject
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import quoted, recipes_directory
 from hpo_verl.config.secrets import secret_mask
-from hpo_verl.errors import HpoVerlError
+from hpo_verl.errors import TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
 from hpo_verl.launch.export import make_policy
 from hpo_verl.launch.progress import NoProgress, ProgressBound
@@ -46,31 +45,6 @@ RUN_FOLDER_KEY = "hydra.run.dir"
 NO_PROGRESS_KEY = "trainer.guard.max_seconds_without_progress"
 STARTING = "starting Ray"
 RUNS = Path("runs")
-
-
-class TrainingFailed(HpoVerlError, RuntimeError):
-    """verl's process ended with an error."""
-
-
-class TrainingStopped(HpoVerlError):
-    """The run ended early, with a checkpoint, because it was asked to."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a finished run tells its user.
-
-    Attributes:
-        folder: the run's folder.
-        summary: content of `summary.json`.
-        curve: the picture.
-        policy: folder of the trained policy; None if there is none, see `make_policy`.
-    """
-
-    folder: Path
-    summary: dict[str, object]
-    curve: Path
-    policy: Path | None
 
 
 def named_folder(overrides: Sequence[str]) -> Path | None:
@@ -170,7 +144,7 @@ def train(
     announce: Callable[[str], None],
     on_poll: Callable[[DictConfig, MetricsFile, str], None],
     resume: bool = False,
-) -> Finished:
+) -> outputs.Finished:
     """Train as a recipe says, and collect what the run leaves.
 
     Args:
@@ -232,7 +206,7 @@ def train(
             summary = outputs.write_summary(folder, config, metrics, seconds)
             title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
             curve = outputs.draw_curve(folder, metrics, title)
-            return Finished(folder, summary, curve, make_policy(folder, announce))
+            return outputs.Finished(folder, summary, curve, make_policy(folder, announce))
 
 
 def _run(

@@ -7,10 +7,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from hpo_verl import cli
 from hpo_verl.algorithms.catalog import ALGORITHMS
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
 from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
-from hpo_verl.launch import completion, prepare_recipe, resume, train
+from hpo_verl.launch import prepare_recipe, resume, train
 
 HPO_VERL = "import sys; sys.argv = ['hpo-verl']; from hpo_verl.cli import main; main()"
 SMALL = (
@@ -169,16 +170,16 @@ def test_a_command_line_that_does_not_parse(arguments):
 
 
 def test_completion_offers_recipes_groups_and_their_options():
-    assert completion.recipes("countdown4") == [
+    assert cli._complete_recipe("countdown4") == [
         "countdown4-1.5b",
         "countdown4-3b",
         "countdown4-7b",
     ]
-    assert completion.overrides("") == ["task=", "model=", "algo=", "hardware="]
-    assert completion.overrides("al") == ["algo="]
-    assert completion.overrides("algo=a_") == ["algo=a_hpo"]
-    assert completion.overrides("trainer.n") == []
-    assert completion.overrides("trainer.nnodes=") == []
+    assert cli._complete_override("") == ["task=", "model=", "algo=", "hardware="]
+    assert cli._complete_override("al") == ["algo="]
+    assert cli._complete_override("algo=a_") == ["algo=a_hpo"]
+    assert cli._complete_override("trainer.n") == []
+    assert cli._complete_override("trainer.nnodes=") == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.cli import app
 from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import DataError, EnvironmentCheckError
-from hpo_verl.launch.export import checkpoint_folder, export, make_policy, shard_files
+from hpo_verl.launch.export import _shard_files, checkpoint_folder, export, make_policy
 from hpo_verl.launch.manifest import CONFIG_NAME
 from hpo_verl.runs.checkpoints import SEAL, TRACKER
 from hpo_verl.verl_plugin import merge
@@ -51,7 +51,7 @@ def run(tmp_path):
 def test_every_folder_that_means_a_checkpoint(run, given):
     actor = run / "checkpoints" / "global_step_7" / "actor"
     assert checkpoint_folder(run / given) == actor
-    assert [file.name for file in shard_files(actor)[:2]] == [
+    assert [file.name for file in _shard_files(actor)[:2]] == [
         "model_world_size_2_rank_0.pt",
         "model_world_size_2_rank_1.pt",
     ]

@@ -43,7 +43,7 @@ def screen(tmp_path, clock):
                 file.write(json.dumps({"step": step, "data": data}) + "\n")
         output.truncate(0)
         output.seek(0)
-        shown.update(CONFIG, metrics, stage)
+        shown.show(CONFIG, metrics, stage)
         return [" ".join(line.split()) for line in output.getvalue().splitlines()]
 
     return look
@@ -115,3 +115,10 @@ def test_without_a_bound_a_run_may_take_any_time(clock):
     for now in range(0, 10_000, 4):
         clock.now = float(now)
         bound.check("x")
+
+
+def test_a_terminal_shows_the_stage_as_it_is(clock, tmp_path):
+    output = io.StringIO()
+    with TrainingProgress(Console(file=output, width=200, force_terminal=True)) as shown:
+        shown.show(CONFIG, MetricsFile(tmp_path / "none"), "step 1: [b]updating")
+    assert "step 1: [b]updating" in output.getvalue()

@@ -196,7 +196,7 @@ def test_a_named_checkpoint_must_be_whole_and_its_folder_stays_as_it_is(killed, 
     for wrong in (named.parent / "global_step_3", folder, "global_step_x"):
         config.trainer.resume_from_path = str(wrong)
         with pytest.raises(DataError, match="not a folder global_step_N"):
-            resume.starting_point(config, resume=False)
+            resume._starting_point(config, resume=False)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", f"checkpoints/{TRACKER}", "checkpoints/x"])
@@ -259,10 +259,10 @@ def test_metrics_that_are_not_there_are_not_made(tmp_path):
 
 def test_every_log_is_kept(tmp_path):
     path = tmp_path / "train.log"
-    resume.keep_log(path)
+    resume._keep_log(path)
     for text in ("first", "second"):
         path.write_text(text)
-        resume.keep_log(path)
+        resume._keep_log(path)
     assert (tmp_path / "train.1.log").read_text() == "first"
     assert (tmp_path / "train.2.log").read_text() == "second"
     assert not path.exists()

@@ -11,9 +11,8 @@ import pytest
 from ray.job_submission import JobStatus
 from ray.util import state as ray_state
 
-from hpo_verl.errors import CheckFailedError, ConfigError, EnvironmentCheckError
+from hpo_verl.errors import CheckFailedError, ConfigError, EnvironmentCheckError, TrainingFailed
 from hpo_verl.launch import submit
-from hpo_verl.launch.train import TrainingFailed
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def server(status, body):
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
-        (404, b"", "no Ray dashboard .HTTP status 404"),
+        (404, b"", "no Ray dashboard answers .HTTP Error 404"),
         (200, b"<html>", "no Ray dashboard answers"),
         (200, b"[]", "no Ray dashboard answers"),
         (200, b'{"ray_version": "new"}', "no Ray dashboard answers"),
@@ -88,10 +87,14 @@ def test_nothing_answers(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(EnvironmentCheckError, match=f"{url}: no answer"):
+        with pytest.raises(
+            EnvironmentCheckError, match=f"{url}: no Ray dashboard answers .*refused"
+        ):
             submit.connect(url)
         taken.listen()
-        with pytest.raises(EnvironmentCheckError, match=f"{url}: no answer .timed out"):
+        with pytest.raises(
+            EnvironmentCheckError, match=f"{url}: no Ray dashboard answers .*timed out"
+        ):
             submit.connect(url)
 
 
