@@ -20,7 +20,7 @@ from checkpoint_states import saved_weights
 from real_runs import BIN, SMALL, STEPS, listening_addresses, read_metrics, run_processes, start
 from safetensors.torch import load_file
 
-from hpo_verl.runs.process import SHARED_MEMORY
+from hpo_verl.runs.process import MARKER, SHARED_MEMORY
 from hpo_verl.verl_plugin.rollout.weight_update import KEY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -90,6 +90,21 @@ def processes_of(cache):
     return found
 
 
+def mapped_by_stock_verl(cache):
+    """Files in shared memory that belong to a run without our launcher.
+
+    verl ends vLLM's processes so hard that the memory of their queues may stay behind.
+    """
+    names = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environment = process.environ()
+            stock = MARKER not in environment and environment.get("HPO_VERL_CACHE") == str(cache)
+            if stock:
+                names |= {Path(region.path).name for region in process.memory_maps()}
+    return names & set(os.listdir(SHARED_MEMORY))
+
+
 def run_all(commands, folder, cache):
     """Run commands at the same time to their ends; nothing of them may remain.
 
@@ -102,7 +117,7 @@ def run_all(commands, folder, cache):
         Exit codes by name, and where the runs listened.
     """
     shared, files = set(os.listdir(SHARED_MEMORY)), sockets()
-    processes, addresses = {}, set()
+    processes, addresses, of_stock = {}, set(), set()
     for name, command in commands.items():
         with (folder / f"{name}.txt").open("w") as output:
             processes[name] = start(
@@ -114,9 +129,13 @@ def run_all(commands, folder, cache):
             )
     while any(process.poll() is None for process in processes.values()):
         addresses |= listening_addresses(processes_of(cache))
+        of_stock |= mapped_by_stock_verl(cache)
         time.sleep(1)
     assert processes_of(cache) == {}
-    assert set(os.listdir(SHARED_MEMORY)) - shared == set()
+    left = set(os.listdir(SHARED_MEMORY)) - shared
+    for name in left & of_stock:
+        (SHARED_MEMORY / name).unlink()
+    assert left - of_stock == set()
     assert sockets() == files
     return {name: process.returncode for name, process in processes.items()}, addresses
 
