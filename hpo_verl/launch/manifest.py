@@ -75,7 +75,7 @@ def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) 
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     policy = policy_folder(config)
     fetched = (policy / hub_policy.MANIFEST).is_file()
-    origin = hub_policy.read_manifest(policy)[0] if fetched else {}
+    origin = hub_policy.read_manifest(policy) if fetched else {}
     tokenizer = Path(str(model.get("tokenizer_path") or model.path)).expanduser()
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,5 +1,6 @@
 """A model of the hub comes at a commit, whole, without code, or not at all."""
 
+import hashlib
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_where_links_cannot_be_made_files_are_copied(hub, out, monkeypatch):
     assert hub_policy.check(out)["repo"] == REPO
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("name", ["merges.txt", "model-00002-of-00002.safetensors"])
 def test_other_bytes_than_the_commits(hub, out, name):
     # Of the same length: the client itself compares only that.
     hub.served[name] = FILES[name][:-1] + b"!"
@@ -139,12 +140,23 @@ def test_the_hub_refuses(hub, out, status, headers, message):
 def test_no_network(hub, out, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(out, "cannot be read from the hub .*actor_rollout_ref.model.path=FOLDER")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    refused(out, "cannot be read from the hub .*actor_rollout_ref.model.path=FOLDER")
+
+
+def test_what_the_cache_holds_needs_no_network(hub, out, monkeypatch):
+    hub_policy.fetch(out, REPO, COMMIT)
+    hub.refusal = (500, {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_policy.fetch(out.with_name("again"), REPO, COMMIT)
+    assert hub_policy.check(out.with_name("again")) == hub_policy.check(out)
 
 
 def test_too_little_room(hub, out, monkeypatch):
     usage = shutil.disk_usage(out.parent.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    refused(out, r"needs 0\.0 GB; .* has 0\.0 GB")
+    refused(out, r"needs 0\.0 GB; its disk has 0\.0 GB")
     assert not hub.fetched
 
 
@@ -167,11 +179,11 @@ def test_a_file_that_was_changed_or_removed_later(hub, out, name):
     with pytest.raises(DataError, match=rf"{name}: no such file.*--revision {COMMIT}"):
         hub_policy.check(out)
     (out / name).write_bytes(content[:-1] + b"!")
-    with pytest.raises(DataError, match=rf"{name}: its content is not that of the commit"):
+    with pytest.raises(DataError, match=rf"{name}: its sha256 is not the one in fetched"):
         hub_policy.check(out)
 
 
-@pytest.mark.parametrize("manifest", [None, "{}", "[]", "no json", '{"files": {"a": {"name": 3}}}'])
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", "no json", '{"files": {}}'])
 def test_a_folder_that_was_not_fetched(tmp_path, manifest):
     if manifest is not None:
         (tmp_path / hub_policy.MANIFEST).write_text(manifest)
@@ -199,8 +211,8 @@ def test_names_that_are_none(out, capsys, repo, revision, message):
 def test_the_manifest_names_what_was_fetched(hub, out):
     hub_policy.fetch(out, REPO, COMMIT)
     manifest = json.loads((out / hub_policy.MANIFEST).read_text())
-    assert manifest["files"]["config.json"]["bytes"] == len(FILES["config.json"])
-    assert set(manifest["files"]) == set(FILES)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+    assert manifest == {"repo": REPO, "revision": COMMIT, "files": digests}
 
 
 WEIGHTS = sorted(name for name in FILES if name.endswith(".safetensors"))
@@ -274,5 +286,5 @@ def test_weights_that_are_changed_between_two_starts_are_refused(start, out):
     path.unlink()
     path.write_bytes(changed)
     for launched in (True, False):
-        with pytest.raises(DataError, match="its content is not that of the commit"):
+        with pytest.raises(DataError, match="its sha256 is not the one in fetched"):
             start(launched)

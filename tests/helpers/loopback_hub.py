@@ -17,42 +17,42 @@ class LoopbackHub:
         files: name -> content; those that end in .safetensors are the large ones.
         served: name -> content that is sent instead of the commit's.
         refusal: status and headers with which every request is refused.
-        fetched: names that were asked for, in order.
+        fetched: names whose content was sent, in order.
     """
 
     def __init__(self, repo, commit, files):
         self.repo, self.commit, self.files = repo, commit, files
         self.served, self.refusal, self.fetched = {}, None, []
 
+    def digest(self, name):
+        """SHA-256 of a large file, git's SHA-1 of a small one."""
+        content = self.files[name]
+        if name.endswith(".safetensors"):
+            return hashlib.sha256(content).hexdigest()
+        header = b"blob %d\0" % len(content)
+        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
     def entry(self, name):
         """What the hub says of a file."""
-        content = self.files[name]
-        header = b"blob %d\0" % len(content)
-        entry = {
-            "rfilename": name,
-            "size": len(content),
-            "blobId": hashlib.sha1(header + content, usedforsecurity=False).hexdigest(),
-        }
+        size = len(self.files[name])
+        entry = {"type": "file", "path": name, "size": size, "oid": self.digest(name)}
         if name.endswith(".safetensors"):
-            digest = hashlib.sha256(content).hexdigest()
-            entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
+            entry["lfs"] = {"oid": self.digest(name), "size": size, "pointerSize": 130}
         return entry
 
-    def answer(self, path):
+    def answer(self, path, method):
         """Status, headers and body of a request."""
         if self.refusal:
             return *self.refusal, b""
-        if path == f"/api/models/{self.repo}/revision/{self.commit}":
+        if path == f"/api/models/{self.repo}/tree/{self.commit}":
             entries = [self.entry(name) for name in self.files]
-            facts = {"id": self.repo, "sha": self.commit, "siblings": entries}
-            return 200, {"Content-Type": "application/json"}, json.dumps(facts).encode()
+            return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
         name = path.removeprefix(f"/{self.repo}/resolve/{self.commit}/")
         if name not in self.files:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        self.fetched.append(name)
-        entry = self.entry(name)
-        tag = entry["lfs"]["sha256"] if "lfs" in entry else entry["blobId"]
-        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": self.commit}
+        if method == "GET":
+            self.fetched.append(name)
+        headers = {"ETag": f'"{self.digest(name)}"', "X-Repo-Commit": self.commit}
         return 200, headers, self.served.get(name, self.files[name])
 
     @contextmanager
@@ -62,7 +62,7 @@ class LoopbackHub:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                status, headers, body = hub.answer(unquote(urlsplit(self.path).path))
+                status, headers, body = hub.answer(unquote(urlsplit(self.path).path), self.command)
                 self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(key, value)
