@@ -23,6 +23,7 @@ from data_prep.command import CommandParser, commit, integer_in, progress_bar, r
 from data_prep.countdown.prompts import PROMPTS
 from data_prep.countdown.puzzles import Puzzle, Ranges, sample_puzzles
 from data_prep.countdown.sources import HUB_REVISION, download, read_splits
+from data_prep.countdown.trees import SIZES
 from data_prep.output import check_output
 from data_prep.splits import verl_schema, write_splits
 from data_prep.tables import Row
@@ -178,7 +179,7 @@ def _parser() -> CommandParser:
     )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder for the two files, made if missing")
-    add("--numbers", type=int, choices=(3, 4, 5, 6), default=3, help="numbers per puzzle (3)")
+    add("--numbers", type=int, choices=SIZES, default=3, help="numbers per puzzle (3)")
     add(
         "--source",
         default="generate",

@@ -20,47 +20,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.countdown.trees import (
-    Array,
-    Solutions,
-    check_exact,
-    enumerate_expressions,
-    expression,
-    permitted_trees,
-    solutions,
-)
+from data_prep.countdown.trees import MAX_NUMBER, SIZES, Array, Solutions, solutions, trees
 from data_prep.output import first_line
 from hpo_verl.errors import ConfigError, DataError
 
 # A puzzle up to order: sorted numbers and target.
 PuzzleKey = tuple[tuple[int, ...], int]
 
-__all__ = [
-    "SETS_AT_ONCE",
-    "Puzzle",
-    "Ranges",
-    "count_solutions",
-    "enumerate_expressions",
-    "sample_puzzles",
-]
-
-# Most puzzles wanted from one set of numbers, by count of numbers: more of them
-# share the work of solving the set, fewer make for more different sets.
-_PER_SET = {2: 1.0, 3: 1.0, 4: 1.0, 5: 4.0, 6: 16.0}
-# Sets that are always worth solving for the sake of variety.
-_VARIETY = 1000
+OPERATORS = "+-*/"
 # How many sets to solve between two reports of progress, by count of numbers.
-SETS_AT_ONCE = {2: 4096, 3: 4096, 4: 2048, 5: 64, 6: 4}
-# Below this count the order of all number sets is one permutation in memory.
-_PERMUTED = 20_000_000
+SETS_AT_ONCE = {3: 4096, 4: 2048}
+# Most number sets, whose order is one permutation in memory.
+_MOST_SETS = 20_000_000
+# After so many sets without any puzzle there is none to be found.
 _HOPELESS = 20_000
 
 
 class Puzzle(NamedTuple):
     """A solvable puzzle.
 
-    `difficulty` is the number of solutions: expression trees, as
-    `countdown_trees` counts them. `solution` is one of them, drawn uniformly.
+    `difficulty` is the number of solutions: expression trees, as `trees.py` counts
+    them. `solution` is one of them, drawn uniformly.
     """
 
     numbers: tuple[int, ...]
@@ -77,9 +57,8 @@ class Ranges:
     a policy may use all four all the same.
 
     Raises:
-        ConfigError: A range is empty or below 1, `numbers` is not 2 to 6, or
+        ConfigError: A range is empty, below 1 or too wide, `numbers` is not 3 or 4, or
             `operators` is not one or more of + - * /.
-        DataError: Values over such numbers could not be computed exactly.
     """
 
     numbers: int
@@ -87,11 +66,11 @@ class Ranges:
     max_number: int = 99
     min_target: int = 10
     max_target: int = 100
-    operators: str = "+-*/"
+    operators: str = OPERATORS
 
     def __post_init__(self) -> None:
-        if self.numbers not in _PER_SET:
-            raise ConfigError(f"numbers is {self.numbers}; permitted: 2 to 6")
+        if self.numbers not in SIZES:
+            raise ConfigError(f"numbers is {self.numbers}; permitted: 3 or 4")
         for what, low, high in (
             ("number", self.min_number, self.max_number),
             ("target", self.min_target, self.max_target),
@@ -101,9 +80,13 @@ class Ranges:
                     f"min_{what} is {low} and max_{what} is {high}; "
                     f"permitted: 1 <= min_{what} <= max_{what}"
                 )
-        if not self.operators or not set(self.operators) <= set("+-*/"):
+        if self.max_number > MAX_NUMBER or self.number_sets > _MOST_SETS:
+            raise ConfigError(
+                f"{self.numbers} numbers from {self.min_number} to {self.max_number} make too many "
+                f"sets; permitted: numbers up to {MAX_NUMBER} and {_MOST_SETS:,} sets"
+            )
+        if not self.operators or not set(self.operators) <= set(OPERATORS):
             raise ConfigError(f"operators is {self.operators!r}; permitted: one or more of + - * /")
-        check_exact(self.numbers, self.max_number)
 
     @property
     def number_sets(self) -> int:
@@ -153,114 +136,26 @@ def count_solutions(
     """Return, for each puzzle, its number of solutions and the first of them.
 
     Args:
-        number_sets: Lists of 2 to 6 integers >= 1, all of one length.
+        number_sets: Lists of integers from 1 to `trees.MAX_NUMBER`, all of one length.
         targets: One target >= 1 for each.
 
     Returns:
         (0, "") for a puzzle without a solution.
     """
-    sets = np.asarray(number_sets, dtype=np.int64)
-    wanted = np.asarray(targets, dtype=np.int64)
+    sets, wanted = np.asarray(number_sets), np.asarray(targets)
     hits = solutions(sets, int(wanted.min()), int(wanted.max()))
     right = hits.target == wanted[hits.row]
-    rows, trees = hits.row[right], hits.tree[right]
+    rows, found = hits.row[right], hits.tree[right]
     result = [(0, "")] * len(sets)
     unique, first, counts = np.unique(rows, return_index=True, return_counts=True)
-    for row, index, total in zip(unique.tolist(), first.tolist(), counts.tolist(), strict=True):
-        result[row] = (total, expression(tuple(sets[row].tolist()), int(trees[index])))
+    for row, tree, total in zip(unique.tolist(), found[first], counts.tolist(), strict=True):
+        result[row] = (total, expression(number_sets[row], tree))
     return result
 
 
-def _keep_probability(count: int, ranges: Ranges, seed: int) -> float:
-    """Choose the share of reachable targets to keep, from a few number sets."""
-    probe = next(_number_sets(ranges, seed))[: SETS_AT_ONCE[ranges.numbers] // 4 + 1]
-    hits = _hits(probe, ranges)
-    width = ranges.max_target + 1
-    reachable = len(np.unique(hits.row * width + hits.target)) / len(probe)
-    if reachable == 0:
-        return 1.0
-    # Half as much again as needed on average, so that a shortfall is rare.
-    enough = 1.5 * count / (ranges.number_sets * reachable)
-    per_set = min(_PER_SET[ranges.numbers], max(1.0, count / _VARIETY))
-    return min(1.0, max(per_set / reachable, enough))
-
-
-def _sample(
-    count: int, ranges: Ranges, seed: int, rate: float, progress: Callable[[int], None]
-) -> list[Puzzle]:
-    rng = np.random.default_rng((seed, 1))
-    found: list[Puzzle] = []
-    visited = 0
-    for sets in _number_sets(ranges, seed):
-        found += _keep(sets, ranges, rate, rng)
-        visited += len(sets)
-        progress(min(len(found), count))
-        if len(found) >= count or (not found and visited >= _HOPELESS):
-            break
-    return found
-
-
-def _hits(sets: Array, ranges: Ranges) -> Solutions:
-    """Return what solves puzzles of the ranges with their operators."""
-    hits = solutions(sets, ranges.min_target, ranges.max_target)
-    if set(ranges.operators) == set("+-*/"):
-        return hits
-    permitted = permitted_trees(ranges.numbers, ranges.operators)[hits.tree]
-    return Solutions(*(part[permitted] for part in hits))
-
-
-def _keep(sets: Array, ranges: Ranges, rate: float, rng: np.random.Generator) -> list[Puzzle]:
-    """Return the puzzles kept from some number sets."""
-    hits = _hits(sets, ranges)
-    width = ranges.max_target + 1
-    key = hits.row * width + hits.target
-    counts = np.bincount(key, minlength=len(sets) * width)
-    kept = (counts > 0) & (rng.random(len(counts)) < rate)
-    candidates = np.flatnonzero(kept[key])
-    candidates = candidates[rng.permutation(len(candidates))]
-    # The first of each key after shuffling: a uniform draw among its solutions.
-    keys, first = np.unique(key[candidates], return_index=True)
-    shown = rng.permuted(sets[keys // width], axis=1)
-    return [
-        Puzzle(tuple(order), target, difficulty, expression(tuple(numbers), tree))
-        for order, target, difficulty, numbers, tree in zip(
-            shown.tolist(),
-            (keys % width).tolist(),
-            counts[keys].tolist(),
-            sets[keys // width].tolist(),
-            hits.tree[candidates[first]].tolist(),
-            strict=True,
-        )
-    ]
-
-
-def _number_sets(ranges: Ranges, seed: int) -> Iterator[Array]:
-    """Yield every multiset of numbers once, in random order, as arrays (sets, numbers)."""
-    rng = np.random.default_rng((seed, 0))
-    total, chunk = ranges.number_sets, SETS_AT_ONCE[ranges.numbers]
-    if total <= _PERMUTED:
-        order = rng.permutation(np.arange(total, dtype=np.int32))
-        for start in range(0, total, chunk):
-            yield _unrank(order[start : start + chunk].astype(np.int64), ranges)
-        return
-    seen: set[int] = set()
-    while len(seen) < total:
-        drawn = dict.fromkeys(rng.integers(total, size=chunk).tolist())
-        fresh = [rank for rank in drawn if rank not in seen]
-        seen.update(fresh)
-        yield _unrank(np.array(fresh, dtype=np.int64), ranges)
-
-
-def _unrank(ranks: Array, ranges: Ranges) -> Array:
-    """Turn ranks into multisets: the combinatorial number system, then minus 0, 1, 2, ..."""
-    span = ranges.max_number - ranges.min_number + ranges.numbers
-    columns = []
-    for place in range(ranges.numbers, 0, -1):
-        table = np.array([comb(i, place) for i in range(span + 1)], dtype=np.int64)
-        chosen = np.searchsorted(table, ranks, side="right") - 1
-        ranks = ranks - table[chosen]
-        columns.append(chosen - (place - 1) + ranges.min_number)
-    return np.stack(columns[::-1], axis=1)
+def expression(numbers: Sequence[int], tree: int) -> str:
+    """Return a tree over the numbers as text with the fewest parentheses, `(3 + 7) * 2`."""
+    return trees(len(numbers))[tree].text.format(*numbers)
 
 
 def puzzle_key(ground_truth: Mapping[str, Any]) -> PuzzleKey:
@@ -296,3 +191,87 @@ def read_puzzles(path: str | Path) -> set[PuzzleKey]:
                 "{target: integer, numbers: [integer, ...]}"
             ) from error
     return puzzles
+
+
+def _keep_probability(count: int, ranges: Ranges, seed: int) -> float:
+    """Choose the share of reachable targets to keep, from a few number sets.
+
+    That is one puzzle of a set, to see many sets, or half as much again as is needed on
+    average, so that a shortfall is rare.
+    """
+    probe = next(_number_sets(ranges, seed))[: SETS_AT_ONCE[ranges.numbers] // 4 + 1]
+    hits = _hits(probe, ranges)
+    reachable = len(np.unique(hits.row * (ranges.max_target + 1) + hits.target)) / len(probe)
+    wanted = max(1.0, 1.5 * count / ranges.number_sets)
+    return min(1.0, wanted / reachable) if reachable else 1.0
+
+
+def _sample(
+    count: int, ranges: Ranges, seed: int, rate: float, progress: Callable[[int], None]
+) -> list[Puzzle]:
+    rng = np.random.default_rng((seed, 1))
+    found: list[Puzzle] = []
+    visited = 0
+    for sets in _number_sets(ranges, seed):
+        found += _keep(sets, ranges, rate, rng)
+        visited += len(sets)
+        progress(min(len(found), count))
+        if len(found) >= count or (not found and visited >= _HOPELESS):
+            break
+    return found
+
+
+def _hits(sets: Array, ranges: Ranges) -> Solutions:
+    """Return what solves puzzles of the ranges with their operators."""
+    hits = solutions(sets, ranges.min_target, ranges.max_target)
+    others = set(OPERATORS) - set(ranges.operators)
+    if not others:
+        return hits
+    permitted = np.array([others.isdisjoint(tree.text) for tree in trees(ranges.numbers)])
+    return Solutions(*(part[permitted[hits.tree]] for part in hits))
+
+
+def _keep(sets: Array, ranges: Ranges, rate: float, rng: np.random.Generator) -> list[Puzzle]:
+    """Return the puzzles kept from some number sets."""
+    hits = _hits(sets, ranges)
+    width = ranges.max_target + 1
+    key = hits.row * width + hits.target
+    counts = np.bincount(key, minlength=len(sets) * width)
+    kept = (counts > 0) & (rng.random(len(counts)) < rate)
+    candidates = np.flatnonzero(kept[key])
+    candidates = candidates[rng.permutation(len(candidates))]
+    # The first of each key after shuffling: a uniform draw among its solutions.
+    keys, first = np.unique(key[candidates], return_index=True)
+    shown = rng.permuted(sets[keys // width], axis=1)
+    return [
+        Puzzle(tuple(order), target, difficulty, expression(numbers, tree))
+        for order, target, difficulty, numbers, tree in zip(
+            shown.tolist(),
+            (keys % width).tolist(),
+            counts[keys].tolist(),
+            sets[keys // width].tolist(),
+            hits.tree[candidates[first]].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _number_sets(ranges: Ranges, seed: int) -> Iterator[Array]:
+    """Yield every multiset of numbers once, in random order, as arrays (sets, numbers)."""
+    every = np.arange(ranges.number_sets, dtype=np.int32)
+    order = np.random.default_rng((seed, 0)).permutation(every)
+    chunk = SETS_AT_ONCE[ranges.numbers]
+    for start in range(0, len(order), chunk):
+        yield _unrank(order[start : start + chunk].astype(np.int64), ranges)
+
+
+def _unrank(ranks: Array, ranges: Ranges) -> Array:
+    """Turn ranks into multisets: the combinatorial number system, then minus 0, 1, 2, ..."""
+    span = ranges.max_number - ranges.min_number + ranges.numbers
+    columns = []
+    for place in range(ranges.numbers, 0, -1):
+        table = np.array([comb(i, place) for i in range(span + 1)], dtype=np.int64)
+        chosen = np.searchsorted(table, ranks, side="right") - 1
+        ranks = ranks - table[chosen]
+        columns.append(chosen - (place - 1) + ranges.min_number)
+    return np.stack(columns[::-1], axis=1)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.countdown.puzzles import SETS_AT_ONCE, Puzzle, count_solutions
-from data_prep.countdown.trees import check_exact
+from data_prep.countdown.puzzles import SETS_AT_ONCE, Puzzle, PuzzleKey, count_solutions
+from data_prep.countdown.trees import MAX_NUMBER
+from data_prep.output import first_line
 from data_prep.tables import column_names, read_rows
 from hpo_verl.errors import DataError
 
@@ -29,7 +30,7 @@ class _Row(NamedTuple):
     target: int
 
     @property
-    def key(self) -> tuple[tuple[int, ...], int]:
+    def key(self) -> PuzzleKey:
         return tuple(sorted(self.numbers)), self.target
 
 
@@ -43,20 +44,19 @@ def download(revision: str) -> Path:
         DataError: It is neither in the cache nor can it be fetched.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                HUB_DATASET, HUB_FILE, repo_type="dataset", revision=revision
-            )
+        path = huggingface_hub.hf_hub_download(
+            HUB_DATASET, HUB_FILE, repo_type="dataset", revision=revision
         )
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    # The client raises errors of several libraries; each of them means the same here.
+    except Exception as error:
         raise DataError(
             f"{HUB_DATASET}: {HUB_FILE} at revision {revision[:12]} cannot be fetched: "
-            f"{reason}. Fetch that file where there is a network and give it as --source PATH"
+            f"{first_line(error)}. Fetch that file where there is a network and give it as "
+            "--source PATH"
         ) from error
+    return Path(path)
 
 
 def read_splits(
@@ -101,11 +101,20 @@ def read_splits(
         )
     else:
         train, val = rows[:train_size], rows[train_size:]
-    val = _take(val, val_size, path, numbers, "val")
+
+    def take(rows: list[_Row], size: int | None, split: str) -> list[_Row]:
+        if len(rows) < (size or 1):
+            raise DataError(
+                f"{path}: {len(rows)} puzzles of {numbers} numbers for the {split} split, "
+                f"but {size or 'at least 1'} wanted"
+            )
+        return rows[:size]
+
+    val = take(val, val_size, "val")
     held_out = {row.key for row in val}
     kept = [row for row in train if row.key not in held_out]
     left_out = len(train) - len(kept)
-    kept = _take(kept, train_size if published else None, path, numbers, "train")
+    kept = take(kept, train_size if published else None, "train")
     solved = _solve(path, kept + val, progress)
     return solved[: len(kept)], solved[len(kept) :], left_out
 
@@ -117,26 +126,15 @@ def _read(path: Path, numbers: int) -> tuple[list[_Row], int]:
     for total, row in enumerate(read_rows(path, {name: "integers", "target": "integer"}), start=1):
         if len(row[name]) != numbers:
             continue
-        place = f"{path}: row {total}"
-        if min(row[name]) < 1:
-            raise DataError(f"{place}, column '{name}': {min(row[name])} is less than 1")
+        bad = [value for value in row[name] if not 1 <= value <= MAX_NUMBER]
+        if bad:
+            raise DataError(
+                f"{path}: row {total}, column '{name}': {bad[0]} is not from 1 to {MAX_NUMBER}"
+            )
         if row["target"] < 1:
-            raise DataError(f"{place}, column 'target': {row['target']} is less than 1")
-        try:
-            check_exact(numbers, max(row[name]))
-        except DataError as error:
-            raise DataError(f"{place}, column '{name}': {error}") from error
+            raise DataError(f"{path}: row {total}, column 'target': {row['target']} is below 1")
         rows.append(_Row(total, tuple(row[name]), row["target"]))
     return rows, total
-
-
-def _take(rows: list[_Row], size: int | None, path: Path, numbers: int, split: str) -> list[_Row]:
-    if len(rows) < (size or 1):
-        raise DataError(
-            f"{path}: {len(rows)} puzzles of {numbers} numbers for the {split} split, "
-            f"but {size or 'at least 1'} wanted"
-        )
-    return rows[:size]
 
 
 def _solve(path: Path, rows: list[_Row], progress: Callable[[int, int], None]) -> list[Puzzle]:
