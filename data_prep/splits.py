@@ -1,14 +1,11 @@
-"""Write the splits of a dataset in verl's schema: all of them appear, or none.
-
-Rows go to temporary files beside their destination, which are renamed only
-after the last row of the last split is on disk.
-"""
+"""Write the splits of a dataset in verl's schema: all of them appear, or none."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +15,8 @@ from data_prep.output import staging, write_errors
 from data_prep.tables import Row
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import sync
+
+_ROW_GROUP = 10_000
 
 
 def verl_schema(
@@ -48,57 +47,56 @@ def verl_schema(
 def write_splits(
     out: str | Path,
     schema: pa.Schema,
-    splits: Mapping[str, Iterable[list[Row]]],
+    splits: Mapping[str, Iterable[Row]],
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Path]:
     """Write `<out>/<split>.parquet` for every split; all of them appear, or none.
 
     Args:
         out: Folder, made if missing; files of the same names are replaced.
         schema: Schema of all splits.
-        splits: Split name -> chunks of rows, consumed one at a time and in order,
-            each written as one row group, so that memory holds one chunk.
+        splits: Split name -> rows, consumed in order; memory holds one row group of them.
+        progress: Told the number of further rows written.
 
     Returns:
         Split name -> path written.
 
     Raises:
         DataError: The folder or a file cannot be written (no permission, disk
-            full, ...), or a split has no rows. Whatever the chunks raise passes
+            full, ...), or a split has no rows. Whatever the rows raise passes
             through. In each case nothing new stays behind.
     """
-    out = Path(out)
-    paths = {split: out / f"{split}.parquet" for split in splits}
-    with staging(out) as folder:
+    paths = {split: Path(out) / f"{split}.parquet" for split in splits}
+    with staging(Path(out)) as folder:
         for path in paths.values():
             if path.is_dir():
                 raise DataError(f"{path}: is a folder; a file is to be written there")
-        for split, chunks in splits.items():
-            _write_parquet(folder / paths[split].name, schema, chunks, paths[split])
+        for split, rows in splits.items():
+            with write_errors(paths[split]):
+                written = _write_parquet(folder / f"{split}.parquet", schema, rows, progress)
+            if not written:
+                raise DataError(f"{paths[split]}: the split would have no rows; needed: 1 or more")
         for path in paths.values():
             os.replace(folder / path.name, path)
     return paths
 
 
 def _write_parquet(
-    temporary: Path, schema: pa.Schema, chunks: Iterable[list[Row]], path: Path
-) -> None:
-    rows = 0
-    with write_errors(path):
-        writer = pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
+    path: Path, schema: pa.Schema, rows: Iterable[Row], progress: Callable[[int], None]
+) -> int:
+    """Write a file and return its number of rows."""
+    rows, written = iter(rows), 0
+    writer = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
     try:
-        for chunk in chunks:
-            rows += len(chunk)
-            table = pa.Table.from_pylist(chunk, schema=schema)
-            with write_errors(path):
-                writer.write_table(table)
+        while chunk := list(islice(rows, _ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+            written += len(chunk)
+            progress(len(chunk))
     except BaseException:
         # Closing writes the footer, which fails again on a full disk.
         with contextlib.suppress(OSError, pa.ArrowException):
             writer.close()
         raise
-    with write_errors(path):
-        writer.close()
-        if rows:
-            sync(temporary)
-    if not rows:
-        raise DataError(f"{path}: the split would have no rows; at least 1 is needed")
+    writer.close()
+    sync(path)
+    return written

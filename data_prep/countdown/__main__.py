@@ -4,7 +4,7 @@ Each row has `data_source` "countdown", the `prompt` as chat messages, and
 
 - `reward_model.ground_truth`: {"target": int, "numbers": [int, ...]};
 - `extra_info`: `split`, `index` (row in its file), `numbers` (in the order of the
-  prompt), `difficulty` (how many expression trees solve it, see `countdown_trees`)
+  prompt), `difficulty` (how many expression trees solve it, see `trees.py`)
   and `solution` (one of them; the prompt does not show it).
 """
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from rich.progress import Progress
 
 from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
 from data_prep.countdown.prompts import PROMPTS
@@ -41,41 +40,63 @@ _EXTRA_INFO = {
     "difficulty": pa.int64(),
     "solution": pa.string(),
 }
-_CHUNK = 10_000
 _RANGE_FLAGS = ("min_number", "max_number", "min_target", "max_target", "operators")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    arguments = vars(_parser().parse_args(argv))
-    out = Path(arguments.pop("out"))
-    generated = arguments["source"] == "generate"
-    revision = arguments.pop("revision")
-    if arguments["source"] == "hub":
-        arguments["revision"] = revision or HUB_REVISION
-    elif revision:
+    options = _parser().parse_args(argv)
+    generated, hub = options.source == "generate", options.source == "hub"
+    given = {flag: value for flag in _RANGE_FLAGS if (value := getattr(options, flag)) is not None}
+    if options.revision and not hub:
         raise ConfigError("--revision works with --source hub only")
-    given = {flag: arguments.pop(flag) for flag in _RANGE_FLAGS}
-    given = {flag: value for flag, value in given.items() if value is not None}
     if given and not generated:
         flag = next(iter(given)).replace("_", "-")
         raise ConfigError(f"--{flag} works with --source generate only; the file has its own range")
+    ranges = Ranges(options.numbers, **given)
+    sizes = options.train_size, options.val_size
     if generated:
-        arguments["train_size"] = arguments["train_size"] or DEFAULT_TRAIN_SIZE
-        arguments["val_size"] = arguments["val_size"] or DEFAULT_VAL_SIZE
-    ranges = Ranges(arguments["numbers"], **given)
-    check_output(out)
+        sizes = sizes[0] or DEFAULT_TRAIN_SIZE, sizes[1] or DEFAULT_VAL_SIZE
+    asked: dict[str, Any] = {
+        "task": DATA_SOURCE,
+        "prompt": options.prompt,
+        "numbers": options.numbers,
+        "source": options.source,
+        "train_size": sizes[0],
+        "val_size": sizes[1],
+        "seed": options.seed,
+    }
+    check_output(options.out)
     left_out = 0
     with progress_bar() as progress:
+        solving = progress.add_task("solving", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(solving, completed=done, total=total)
+
         if generated:
-            arguments |= {flag: getattr(ranges, flag) for flag in _RANGE_FLAGS}
-            train, val = _generate(
-                ranges, arguments["train_size"], arguments["val_size"], arguments["seed"], progress
+            asked |= {flag: getattr(ranges, flag) for flag in _RANGE_FLAGS}
+            puzzles = sample_puzzles(
+                sum(sizes),
+                ranges,
+                options.seed,
+                lambda found: progress.update(solving, completed=found),
             )
+            splits = {"train": puzzles[: sizes[0]], "val": puzzles[sizes[0] :]}
         else:
-            train, val, left_out = _read(arguments, progress)
-        splits = {"train": train, "val": val}
-        paths = write(out, splits, arguments.pop("prompt"), arguments, progress)
+            path = Path(options.source)
+            if hub:
+                asked["revision"] = options.revision or HUB_REVISION
+                path = download(asked["revision"])
+            train, val, left_out = read_splits(path, options.numbers, *sizes, show)
+            splits = {"train": train, "val": val}
+        writing = progress.add_task("writing", total=sum(map(len, splits.values())))
+        paths = write_splits(
+            options.out,
+            verl_schema(_GROUND_TRUTH, _EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
+            {split: _rows(splits[split], split, options.prompt) for split in splits},
+            lambda rows: progress.advance(writing, rows),
+        )
     for split, path in paths.items():
         difficulty = sorted(puzzle.difficulty for puzzle in splits[split])
         print(
@@ -86,90 +107,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"left out of train: {left_out} rows that are also in val, up to order")
 
 
-def write(
-    out: Path,
-    splits: dict[str, list[Puzzle]],
-    prompt: str,
-    provenance: dict[str, Any],
-    progress: Progress | None = None,
-) -> dict[str, Path]:
-    """Write puzzles as `<out>/<split>.parquet`, all or nothing.
-
-    Args:
-        out: Folder.
-        splits: Split name -> puzzles.
-        prompt: A key of `PROMPTS`.
-        provenance: Kept as JSON in the files' metadata under `hpo_verl`.
-        progress: A bar to report to.
-
-    Raises:
-        DataError: The files cannot be written.
-    """
-    schema = verl_schema(
-        _GROUND_TRUTH,
-        _EXTRA_INFO,
-        {"hpo_verl": json.dumps({"task": DATA_SOURCE, "prompt": prompt, **provenance})},
-    )
-    total = sum(map(len, splits.values()))
-    bar = progress.add_task("writing", total=total) if progress else None
-
-    def chunks(split: str) -> Iterator[list[Row]]:
-        puzzles = splits[split]
-        for start in range(0, len(puzzles), _CHUNK):
-            part = puzzles[start : start + _CHUNK]
-            yield [row(puzzle, split, start + i, prompt) for i, puzzle in enumerate(part)]
-            if progress and bar is not None:
-                progress.advance(bar, len(part))
-
-    return write_splits(out, schema, {split: chunks(split) for split in splits})
-
-
-def row(puzzle: Puzzle, split: str, index: int, prompt: str) -> Row:
-    """Return one row of verl's schema."""
-    numbers = list(puzzle.numbers)
-    return {
-        "data_source": DATA_SOURCE,
-        "prompt": PROMPTS[prompt](numbers, puzzle.target),
-        "ability": "math",
-        "reward_model": {
-            "style": "rule",
-            "ground_truth": {"target": puzzle.target, "numbers": numbers},
-        },
-        "extra_info": {
-            "split": split,
-            "index": index,
-            "numbers": numbers,
-            "difficulty": puzzle.difficulty,
-            "solution": puzzle.solution,
-        },
-    }
-
-
-def _generate(
-    ranges: Ranges, train_size: int, val_size: int, seed: int, progress: Progress
-) -> tuple[list[Puzzle], list[Puzzle]]:
-    bar = progress.add_task("solving", total=train_size + val_size)
-    puzzles = sample_puzzles(
-        train_size + val_size,
-        ranges,
-        seed,
-        lambda found: progress.update(bar, completed=found),
-    )
-    return puzzles[:train_size], puzzles[train_size:]
-
-
-def _read(arguments: dict[str, Any], progress: Progress) -> tuple[list[Puzzle], list[Puzzle], int]:
-    path = Path(arguments["source"])
-    if arguments["source"] == "hub":
-        path = download(arguments["revision"])
-    bar = progress.add_task("solving", total=None)
-    return read_splits(
-        path,
-        arguments["numbers"],
-        arguments["train_size"],
-        arguments["val_size"],
-        lambda done, total: progress.update(bar, completed=done, total=total),
-    )
+def _rows(puzzles: Sequence[Puzzle], split: str, prompt: str) -> Iterator[Row]:
+    for index, puzzle in enumerate(puzzles):
+        numbers = list(puzzle.numbers)
+        yield {
+            "data_source": DATA_SOURCE,
+            "prompt": PROMPTS[prompt](numbers, puzzle.target),
+            "ability": "math",
+            "reward_model": {
+                "style": "rule",
+                "ground_truth": {"target": puzzle.target, "numbers": numbers},
+            },
+            "extra_info": {
+                "split": split,
+                "index": index,
+                "numbers": numbers,
+                "difficulty": puzzle.difficulty,
+                "solution": puzzle.solution,
+            },
+        }
 
 
 def _parser() -> CommandParser:
@@ -178,7 +134,13 @@ def _parser() -> CommandParser:
         description="Write train.parquet and val.parquet of the Countdown task in verl's schema.",
     )
     add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="folder for the two files, made if missing")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for the two files, made if missing",
+    )
     add("--numbers", type=int, choices=SIZES, default=3, help="numbers per puzzle (3)")
     add(
         "--source",

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ EXTRA_INFO = {
     "cause": pa.string(),  # before --randomise
     "randomised": pa.bool_(),
 }
-CHUNK_ROWS = 1000
 LISTED_ROWS = 10
 
 
@@ -102,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with progress_bar() as progress:
         task = progress.add_task("telelogs", total=sum(counts.values()))
 
-        def chunks(split: str) -> Iterator[list[Row]]:
+        def chunks(split: str) -> Iterator[Row]:
             finished = _verl_rows(
                 rows[split], split, data_source, options.seed if options.randomise else None
             )
-            while chunk := list(islice(finished, CHUNK_ROWS)):
-                lengths.measure(chunk)
-                yield chunk
-                progress.advance(task, len(chunk))
+            for row in finished:
+                lengths.measure([row])
+                yield row
+                progress.advance(task)
 
         paths = write_splits(options.out, schema, {split: chunks(split) for split in SPLITS})
     for split, path in paths.items():

@@ -62,11 +62,9 @@ def test_no_prompt_holds_an_answer(prompt):
         assert text.endswith("<answer>expression</answer>")
 
 
-@pytest.mark.parametrize(
-    ("numbers", "prompt"), [(3, "tiny"), (4, "chat"), (5, "base"), (6, "chat")]
-)
+@pytest.mark.parametrize(("numbers", "prompt"), [(3, "tiny"), (4, "chat"), (3, "base")])
 def test_generated_files(tmp_path, capsys, numbers, prompt):
-    sizes = (40, 10) if numbers < 6 else (4, 2)
+    sizes = (40, 10)
     assert (
         command("--numbers", numbers, "--train-size", sizes[0], "--val-size", sizes[1], "--seed", 3,
                 "--prompt", prompt, "--out", tmp_path / "d")
@@ -217,8 +215,8 @@ def test_hub_file_keeps_tinyzeros_split(tmp_path, monkeypatch, capsys):
     assert "3 puzzles of 3 numbers for the val split, but 4 wanted" in refused(
         capsys, *arguments, "--val-size", 4
     )
-    nothing = ("--source", "hub", "--numbers", 5, "--out", tmp_path / "none")
-    assert "0 puzzles of 5 numbers for the val split, but at least 1 wanted" in refused(
+    nothing = ("--source", "hub", "--numbers", 4, "--out", tmp_path / "none")
+    assert "0 puzzles of 4 numbers for the val split, but at least 1 wanted" in refused(
         capsys, *nothing
     )
     monkeypatch.setattr(countdown_sources, "TRAIN_ROWS", 5)
@@ -259,11 +257,11 @@ def test_hub_out_of_reach(tmp_path, monkeypatch, capsys):
     ("row", "message"),
     [
         ({"nums": [1, 1, 1], "target": 50}, "row 3, column 'target': 50 cannot be reached with [1"),
-        ({"nums": [1, 2, 3], "target": 0}, "row 3, column 'target': 0 is less than 1"),
-        ({"nums": [1, 2, -3], "target": 5}, "row 3, column 'nums': -3 is less than 1"),
-        ({"nums": [1, 2, 0], "target": 5}, "row 3, column 'nums': 0 is less than 1"),
+        ({"nums": [1, 2, 3], "target": 0}, "row 3, column 'target': 0 is below 1"),
+        ({"nums": [1, 2, -3], "target": 5}, "row 3, column 'nums': -3 is not from 1 to 4096"),
+        ({"nums": [1, 2, 0], "target": 5}, "row 3, column 'nums': 0 is not from 1 to 4096"),
         ({"nums": [1, 2, 3.5], "target": 5}, "row 3, column 'nums': 3.5 is not an integer"),
-        ({"nums": [1, 2, 10**7], "target": 5}, "row 3, column 'nums': numbers up to 10000000"),
+        ({"nums": [1, 2, 10**7], "target": 5}, "row 3, column 'nums': 10000000 is not from"),
         ({"nums": "123", "target": 5}, "row 3, column 'nums': '123' is not a list"),
         ({"nums": [1, 2, 3], "target": None}, "row 3, column 'target': is missing or null"),
         ({"nums": [1, 2, 3]}, "row 3: column 'target' is missing"),
@@ -282,14 +280,14 @@ def test_bad_rows_of_a_local_file(tmp_path, capsys, row, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--numbers", "7"], "argument --numbers: invalid choice: 7"),
+        (["--numbers", "5"], "argument --numbers: invalid choice: 5"),
         (["--numbers", "three"], "argument --numbers: invalid int value: 'three'"),
         (["--train-size", "0"], "argument --train-size: '0' is not an integer from 1 to 5000000"),
         (["--val-size", "-3"], "argument --val-size: '-3' is not an integer from 1"),
         (["--seed", "1.5"], "argument --seed: '1.5' is not an integer from 0 to 4294967295"),
         (["--prompt", "poem"], "argument --prompt: invalid choice: 'poem'"),
         (["--min-number", "5", "--max-number", "4"], "min_number is 5 and max_number is 4"),
-        (["--max-number", "100000"], "numbers up to 100000: with 3 numbers"),
+        (["--max-number", "100000"], "3 numbers from 1 to 100000 make too many"),
         (["--max-number", "5", "--train-size", "9999"], "puzzles wanted, but only"),
         (["--source", "nowhere.parquet"], "nowhere.parquet: no such file"),
         (["--source", "hubb"], "hubb: a file name must end in one of"),

@@ -3,17 +3,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from countdown_values import expressions, value_of
 
-from data_prep.countdown.trees import (
-    check_exact,
-    enumerate_expressions,
-    expression,
-    permitted_trees,
-    solutions,
-    tree_count,
-)
-from hpo_verl.errors import DataError
-from hpo_verl.rewards.expression import read_expression
+from data_prep.countdown.puzzles import expression
+from data_prep.countdown.trees import MAX_NUMBER, solutions, trees
 
 
 def brute_force(values):
@@ -33,19 +26,13 @@ def brute_force(values):
                 yield from brute_force([*rest, joined])
 
 
-def value_of(text):
-    """Return the exact value of a text by the reward's reader."""
-    read = read_expression(text)
-    return Fraction(read.numerator, read.denominator)
-
-
 def test_tree_counts():
-    # 1 * 6; 3 splits * 6 * 6; 4 * 6 * 108 + 3 * 6 * 36; and so on.
-    assert [tree_count(n) for n in range(1, 7)] == [1, 6, 108, 3240, 136080, 7348320]
+    # 1 * 6; 3 splits * 6 * 6; 4 * 6 * 108 + 3 * 6 * 36.
+    assert [len(trees(n)) for n in range(1, 5)] == [1, 6, 108, 3240]
 
 
 def test_two_numbers_by_hand():
-    found = dict(enumerate_expressions((6, 3)))
+    found = dict(expressions((6, 3)))
     assert found == {
         "6 + 3": 9,
         "6 - 3": 3,
@@ -65,12 +52,12 @@ def test_two_numbers_by_hand():
 def test_expressions_use_every_number_once_and_have_their_value():
     for numbers in ((2, 7, 7), (3, 5, 2, 8)):
         total = 0
-        for text, value in enumerate_expressions(numbers):
+        for text, value in expressions(numbers):
             digits = sorted(int(c) for c in text if c.isdigit())
             assert digits == sorted(numbers)
             assert value_of(text) == value
             total += 1
-        assert total <= tree_count(len(numbers))
+        assert total <= len(trees(len(numbers)))
 
 
 @pytest.mark.parametrize(("size", "sets"), [(2, 40), (3, 40), (4, 6)])
@@ -95,22 +82,13 @@ def test_every_hit_is_a_tree_with_that_value_and_none_is_missing(size, sets):
     wanted = Counter(
         (row, int(value))
         for row, numbers in enumerate(number_sets.tolist())
-        for _, value in enumerate_expressions(tuple(numbers))
+        for _, value in expressions(tuple(numbers))
         if value.denominator == 1 and 1 <= value <= 40
     )
     assert counts == wanted
     for row, target, tree in found:
         text = expression(tuple(number_sets[row].tolist()), tree)
         assert value_of(text) == target
-
-
-@pytest.mark.parametrize("size", [5, 6])
-def test_large_puzzles_give_true_solutions(size):
-    numbers = (4, 9, 25, 7, 3, 50)[:size]
-    hits = solutions(np.array([numbers]), 420, 450)
-    assert len(set(hits.target.tolist())) > 10
-    for target, tree in list(zip(hits.target.tolist(), hits.tree.tolist(), strict=True))[::199]:
-        assert value_of(expression(numbers, tree)) == target
 
 
 @pytest.mark.parametrize("numbers", [(1, 1, 2, 3, 4), (4, 3, 2, 1, 1)])
@@ -122,7 +100,7 @@ def test_a_division_by_zero_deep_inside_never_gives_a_value(numbers):
 
 
 def test_parentheses_stand_only_where_they_matter():
-    texts = {text for text, _ in enumerate_expressions((2, 3, 4))}
+    texts = {text for text, _ in expressions((2, 3, 4))}
     assert {"2 + 3 + 4", "2 - 3 - 4", "2 * 3 + 4", "2 * 3 / 4"} <= texts
     assert {"2 - (3 - 4)", "2 / (3 / 4)", "2 / (3 * 4)", "2 * (3 + 4)", "2 - (3 + 4)"} <= texts
     assert not {"(2 + 3) + 4", "2 + (3 + 4)", "(2 * 3) + 4", "4 + (2 * 3)", "(2 * 3) / 4"} & texts
@@ -136,31 +114,14 @@ def test_solution_that_needs_fractions():
 
 def test_almost_whole_values_are_not_whole():
     """Quotients of products of large numbers come within 1e-6 of whole numbers."""
-    numbers = (863, 997, 991, 859)
-    hits = solutions(np.array([numbers]), 1, 2**40)
-    wanted = {
-        int(v) for _, v in enumerate_expressions(numbers) if v.denominator == 1 and 1 <= v <= 2**40
-    }
+    numbers = (4093, 4096, 4091, 4095)
+    hits = solutions(np.array([numbers]), 1, 2**50)
+    wanted = {int(v) for _, v in expressions(numbers) if v.denominator == 1 and 1 <= v <= 2**50}
     assert set(hits.target.tolist()) == wanted
 
 
-def test_exactness_bound():
-    check_exact(6, 200)
-    check_exact(4, 1000)
-    with pytest.raises(DataError, match="permitted range 1 to 203"):
-        check_exact(6, 300)
-    # The message's own limit is accepted, the next number refused.
-    check_exact(6, 203)
-    with pytest.raises(DataError):
-        check_exact(6, 204)
-
-
-@pytest.mark.parametrize("operators", ["+", "+-", "-/", "*", "+-*/"])
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_permitted_trees_are_those_without_another_operator(size, operators):
-    numbers = tuple(range(11, 11 + size))
-    permitted = permitted_trees(size, operators)
-    assert len(permitted) == tree_count(size)
-    for tree in range(0, tree_count(size), 7):
-        used = set(expression(numbers, tree)) & set("+-*/")
-        assert permitted[tree] == (used <= set(operators))
+def test_the_largest_values_are_exact():
+    """2^51 bounds every numerator and denominator, and float64 holds whole numbers to 2^53."""
+    assert 2**3 * MAX_NUMBER**4 == 2**51
+    hits = solutions(np.array([[MAX_NUMBER] * 4]), 2**48, 2**48)
+    assert set(hits.target.tolist()) == {2**48}

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import output
+from data_prep import output, splits
 from data_prep.output import check_output
 from data_prep.splits import verl_schema, write_splits
 from data_prep.tables import read_rows
@@ -26,12 +26,13 @@ def row(index, text="hi"):
     }
 
 
-def test_rows_come_back_and_bytes_repeat(tmp_path):
+def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "_ROW_GROUP", 2)
     made = [
         write_splits(
             tmp_path / name / "deep",
             SCHEMA,
-            {"train": [[row(0), row(1)], [row(2)]], "val": ([row(3)] for _ in range(1))},
+            {"train": [row(0), row(1), row(2)], "val": (row(3) for _ in range(1))},
         )
         for name in "ab"
     ]
@@ -53,7 +54,7 @@ def test_our_files_carry_checksums(tmp_path):
     """A flipped bit anywhere in the pages of a text column is seen when that is read."""
     schema = pa.schema([("text", pa.string())])
     texts = [{"text": os.urandom(99).hex()} for _ in range(99)]
-    path = write_splits(tmp_path, schema, {"val": [texts]})["val"]
+    path = write_splits(tmp_path, schema, {"val": texts})["val"]
     content = path.read_bytes()
     for place in range(100, 9_000, 150):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -73,7 +74,7 @@ def full_disk_for(monkeypatch, name):
 
 
 def failing(error):
-    yield [row(0)]
+    yield row(0)
     raise error
 
 
@@ -81,17 +82,17 @@ def failing(error):
 def test_a_failure_leaves_nothing_new(tmp_path, error):
     out = tmp_path / "new" / "folder"
     with pytest.raises(type(error)):
-        write_splits(out, SCHEMA, {"train": [[row(0)]], "val": failing(error)})
+        write_splits(out, SCHEMA, {"train": [row(0)], "val": failing(error)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_keeps_what_was_there(tmp_path):
-    write_splits(tmp_path, SCHEMA, {"train": [[row(0)]], "val": [[row(1)]]})
+    write_splits(tmp_path, SCHEMA, {"train": [row(0)], "val": [row(1)]})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(DataError):
-        write_splits(tmp_path, SCHEMA, {"train": [[row(5)]], "val": failing(DataError("x"))})
+        write_splits(tmp_path, SCHEMA, {"train": [row(5)], "val": failing(DataError("x"))})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    write_splits(tmp_path, SCHEMA, {"train": [[row(5)]], "val": [[row(1)]]})
+    write_splits(tmp_path, SCHEMA, {"train": [row(5)], "val": [row(1)]})
     assert pq.read_table(tmp_path / "train.parquet").to_pylist() == [row(5)]
 
 
@@ -99,15 +100,15 @@ def test_a_failure_keeps_what_was_there(tmp_path):
 def test_disk_full(tmp_path, monkeypatch, text):
     texts = [os.urandom(200).hex() for _ in range(20_000)] if text.startswith("long") else [text]
     full_disk_for(monkeypatch, "val.parquet")
-    val = [[row(i, t) for i, t in enumerate(texts)]] * 2
+    val = [row(i, t) for i, t in enumerate(texts)] * 2
     with pytest.raises(DataError, match=r"val\.parquet: cannot be written: no space left on the"):
-        write_splits(tmp_path, SCHEMA, {"train": [[row(0)]], "val": val})
+        write_splits(tmp_path, SCHEMA, {"train": [row(0)], "val": val})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_split_without_rows(tmp_path):
     with pytest.raises(DataError, match=r"val\.parquet: the split would have no rows"):
-        write_splits(tmp_path / "x", SCHEMA, {"train": [[row(0)]], "val": []})
+        write_splits(tmp_path / "x", SCHEMA, {"train": [row(0)], "val": []})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,11 +119,11 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="is a file; a folder is needed"):
             check_output(out)
         with pytest.raises(DataError, match="cannot be written"):
-            write_splits(out, SCHEMA, {"train": [[row(0)]]})
+            write_splits(out, SCHEMA, {"train": [row(0)]})
     assert file.read_text() == "x"
     (tmp_path / "taken" / "val.parquet").mkdir(parents=True)
     with pytest.raises(DataError, match=r"val\.parquet: is a folder"):
-        write_splits(tmp_path / "taken", SCHEMA, {"train": [[row(0)]], "val": [[row(0)]]})
+        write_splits(tmp_path / "taken", SCHEMA, {"train": [row(0)], "val": [row(0)]})
     assert os.listdir(tmp_path / "taken") == ["val.parquet"]
     check_output(tmp_path / "not" / "yet")
     monkeypatch.setattr(output.os, "access", lambda *_: False)
