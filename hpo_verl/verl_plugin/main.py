@@ -1,9 +1,9 @@
 """verl's main program as the launcher starts it: `python -m hpo_verl.verl_plugin.main`.
 
 It imports verl, waits until the launcher has checked the run and sends its arguments (one line
-of JSON on standard input), and runs verl. Where verl fails, the reason goes to the file that
-`HPO_VERL_FAILURE` names: the exception itself, and before it the actor or node whose death
-Ray records. Where an actor or node dies and verl does not end, this program ends the run.
+of JSON on standard input), and runs verl. If verl fails, the reason is written to the file that
+`HPO_VERL_FAILURE` names: the actor or node whose death Ray records, and the exception. If an
+actor or node dies and verl does not end, this program ends the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from hpo_verl.runs.process import FAILURE_VARIABLE
 
 LOOK_SECONDS = 2.0
-# verl gets so long to end by itself after a death, since it may have more to say.
+# After a death verl has this long to end by itself, with a message of its own.
 GRACE_SECONDS = 30.0
 # Ray may record a death a moment after a call to the dead actor has failed.
 RECORD_SECONDS = 3.0
@@ -26,7 +26,7 @@ EXIT_LOST = 1
 
 
 def arguments() -> list[str] | None:
-    """What the launcher sends; None where it ended without a word."""
+    """The arguments that the launcher sends; None if the launcher has ended instead."""
     line = sys.stdin.readline()
     # Ray's processes inherit standard input, and must not keep the launcher's pipe.
     empty = os.open(os.devnull, os.O_RDONLY)
@@ -43,7 +43,7 @@ def report(reason: str) -> None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception that was raised in a worker, behind Ray's errors about the tasks it failed."""
+    """The exception that a worker raised; Ray wraps it in errors about the tasks that failed."""
     while (cause := getattr(error, "cause", None)) is not None:
         error = cause
     return error
@@ -55,7 +55,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Watch(threading.Thread):
-    """Ends the run where an actor or a node of it dies and verl goes on or waits."""
+    """Ends the run if an actor or a node of it dies and verl does not end."""
 
     def __init__(self) -> None:
         super().__init__(name="watch", daemon=True)
@@ -67,7 +67,7 @@ class Watch(threading.Thread):
         self.verl_ended = threading.Event()
 
     def run(self) -> None:
-        """Look at Ray's record until verl has ended, or does not end after a death."""
+        """Look at Ray's record until verl has ended; end this process after a death."""
         while not self.death():
             if self.verl_ended.wait(LOOK_SECONDS):
                 return
@@ -79,7 +79,7 @@ class Watch(threading.Thread):
         os._exit(EXIT_LOST)
 
     def death(self) -> str | None:
-        """The first death that Ray records; None without one, or where Ray does not answer."""
+        """The first death that Ray records; None without one, or if Ray does not answer."""
         import ray
 
         with self._lock:
@@ -87,17 +87,17 @@ class Watch(threading.Thread):
                 if self._first is None and ray.is_initialized():
                     self._first = next(iter(self._record.deaths()), None)
             except Exception as error:
-                # Ray's own client ends this process if the record stays away.
+                # Ray's own client ends this process if its server stays away.
                 print(f"WARN: Ray's record cannot be read: {one_line(error)}", flush=True)
         return self._first
 
 
 def reason_of(error: BaseException, watch: Watch) -> str:
-    """Why verl failed: a death, if there was one, and the exception, if it says something else."""
+    """Why verl failed: the first death, if any, and the exception unless it is about that death."""
     from ray.exceptions import RayActorError, RayError
 
     cause = root_cause(error)
-    # Ray's own error is about something that is gone; a node's death is recorded late.
+    # An error of Ray itself is about something that is gone; a node's death is recorded late.
     seconds = GRACE_SECONDS if isinstance(cause, RayError) else RECORD_SECONDS
     deadline = time.monotonic() + seconds
     while not (death := watch.death()) and time.monotonic() < deadline:

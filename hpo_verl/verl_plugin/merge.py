@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# Registers with torch.load what else than plain tensors a shard may hold.
+# Permits torch.load to read the sharded tensors that a shard holds.
 import torch.distributed.tensor
 from verl.model_merger.base_model_merger import ModelMergerConfig
 from verl.model_merger.fsdp_model_merger import FSDPModelMerger
@@ -20,7 +20,7 @@ from hpo_verl.errors import DataError
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep progress bars and warnings, which name nothing that a user could do, off the screen."""
+    """Keep verl's progress bars and warnings off the screen; none asks the user for anything."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -31,11 +31,10 @@ def _quiet() -> Iterator[None]:
 
 
 def needed_bytes(shards: list[Path]) -> tuple[int, int]:
-    """What merging takes, after a look that the shards hold tensors and nothing that would run.
+    """Check that shards hold tensors only, and tell what merging them takes.
 
-    verl's merger loads them without this restriction, so that a shard from a
-    stranger could run anything. It reads all of them, the first twice, and then
-    holds the model in bfloat16 two times.
+    verl's merger would run code in them. It reads all of them, the first twice, and
+    then holds the model in bfloat16 twice.
 
     Returns:
         Bytes of disk and of memory, at most.
