@@ -111,7 +111,29 @@ def test_one_rank_and_a_full_batch_need_no_balancing():
 
 
 def test_workers_fetch_no_texts(monkeypatch):
-    columns = ["uid", "prompts", "data_source", "old_log_probs", "extra_fields", "a_new_one"]
-    meta = SimpleNamespace(field_names=columns)
-    monkeypatch.setattr(batches, "kv_batch_meta2batch_meta", lambda batch: meta)
-    assert batches.columns_for_workers(None) == ["prompts", "old_log_probs", "a_new_one"]
+    class Passes:
+        def _compute_old_log_prob(self, batch, metrics):
+            metrics["fetched"] = batch.fields
+            return batch
+
+        _update_actor = _compute_old_log_prob
+
+    mixed = type("Mixed", (LifeCycle, Passes), {})
+    one = mixed.__new__(mixed)
+    one._columns = {}
+    columns = ["uid", "prompts", "data_source", "extra_fields", "a_new_one"]
+
+    def meta(batch):
+        return SimpleNamespace(field_names=list(columns))
+
+    monkeypatch.setattr(batches, "kv_batch_meta2batch_meta", meta)
+    batch, metrics = SimpleNamespace(fields=None), {}
+    assert one._compute_old_log_prob(batch, metrics) is batch
+    assert (metrics["fetched"], batch.fields) == (["prompts", "a_new_one"], None)
+    columns.append("advantages")
+    one._update_actor(batch, metrics)
+    assert metrics["fetched"] == ["prompts", "a_new_one", "advantages"]
+    # Names are looked up once for each pass, and do not change between steps.
+    columns.clear()
+    one._update_actor(batch, metrics)
+    assert metrics["fetched"] == ["prompts", "a_new_one", "advantages"]

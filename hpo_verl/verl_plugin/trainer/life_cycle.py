@@ -248,20 +248,19 @@ class LifeCycle:
         return batch
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Let workers fetch what they read; verl lets them fetch all columns."""
         batch.fields = self._columns_of("old_log_prob", batch)
         batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
         batch.fields = None
         return batch
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Let workers fetch what they read, as for `_compute_old_log_prob`."""
         batch.fields = self._columns_of("update_actor", batch)
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         batch.fields = None
         return batch
 
     def _columns_of(self, phase: str, batch: Any) -> list[str]:
+        """What workers fetch of a batch; in verl they fetch all columns."""
         if phase not in self._columns:
             self._columns[phase] = columns_for_workers(batch)
         return self._columns[phase]
