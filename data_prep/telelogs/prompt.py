@@ -1,4 +1,4 @@
-"""The TeleLogs question as text: print a simulated drive, permute any question.
+"""The TeleLogs question about a simulated drive, as text.
 
 The structure (task, eight causes, notes on tilt and beamwidth, two pipe
 tables), the columns, units and number formats are those of TeleLogs; the
@@ -7,15 +7,12 @@ sentences are our own.
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 
 import numpy as np
 
 from data_prep.telelogs.network import to_latitude, to_longitude
 from data_prep.telelogs.simulator import DriveTest
-from hpo_verl.errors import DataError
-from hpo_verl.rewards.telelogs import CAUSES
 
 MISSING = "-"
 NEIGHBOURS = range(1, 6)
@@ -78,8 +75,6 @@ ENGINEERING_COLUMNS = (
     "Antenna Model",
 )
 _HEAD = "\n".join([_TASK, *(f"{cause}: {text}" for cause, text in _CAUSES.items()), "", _NOTES])
-
-_CAUSE_LINE = re.compile(r"\s*(C[1-8])\s*[:：]\s*(\S.*)")
 
 
 def render(drive: DriveTest) -> str:
@@ -151,59 +146,3 @@ def _engineering_rows(drive: DriveTest) -> list[str]:
         ]
         lines.append("|".join(cells))
     return lines
-
-
-def randomise(question: str, answer: str, random: np.random.Generator) -> tuple[str, str]:
-    """Permute the cause numbers and the rows of both tables; map the answer along.
-
-    Args:
-        question: A TeleLogs question, synthetic or real.
-        answer: Its cause, "C1" to "C8".
-        random: Source of the permutations.
-
-    Returns:
-        The permuted question and the new number of the same cause.
-
-    Raises:
-        DataError: The question does not list C1 to C8 once each, one per line,
-            followed by two pipe tables.
-    """
-    lines = question.splitlines()
-    listed = [(number, match) for number, line in enumerate(lines) if (match := _cause(line))]
-    names = [match[1] for _, match in listed]
-    if names != list(CAUSES):
-        raise DataError(
-            "the question must list the causes C1 to C8 once each, in order, one per line "
-            f"('C1: ...'); it lists {names[:10]}"
-        )
-    order = random.permutation(len(CAUSES)).tolist()
-    for (number, _), name, source in zip(listed, names, order, strict=True):
-        lines[number] = f"{name}: {listed[source][1][2]}"
-    tables = _table_rows(lines)
-    if len(tables) != 2 or not all(tables):
-        raise DataError(f"the question must have 2 pipe tables with rows; it has {len(tables)}")
-    for rows in tables:
-        shuffled = [lines[rows[source]] for source in random.permutation(len(rows))]
-        lines[rows.start : rows.stop] = shuffled
-    new_answer = CAUSES[order.index(CAUSES.index(answer))]
-    return "\n".join(lines) + ("\n" if question.endswith("\n") else ""), new_answer
-
-
-def _cause(line: str) -> re.Match[str] | None:
-    return _CAUSE_LINE.match(line)
-
-
-def _table_rows(lines: list[str]) -> list[range]:
-    """Line numbers of the rows of each pipe table, without header and separator."""
-    tables: list[range] = []
-    start: int | None = None
-    for number, line in enumerate([*lines, ""]):
-        if "|" in line and start is None:
-            start = number
-        elif "|" not in line and start is not None:
-            first = start + 1
-            if first < number and not lines[first].strip(" |-:"):
-                first += 1
-            tables.append(range(first, number))
-            start = None
-    return tables

@@ -12,8 +12,7 @@ regular expressions.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from hpo_verl.errors import DataError
@@ -73,54 +72,6 @@ def compute_score(
     )
 
 
-def extract_cause(response: str) -> str | None:
-    """Return the cause that a response answers, "C1" to "C8", or None if it answers none."""
-    content, _ = _last_box(response)
-    return None if content is None else _read_cause(content)
-
-
-def pass_at_1(accuracies: Sequence[Sequence[float]]) -> float:
-    """Mean over questions of the mean accuracy of each question's responses, in [0, 1].
-
-    Args:
-        accuracies: One group per question; `acc` of each of its responses.
-
-    Raises:
-        DataError: No groups, or an empty one.
-    """
-    _check_groups(accuracies, 1)
-    return sum(sum(group) / len(group) for group in accuracies) / len(accuracies)
-
-
-def maj_at_k(
-    answers: Sequence[Sequence[str | None]], ground_truths: Sequence[str], k: int = 4
-) -> float:
-    """Share of questions whose most frequent answer is the right one, in [0, 1].
-
-    A response without an answer does not vote. Where n answers tie for the most
-    votes, the right one among them counts 1/n, so the order of the responses
-    does not matter.
-
-    Args:
-        answers: One group per question; `extract_cause` of each of its responses.
-        ground_truths: The right cause of each question.
-        k: How many responses of each group vote: the first k.
-
-    Raises:
-        DataError: No groups, fewer than k answers in one, or not one ground truth per group.
-    """
-    _check_groups(answers, k)
-    if len(answers) != len(ground_truths):
-        raise DataError(f"maj_at_k: {len(answers)} groups but {len(ground_truths)} ground truths")
-    total = 0.0
-    for group, ground_truth in zip(answers, ground_truths, strict=True):
-        votes = Counter(answer for answer in group[:k] if answer is not None)
-        most = max(votes.values(), default=0)
-        winners = [answer for answer, count in votes.items() if count == most]
-        total += (ground_truth in winners) / max(1, len(winners))
-    return total / len(answers)
-
-
 def _last_box(response: str) -> tuple[str | None, str]:
     """Return what the last box holds, or None and the reason why there is nothing to read."""
     if len(response) > MAX_RESPONSE_CHARACTERS:
@@ -152,11 +103,3 @@ def _read_cause(content: str) -> str | None:
         wrappers.remove(wrapper)
         content = content[len(wrapper) : -1].strip()
     return _SPELLINGS[content]
-
-
-def _check_groups(groups: Sequence[Sequence[object]], at_least: int) -> None:
-    if len(groups) == 0 or at_least < 1:
-        raise DataError("at least 1 group of at least 1 response is needed")
-    for number, group in enumerate(groups):
-        if len(group) < at_least:
-            raise DataError(f"group {number} has {len(group)} responses; {at_least} are needed")

@@ -43,19 +43,14 @@ def test_synthetic_rows_have_verls_schema_and_score(tmp_path: Path) -> None:
             assert [message["role"] for message in row["prompt"]] == ["user"]
             assert row["reward_model"]["style"] == "rule"
             truth = row["reward_model"]["ground_truth"]
-            assert row["extra_info"] == {
-                "split": split,
-                "index": index,
-                "cause": truth,
-                "randomised": False,
-            }
+            assert row["extra_info"] == {"split": split, "index": index}
             answer = compute_score(row["data_source"], f"\\boxed{{{truth}}}", truth)
             assert answer["score"] == 1.0
             # The prompt itself is worth nothing.
             assert compute_score("", row["prompt"][0]["content"], truth)["score"] == 0.0
 
 
-@pytest.mark.parametrize("extra", [(), ("--randomise",), ("--prompt", "tiny")])
+@pytest.mark.parametrize("extra", [(), ("--prompt", "tiny")])
 def test_same_arguments_same_bytes(tmp_path: Path, extra: tuple[str, ...]) -> None:
     arguments = ("--source", "synthetic", "--train-size", 40, "--val-size", 8, *extra)
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -74,23 +69,6 @@ def test_the_size_of_a_split_does_not_change_its_rows(tmp_path: Path) -> None:
     assert many[:8] == few
 
 
-def test_randomise_maps_the_ground_truth(tmp_path: Path) -> None:
-    arguments = ("--source", "synthetic", "--train-size", 80, "--val-size", 8)
-    assert command(*arguments, "--out", tmp_path / "plain") == 0
-    assert command(*arguments, "--randomise", "--out", tmp_path / "random") == 0
-    plain, permuted = (rows_of(tmp_path / name / "train.parquet") for name in ("plain", "random"))
-    moved = 0
-    for before, after in zip(plain, permuted, strict=True):
-        truth, cause = after["reward_model"]["ground_truth"], after["extra_info"]["cause"]
-        assert cause == before["reward_model"]["ground_truth"]
-        assert after["extra_info"]["randomised"]
-        old, new = (row["prompt"][0]["content"].splitlines() for row in (before, after))
-        reason = next(line[4:] for line in old if line.startswith(f"{cause}: "))
-        assert f"{truth}: {reason}" in new
-        moved += truth != cause
-    assert moved > 50
-
-
 def test_tiny_prompts_are_short(tmp_path: Path) -> None:
     arguments = ("--source", "synthetic", "--prompt", "tiny", "--train-size", 16, "--val-size", 8)
     assert command(*arguments, "--out", tmp_path / "out") == 0
@@ -102,39 +80,9 @@ def test_tiny_prompts_are_short(tmp_path: Path) -> None:
         assert len(tokens) <= 40
 
 
-# --- prompt lengths ----------------------------------------------------------------------------
-
-
-def test_long_prompts_are_reported_and_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    build_tokenizer().save_pretrained(tokenizer)
-    rows = [{"question": "x" * length, "answer": "C1"} for length in (10, 20, 30)]
-    arguments = (
-        "--source", write_table(tmp_path / "a.csv", rows),
-        "--val-source", write_table(tmp_path / "b.csv", [{**rows[0], "question": "y" * 40}]),
-        "--tokenizer", tokenizer,
-        "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert command(*arguments, "--max-prompt-length", 36) == 0
-    error = capsys.readouterr().err
-    assert "warning: 2 of 4 prompts are longer than 36 tokens" in error
-    assert "val 0 (" in error
-    kept = {row["prompt"][0]["content"] for row in rows_of(tmp_path / "out" / "train.parquet")}
-    assert kept == {row["question"] for row in rows}
-    assert command(*arguments, "--max-prompt-length", 100) == 0
-    assert "longest prompt: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--max-prompt-length", 100), "need each other"),
-        (("--tokenizer", "somewhere"), "need each other"),
-        (("--max-prompt-length", 0, "--tokenizer", "x"), "not an integer from 1"),
-        (("--max-prompt-length", 9, "--tokenizer", "/nowhere"), "--tokenizer: /nowhere"),
-        (("--prompt", "tiny", "--randomise"), "lists no causes"),
         (("--prompt", "small"), "invalid choice"),
         (("--train-size", 0), "not an integer from 1"),
         (("--train-size", "many"), "not an integer from 1"),

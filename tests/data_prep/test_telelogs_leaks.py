@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import telelogs_solver as solver
 
 from data_prep.telelogs.__main__ import synthetic_rows
-from data_prep.telelogs.prompt import randomise, render
+from data_prep.telelogs.prompt import render
 from data_prep.telelogs.simulator import simulate
 from hpo_verl.rewards.telelogs import CAUSES
 
@@ -46,16 +46,6 @@ def test_the_solver_recovers_99_percent_of_the_labels(examples: list[tuple[str, 
 def test_exactly_one_cause_shows(examples: list[tuple[str, str]]) -> None:
     alone = sum(len(solver.rules_that_hold(solver.parse(q))) == 1 for q, _ in examples[:1000])
     assert alone / 1000 >= 0.99
-
-
-def test_the_solver_follows_a_randomised_question(examples: list[tuple[str, str]]) -> None:
-    solved = changed = 0
-    for index, (question, answer) in enumerate(examples[:400]):
-        permuted, new_answer = randomise(question, answer, np.random.default_rng(index))
-        solved += solver.solve(permuted) == new_answer
-        changed += new_answer != answer
-    assert solved / 400 >= 0.99
-    assert changed / 400 > 0.8  # 7 of 8 in the mean
 
 
 # --- same seed, other cause: only the causes' columns differ -----------------------------------

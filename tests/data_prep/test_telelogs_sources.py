@@ -114,17 +114,6 @@ def test_more_rows_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--train-size: 11 rows are asked for, 9 are there" in error
 
 
-def test_randomise_names_the_row_it_cannot_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_table(tmp_path / "rows.csv", [{"question": "why?", "answer": "C1"}] * 1)
-    other = write_table(tmp_path / "val.csv", questions(3))
-    out = tmp_path / "out"
-    error = refused(capsys, "--source", path, "--val-source", other, "--randomise", "--out", out)
-    assert f"{path}: row 1, column 'question': the question must list" in error
-    assert not out.exists()
-
-
 # --- hub ---------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

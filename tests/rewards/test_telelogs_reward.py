@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.result import MAX_RESPONSE_CHARACTERS
-from hpo_verl.rewards.telelogs import (
-    CAUSES,
-    compute_score,
-    extract_cause,
-    maj_at_k,
-    pass_at_1,
-)
+from hpo_verl.rewards.telelogs import CAUSES, compute_score
+
+
+def extract_cause(response: str) -> str | None:
+    """The cause for which a response scores 1."""
+    return next((cause for cause in CAUSES if score(response, cause)), None)
 
 
 def score(response: str, ground_truth: str = "C3") -> float:
@@ -231,53 +230,3 @@ def test_scores_50_000_responses_per_second() -> None:
                 compute_score("telelogs", response, "C3")
         rates.append(6000 / (time.process_time() - start))
     assert max(rates) >= 50_000
-
-
-# --- metrics over groups ------------------------------------------------------------------------
-
-
-def test_pass_at_1_by_hand() -> None:
-    # (1/4 + 4/4 + 0/2) / 3
-    assert pass_at_1([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0]]) == pytest.approx(1.25 / 3)
-
-
-def test_maj_at_k_by_hand() -> None:
-    answers = [
-        ["C1", "C2", "C1", "C3"],  # C1 wins
-        ["C1", None, None, None],  # one vote is enough
-        ["C1", "C2", "C2", "C1"],  # a tie of two: one half
-        [None, None, None, None],  # nobody votes
-        ["C2", "C2", "C3", "C1"],  # C2 wins, C1 is right
-    ]
-    assert maj_at_k(answers, ["C1"] * 5, k=4) == pytest.approx((1 + 1 + 0.5 + 0 + 0) / 5)
-    # Only the first k vote.
-    assert maj_at_k([["C1", "C2", "C2", "C2"]], ["C1"], k=1) == 1.0
-
-
-@given(
-    st.lists(st.sampled_from([*CAUSES, None]), min_size=4, max_size=4),
-    st.sampled_from(CAUSES),
-    st.randoms(use_true_random=False),
-)
-def test_maj_at_k_ignores_the_order_of_responses(
-    group: list[str | None], truth: str, rng: random.Random
-) -> None:
-    shuffled = list(group)
-    rng.shuffle(shuffled)
-    assert maj_at_k([group], [truth]) == maj_at_k([shuffled], [truth])
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: pass_at_1([]),
-        lambda: pass_at_1([[1.0], []]),
-        lambda: maj_at_k([], []),
-        lambda: maj_at_k([["C1"] * 3], ["C1"], k=4),
-        lambda: maj_at_k([["C1"] * 4], ["C1", "C2"], k=4),
-        lambda: maj_at_k([["C1"] * 4], ["C1"], k=0),
-    ],
-)
-def test_metrics_refuse_incomplete_groups(call) -> None:
-    with pytest.raises(DataError):
-        call()
