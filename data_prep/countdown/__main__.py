@@ -13,24 +13,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
+from data_prep.command import CommandParser, integer_in, progress_bar, run
 from data_prep.countdown.prompts import PROMPTS
 from data_prep.countdown.puzzles import Puzzle, Ranges, sample_puzzles
-from data_prep.countdown.sources import HUB_REVISION, download, read_splits
 from data_prep.countdown.trees import SIZES
 from data_prep.output import check_output
 from data_prep.splits import verl_schema, write_splits
 from data_prep.tables import Row
-from hpo_verl.errors import ConfigError
 
 DATA_SOURCE = "countdown"
-DEFAULT_TRAIN_SIZE = 50_000
-DEFAULT_VAL_SIZE = 1_024
 
 _GROUND_TRUTH = pa.struct([("target", pa.int64()), ("numbers", pa.list_(pa.int64()))])
 _EXTRA_INFO = {
@@ -46,51 +42,25 @@ _RANGE_FLAGS = ("min_number", "max_number", "min_target", "max_target", "operato
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
     options = _parser().parse_args(argv)
-    generated, hub = options.source == "generate", options.source == "hub"
     given = {flag: value for flag in _RANGE_FLAGS if (value := getattr(options, flag)) is not None}
-    if options.revision and not hub:
-        raise ConfigError("--revision works with --source hub only")
-    if given and not generated:
-        flag = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{flag} works with --source generate only; the file has its own range")
     ranges = Ranges(options.numbers, **given)
-    sizes = options.train_size, options.val_size
-    if generated:
-        sizes = sizes[0] or DEFAULT_TRAIN_SIZE, sizes[1] or DEFAULT_VAL_SIZE
-    asked: dict[str, Any] = {
+    asked = {
         "task": DATA_SOURCE,
         "prompt": options.prompt,
-        "numbers": options.numbers,
-        "source": options.source,
-        "train_size": sizes[0],
-        "val_size": sizes[1],
+        "train_size": options.train_size,
+        "val_size": options.val_size,
         "seed": options.seed,
+        **asdict(ranges),
     }
     check_output(options.out)
-    left_out = 0
+    count = options.train_size + options.val_size
     with progress_bar() as progress:
-        solving = progress.add_task("solving", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(solving, completed=done, total=total)
-
-        if generated:
-            asked |= {flag: getattr(ranges, flag) for flag in _RANGE_FLAGS}
-            puzzles = sample_puzzles(
-                sum(sizes),
-                ranges,
-                options.seed,
-                lambda found: progress.update(solving, completed=found),
-            )
-            splits = {"train": puzzles[: sizes[0]], "val": puzzles[sizes[0] :]}
-        else:
-            path = Path(options.source)
-            if hub:
-                asked["revision"] = options.revision or HUB_REVISION
-                path = download(asked["revision"])
-            train, val, left_out = read_splits(path, options.numbers, *sizes, show)
-            splits = {"train": train, "val": val}
-        writing = progress.add_task("writing", total=sum(map(len, splits.values())))
+        solving = progress.add_task("solving", total=count)
+        puzzles = sample_puzzles(
+            count, ranges, options.seed, lambda found: progress.update(solving, completed=found)
+        )
+        splits = {"train": puzzles[: options.train_size], "val": puzzles[options.train_size :]}
+        writing = progress.add_task("writing", total=count)
         paths = write_splits(
             options.out,
             verl_schema(_GROUND_TRUTH, _EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
@@ -103,8 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{path}: {len(difficulty)} puzzles, solutions per puzzle: "
             f"median {difficulty[len(difficulty) // 2]}, range {difficulty[0]}-{difficulty[-1]}"
         )
-    if left_out:
-        print(f"left out of train: {left_out} rows that are also in val, up to order")
 
 
 def _rows(puzzles: Sequence[Puzzle], split: str, prompt: str) -> Iterator[Row]:
@@ -131,30 +99,16 @@ def _rows(puzzles: Sequence[Puzzle], split: str, prompt: str) -> Iterator[Row]:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m data_prep.countdown",
-        description="Write train.parquet and val.parquet of the Countdown task in verl's schema.",
+        description="Write train.parquet and val.parquet of the Countdown task in verl's schema: "
+        "puzzles sampled uniformly from all solvable ones, without repetition.",
     )
     add = parser.add_argument
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder for the two files, made if missing",
-    )
+    size, bound = integer_in(1, 5_000_000), integer_in(1, 100_000)
+    add("--out", required=True, type=Path, metavar="DIR", help="folder, made if missing")
     add("--numbers", type=int, choices=SIZES, default=3, help="numbers per puzzle (3)")
-    add(
-        "--source",
-        default="generate",
-        metavar="generate|hub|PATH",
-        help="generate: sampled uniformly from all solvable puzzles, without repetition; "
-        "hub: Jiayi-Pan/Countdown-Tasks-3to4 with TinyZero's split; PATH: a .parquet, .jsonl "
-        "or .csv file with the columns nums and target (generate)",
-    )
-    add("--revision", type=commit, help=f"for hub: commit of the data set ({HUB_REVISION})")
-    size = integer_in(1, 5_000_000)
-    add("--train-size", type=size, help=f"(generate: {DEFAULT_TRAIN_SIZE}; hub: all)")
-    add("--val-size", type=size, help=f"(generate: {DEFAULT_VAL_SIZE}; hub: all)")
-    add("--seed", type=integer_in(0, 2**32 - 1), default=0, help="for generate (0)")
+    add("--train-size", type=size, default=50_000, help="(50000)")
+    add("--val-size", type=size, default=1_024, help="(1024)")
+    add("--seed", type=integer_in(0, 2**32 - 1), default=0, help="(0)")
     add(
         "--prompt",
         choices=tuple(PROMPTS),
@@ -162,17 +116,11 @@ def _parser() -> CommandParser:
         help="chat: system and user message; base: plain text to continue; "
         "tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)",
     )
-    for flag, default in (("number", (1, 99)), ("target", (10, 100))):
-        for bound, value in zip(("min", "max"), default, strict=True):
-            add(
-                f"--{bound}-{flag}",
-                type=integer_in(1, 100_000),
-                help=f"for generate: {bound} {flag}, inclusive ({value})",
-            )
-    add(
-        "--operators",
-        help="for generate: operators that suffice to solve every puzzle (+-*/)",
-    )
+    add("--min-number", type=bound, help="(1)")
+    add("--max-number", type=bound, help="(99)")
+    add("--min-target", type=bound, help="(10)")
+    add("--max-target", type=bound, help="(100)")
+    add("--operators", help="operators that suffice to solve every puzzle (+-*/)")
     return parser
 
 

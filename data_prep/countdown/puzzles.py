@@ -1,4 +1,4 @@
-"""Countdown puzzles: sample solvable ones, or count the solutions of given ones.
+"""Countdown puzzles: sample solvable ones, and name them.
 
 A puzzle is a multiset of numbers and a target. Sampling is uniform over the
 solvable puzzles of the ranges, without replacement: number sets come in a random
@@ -128,29 +128,6 @@ def sample_puzzles(
         )
     order = np.random.default_rng((seed, 2)).permutation(len(found))[:count]
     return [found[i] for i in order]
-
-
-def count_solutions(
-    number_sets: Sequence[Sequence[int]], targets: Sequence[int]
-) -> list[tuple[int, str]]:
-    """Return, for each puzzle, its number of solutions and the first of them.
-
-    Args:
-        number_sets: Lists of integers from 1 to `trees.MAX_NUMBER`, all of one length.
-        targets: One target >= 1 for each.
-
-    Returns:
-        (0, "") for a puzzle without a solution.
-    """
-    sets, wanted = np.asarray(number_sets), np.asarray(targets)
-    hits = solutions(sets, int(wanted.min()), int(wanted.max()))
-    right = hits.target == wanted[hits.row]
-    rows, found = hits.row[right], hits.tree[right]
-    result = [(0, "")] * len(sets)
-    unique, first, counts = np.unique(rows, return_index=True, return_counts=True)
-    for row, tree, total in zip(unique.tolist(), found[first], counts.tolist(), strict=True):
-        result[row] = (total, expression(number_sets[row], tree))
-    return result
 
 
 def expression(numbers: Sequence[int], tree: int) -> str:

@@ -33,7 +33,7 @@ HOW_TO_ASK = (
     f"https://huggingface.co/settings/tokens and set it as {TOKEN_VARIABLE}; "
     "--source synthetic needs no access"
 )
-_COLUMNS: dict[str, Any] = {"question": "text", "answer": "text"}
+_COLUMNS = ("question", "answer")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
 from collections import Counter
-from fractions import Fraction
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from countdown_values import expressions
 
 from data_prep.countdown import puzzles as countdown_puzzles
-from data_prep.countdown.puzzles import Ranges, count_solutions, sample_puzzles
+from data_prep.countdown.puzzles import Ranges, sample_puzzles
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.rewards.countdown import compute_score
 
@@ -125,20 +124,6 @@ def test_number_sets_are_a_permutation_of_all_multisets(monkeypatch):
     drawn = np.concatenate(list(countdown_puzzles._number_sets(ranges, 5)))
     assert sorted(map(tuple, drawn.tolist())) == every
     assert list(map(tuple, drawn.tolist())) != every
-
-
-def test_count_solutions():
-    found = count_solutions([[6, 3], [6, 3], [3, 6], [5, 5]], [9, 10, 2, 1])
-    assert found == [(1, "6 + 3"), (0, ""), (1, "6 / 3"), (2, "5 / 5")]
-    [(difficulty, solution)] = count_solutions([[8, 3, 8, 3]], [24])
-    by_hand = [v for _, v in expressions((8, 3, 8, 3)) if v == Fraction(24)]
-    assert difficulty == len(by_hand)
-    assert (
-        compute_score("c", f"<answer>{solution}</answer>", {"target": 24, "numbers": [8, 3, 8, 3]})[
-            "score"
-        ]
-        == 1
-    )
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_our_files_carry_checksums(tmp_path):
     for place in range(100, 9_000, 150):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(DataError, match="damaged"):
-            list(read_rows(path, {"text": "text"}))
+            list(read_rows(path, ["text"]))
 
 
 def full_disk_for(monkeypatch, name):

@@ -57,9 +57,7 @@ def test_pickles_are_read_in_the_processes_of_the_reward_alone():
     assert readers == PICKLING
 
 
-@pytest.mark.parametrize(
-    "name", ["hf_hub_download", "snapshot_download", "load_dataset", "dataset_info"]
-)
+@pytest.mark.parametrize("name", ["snapshot_download", "load_dataset", "dataset_info"])
 def test_every_download_names_a_revision(name):
     for where, _, keywords in named(name):
         assert "revision" in keywords, (where, name)
