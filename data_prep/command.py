@@ -9,14 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from hpo_verl.errors import HpoVerlError
 
@@ -53,13 +46,10 @@ def integer_in(low: int, high: int) -> Callable[[str], int]:
     """Return an argparse `type` that accepts an integer in [low, high]."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
-        return value
+        # No more digits than an integer of 64 bits has.
+        if re.fullmatch(r"-?[0-9]{1,19}", text) and low <= int(text) <= high:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
 
     return parse
 
@@ -73,11 +63,4 @@ def commit(text: str) -> str:
 
 def progress_bar() -> Progress:
     """Return a progress bar on stderr; without a terminal it prints its last state only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    return Progress(*Progress.get_default_columns(), console=Console(stderr=True))
