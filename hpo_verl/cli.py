@@ -190,14 +190,15 @@ def list_() -> None:
     Examples:
       hpo-verl list
     """
-    from hpo_verl.algorithms.catalog import ALGORITHMS
+    from hpo_verl.algorithms.registry import ALGORITHMS
     from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
 
     print(f"recipes: {', '.join(recipe_names())}")
     print("algorithms:")
     width = max(map(len, ALGORITHMS))
     for algorithm in ALGORITHMS.values():
-        print(f"  {algorithm.name:<{width}}  arXiv:{algorithm.paper}  {algorithm.equation}")
+        papers = " ".join(f"arXiv:{paper}" for paper in algorithm.papers)
+        print(f"  {algorithm.name:<{width}}  {papers}  {algorithm.equation}")
     for group in GROUPS:
         print(f"{group}=: {', '.join(group_options(group))}")
 

@@ -96,23 +96,6 @@ class SPOSettings:
         return torch.exp2(-drift.double() / self.drift_half).clamp(self.rho_min, self.rho_max)
 
 
-def mean_drift(
-    log_prob: torch.Tensor, last_log_prob: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Distance between the policy and the one that gave the response.
-
-    Args:
-        log_prob: Of the last response's tokens under the current policy, nats, `[batch, response]`.
-        last_log_prob: The same under the policy that gave it.
-        mask: Bool, `[batch, response]`.
-
-    Returns:
-        Mean of |difference| over live tokens, nats, `[batch]` float64; 0 for a row without any.
-    """
-    difference = torch.where(mask, log_prob.double() - last_log_prob.double(), 0.0).abs()
-    return difference.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
-
-
 def single_stream_advantages(
     rewards: torch.Tensor, values: torch.Tensor, live: torch.Tensor
 ) -> torch.Tensor:

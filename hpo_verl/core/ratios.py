@@ -52,3 +52,20 @@ def bound_log_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
         Tensor of the same shape, nats.
     """
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def mean_drift(
+    log_prob: torch.Tensor, last_log_prob: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Distance between the policy and the one that gave the response.
+
+    Args:
+        log_prob: Of the last response's tokens under the current policy, nats, `[batch, response]`.
+        last_log_prob: The same under the policy that gave it.
+        mask: Bool, `[batch, response]`.
+
+    Returns:
+        Mean of |difference| over live tokens, nats, `[batch]` float64; 0 for a row without any.
+    """
+    difference = torch.where(mask, log_prob.double() - last_log_prob.double(), 0.0).abs()
+    return difference.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)

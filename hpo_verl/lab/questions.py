@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hpo_verl.algorithms.spo import SPOSettings, ValueTracker, mean_drift
+from hpo_verl.algorithms.spo import SPOSettings, ValueTracker
+from hpo_verl.core.ratios import mean_drift
 from hpo_verl.lab.policy import Policy, Prompts
 from hpo_verl.lab.sampling import Responses
 

@@ -18,7 +18,7 @@ _registered = False
 
 
 def _register_algorithms(core_algos: Any) -> None:
-    for name in ("advantages", "entropy", "losses", "d3s", "spo"):
+    for name in ("advantages", "losses"):
         import_module(f"hpo_verl.verl_plugin.{name}").register()
 
 

@@ -1,64 +1,52 @@
-"""Advantage estimators `hpo` and `a_hpo`, as verl calls them.
+"""The estimators of this project, as verl calls them.
 
-verl calls an estimator once per step on the driver, with the whole batch:
-the one place where every response of the step is visible.
+verl calls an estimator once per step on the driver, with the whole batch: the one place where
+every response of the step is visible. The algorithms return advantages and statistics; rewards,
+groups, settings and what an estimator needs beyond verl's arguments are read here.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hpo_verl.algorithms.base import Advantages
-from hpo_verl.algorithms.hpo import (
-    AHPOSettings,
-    HPOSettings,
-    hysteretic_advantages,
-)
-from hpo_verl.core.masking import nonempty_rows, require_finite
+from hpo_verl.algorithms.base import Advantages, Estimator, Rollout
+from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+from hpo_verl.core.masking import as_bool_mask, nonempty_rows, require_finite
 from hpo_verl.core.settings import parse_settings, require_flag
 from hpo_verl.errors import DataError
+from hpo_verl.verl_plugin import extras
 
 logger = logging.getLogger(__name__)
 
-SETTINGS: dict[str, type[HPOSettings] | type[AHPOSettings]] = {
-    "hpo": HPOSettings,
-    "a_hpo": AHPOSettings,
-}
+OUR_MODES = ("hpo_sync", "hpo_colocate_async", "hpo_separate_async")
 
 
-class StatisticsHint:
-    """Says once, where verl's own trainer runs, which trainer mode logs the statistics."""
+class Estimate(NamedTuple):
+    """One call of an estimator.
 
-    def __init__(self) -> None:
-        self.needed = True
+    Attributes:
+        rollout: What it saw.
+        labels: uid of every response.
+        result: What it returned.
+        advantages: What the loss will see, `[batch, response]` float32, 0 at masked tokens.
+    """
 
-    def tell(self, estimator: str, alpha: float) -> None:
-        """Log the weight of the first batch, and how to get it for every batch."""
-        if self.needed:
-            logger.warning(
-                f"{estimator}: alpha = {alpha:.3f} in this batch; an estimator cannot add to "
-                "verl's metrics: trainer.v1.trainer_mode=hpo_sync logs hpo/alpha on every step"
-            )
-        self.needed = False
-
-
-statistics_hint = StatisticsHint()
+    rollout: Rollout
+    labels: list[Hashable]
+    result: Advantages
+    advantages: torch.Tensor
 
 
 def uid_labels(uids: Iterable[Hashable], size: int) -> list[Hashable]:
     """List the labels of a batch.
-
-    Args:
-        uids: One label per response.
-        size: Number of responses.
 
     Raises:
         DataError: The number of labels differs from `size`.
@@ -103,7 +91,7 @@ def response_rewards(
         response_mask: Bool or float, `[batch, response]`.
 
     Returns:
-        Rewards, `[batch]`, and which rows have a live token, `[batch]` bool.
+        Rewards, `[batch]` float32, and which rows have a live token, `[batch]` bool.
 
     Raises:
         DataError: Shapes differ, or a live reward is not finite.
@@ -124,34 +112,27 @@ def response_rewards(
     return rewards, live
 
 
-def read_settings(
-    estimator: str, config: Mapping[str, Any] | None
-) -> tuple[HPOSettings | AHPOSettings, bool]:
-    """Read `algorithm.hpo` and `algorithm.norm_adv_by_std_in_grpo`.
+def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any:
+    """Read the settings of an estimator of ours.
 
     Args:
-        estimator: `hpo` or `a_hpo`.
+        estimator: Its record.
         config: verl's `algorithm` section; None means the defaults.
 
     Returns:
-        The settings and whether to divide by the standard deviation.
+        An object of its settings type; None where it has none.
 
     Raises:
         ConfigError: Names the key, the value and what is permitted.
     """
-    section = {} if config is None else config
-    settings = parse_settings(SETTINGS[estimator], section.get("hpo", None), "algorithm.hpo")
-    return settings, normalizes_by_std(config)
+    if estimator.settings is None:
+        return None
+    values = None if config is None else config.get(estimator.section, None)
+    return parse_settings(estimator.settings, values, f"algorithm.{estimator.section}")
 
 
 def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
-    """Read `algorithm.norm_adv_by_std_in_grpo`.
-
-    Args:
-        config: verl's `algorithm` section; None means the default, true.
-
-    Returns:
-        Whether advantages are divided by the standard deviation of their group.
+    """Read `algorithm.norm_adv_by_std_in_grpo` of verl's `algorithm` section, by default true.
 
     Raises:
         ConfigError: Neither true nor false.
@@ -161,39 +142,47 @@ def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
     return normalize_by_std
 
 
-def compute_hysteretic(
-    estimator: str,
-    token_level_rewards: torch.Tensor,
-    response_mask: torch.Tensor,
-    config: Mapping[str, Any] | None,
-    index: Iterable[Hashable] | None,
-) -> Advantages:
-    """Compute what `hpo` or `a_hpo` assigns to every response, and the counts behind it.
+def trainer_modes(estimator: Estimator) -> tuple[str, ...]:
+    """Trainer modes that provide what an estimator needs; empty for any, verl's own included."""
+    if estimator.history is not None:
+        # In the others prompts are drawn long before their histories are updated.
+        return OUR_MODES[:1]
+    return OUR_MODES if estimator.needs else ()
 
-    Args:
-        estimator: `hpo` or `a_hpo`.
-        token_level_rewards: `[batch, response]`.
-        response_mask: Bool or float, `[batch, response]`.
-        config: verl's `algorithm` section.
-        index: The prompt's uid of every response.
 
-    Returns:
-        Advantages per response, `[batch]`, weight and counts.
-
-    Raises:
-        ConfigError: A setting is unknown or out of range.
-        DataError: uids are missing, or a tensor has the wrong shape or is not finite.
-    """
-    settings, normalize_by_std = read_settings(estimator, config)
-    if index is None:
-        raise DataError(f"{estimator}: uid is missing; every response needs its prompt's uid")
-    rewards, live = response_rewards(token_level_rewards, response_mask)
-    codes = group_codes(index, len(rewards)).to(rewards.device)
-    return hysteretic_advantages(rewards, codes, live, settings, normalize_by_std=normalize_by_std)
+def _extras(
+    estimator: Estimator, labels: list[Hashable], live: torch.Tensor, mask: torch.Tensor
+) -> dict[str, Any]:
+    """Take what the estimator needs from the channel, checked and on the rewards' device."""
+    who = f"algorithm.adv_estimator = {estimator.name!r}"
+    modes = " or ".join(trainer_modes(estimator))
+    found = {}
+    for name in estimator.needs:
+        source = f"{name} from the trainer: trainer.v1.trainer_mode must be {modes}"
+        found[name] = extras.require(name, who, source)
+    if "entropy" in found:
+        entropy = found["entropy"].detach()
+        if entropy.shape != mask.shape:
+            raise DataError(
+                f"entropy {tuple(entropy.shape)} must have the shape of response_mask "
+                f"{tuple(mask.shape)}"
+            )
+        require_finite("entropy", entropy, mask)
+        found["entropy"] = entropy.to(mask.device)
+    if "values" in found:
+        of_prompt: Mapping[Hashable, float] = found["values"]
+        for row in live.nonzero().squeeze(-1).tolist():
+            if labels[row] not in of_prompt:
+                raise DataError(
+                    f"{estimator.name}: uid {labels[row]!r} is of no prompt that was drawn"
+                )
+        values = [of_prompt.get(label, 0.0) for label in labels]
+        found["values"] = torch.tensor(values, dtype=torch.float64, device=mask.device)
+    return found
 
 
 def _estimate(
-    estimator: str,
+    estimator: Estimator,
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,
     config: Mapping[str, Any] | None = None,
@@ -202,17 +191,50 @@ def _estimate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Follow verl's estimator interface: advantages twice, `[batch, response]` float32.
 
-    `reward_baselines` is ReMax's; verl passes it whenever the batch holds it,
-    and a group-relative advantage has no use for it.
+    `reward_baselines` is ReMax's; verl passes it whenever the batch holds it, and no estimator
+    here has a use for it.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range, or the trainer mode is not ours.
+        DataError: uids are missing, or a tensor has the wrong shape or is not finite.
     """
-    result = compute_hysteretic(estimator, token_level_rewards, response_mask, config, index)
-    statistics_hint.tell(estimator, result.alpha)
-    advantages = result.values.float().unsqueeze(-1) * response_mask
+    assert estimator.advantage is not None  # noqa: S101 - for the type checker
+    settings, normalize_by_std = read_settings(estimator, config), normalizes_by_std(config)
+    if index is None:
+        raise DataError(f"{estimator.name}: uid is missing; every response needs its prompt's uid")
+    rewards, live = response_rewards(token_level_rewards, response_mask)
+    mask = as_bool_mask(response_mask)
+    labels = uid_labels(index, len(rewards))
+    codes = group_codes(labels, len(rewards)).to(rewards.device)
+    beyond = _extras(estimator, labels, live, mask)
+    rollout = Rollout(rewards, codes, live, mask, normalize_by_std, beyond)
+    result = estimator.advantage(rollout, settings)
+    advantages = result.values.float()
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(-1) * mask
+    report: Callable[[Estimate], None] | None = extras.get(extras.REPORT)
+    if report is not None:
+        report(Estimate(rollout, labels, result, advantages))
+    elif estimator.weights_by_sign:
+        _say_where_alpha_is_logged(estimator.name, result.alpha)
     return advantages, advantages
 
 
+_told: set[str] = set()
+
+
+def _say_where_alpha_is_logged(estimator: str, alpha: float) -> None:
+    """Say once, where verl's own trainer runs, which trainer mode logs the statistics."""
+    if estimator not in _told:
+        logger.warning(
+            f"{estimator}: alpha = {alpha:.3f} in this batch; an estimator cannot add to "
+            "verl's metrics: trainer.v1.trainer_mode=hpo_sync logs hpo/alpha on every step"
+        )
+    _told.add(estimator)
+
+
 ESTIMATORS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
-    name: partial(_estimate, name) for name in SETTINGS
+    name: functools.partial(_estimate, estimator) for name, estimator in OUR_ESTIMATORS.items()
 }
 
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
-from hpo_verl.algorithms.aepo_advantage import aepo_clip_loss
-from hpo_verl.algorithms.bapo import BAPOSettings, bapo_loss
-from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
-from hpo_verl.algorithms.hapo import HAPOSettings, hapo_loss
-from hpo_verl.algorithms.hpo import hpo_loss
-from hpo_verl.algorithms.mhpo import MHPOSettings, mhpo_loss
+from hpo_verl.algorithms.base import Loss, TokenBatch
+from hpo_verl.algorithms.registry import LOSSES as RECORDS
+from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.core.masking import as_bool_mask, nonempty_rows, require_finite
 from hpo_verl.core.ratios import (
     LOG_RATIO_BOUND,
@@ -30,68 +27,49 @@ from hpo_verl.core.ratios import (
 from hpo_verl.core.settings import require_number
 from hpo_verl.core.surrogate import TokenLoss, attach
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
+from hpo_verl.verl_plugin import extras
 
 ACTOR = "actor_rollout_ref.actor"
 
 ENGINE_VENDOR = "VERL_ENGINE_VENDOR"
-"""verl's environment variable; the value `hpo` selects `mini_batch.MiniBatchEngine`."""
+"""verl's environment variable; the value `VENDOR` selects `mini_batch.MiniBatchEngine`."""
 
-ENTROPY_DEVIATION = "entropy_deviation"
-"""Field of TransferQueue, and key of `batch_info`, with HAPO's h of every token."""
+VENDOR = "hpo"
 
-CLIP_BOUNDS = "clip_bounds"
-"""Key of `batch_info` with BAPO's bounds of the mini-batch."""
-
-LOSS_SETTINGS = {"mhpo": MHPOSettings, "bapo": BAPOSettings, "hapo": HAPOSettings}
-"""Losses that have settings of their own under `policy_loss`."""
-
-INFORMED_CONFIGS = {
-    "bapo": "hpo_verl.verl_plugin.config.BAPOPolicyLossConfig",
-    "hapo": "hpo_verl.verl_plugin.config.HAPOPolicyLossConfig",
-}
-"""Losses that read `batch_info`, and the `policy_loss._target_` that has it."""
-
-CLIPPED_LOSSES = ("hpo", "hapo", "aepo_clip")
-"""Losses that read `clip_ratio_low` and `clip_ratio_high`."""
-
-SettingsT = TypeVar("SettingsT")
+STRATEGIES = ("fsdp", "fsdp2")
+"""Strategies for which there is an engine of ours."""
 
 
 class MicroBatch(NamedTuple):
-    """A checked micro-batch, float32 and clean at masked places.
+    """A checked micro-batch.
 
     Attributes:
-        log_ratio: Bounded, nats, `[batch, response]`.
-        advantages: `[batch, response]`.
-        mask: Bool, `[batch, response]`.
-        tokens: Number of live tokens.
+        tokens: What a loss sees of it, float32, without a graph.
+        live_tokens: Number of live tokens.
         kl: Mean of -log ratio before the bound, nats.
         beyond: Bool, where the bound holds the log-ratio; None if nowhere.
     """
 
-    log_ratio: torch.Tensor
-    advantages: torch.Tensor
-    mask: torch.Tensor
-    tokens: int
+    tokens: TokenBatch
+    live_tokens: int
     kl: float
     beyond: torch.Tensor | None
 
 
-def require_aggregation(loss_mode: str, loss_agg_mode: str) -> None:
+def require_aggregation(loss: Loss, loss_agg_mode: str) -> None:
     """Refuse an aggregation under which a loss of ours would be another objective.
 
     Args:
-        loss_mode: Name of the loss; only ours are restricted.
+        loss: Its record.
         loss_agg_mode: verl's name of the aggregation.
 
     Raises:
         ConfigError: Names the loss and the mode.
     """
-    allowed = LOSS_AGG_MODES.get(loss_mode)
-    if allowed is not None and loss_agg_mode not in allowed:
+    if loss.aggregations and loss_agg_mode not in loss.aggregations:
         raise ConfigError(
-            f"{ACTOR}.loss_agg_mode = {loss_agg_mode!r}: "
-            f"policy_loss.loss_mode = {loss_mode!r} permits {' and '.join(allowed)} only"
+            f"{ACTOR}.loss_agg_mode = {loss_agg_mode!r}: policy_loss.loss_mode = {loss.name!r} "
+            f"permits {' and '.join(loss.aggregations)} only"
         )
 
 
@@ -117,44 +95,67 @@ def clip_range(config: Any) -> tuple[float, float]:
     return sides[0], sides[1]
 
 
-def loss_settings(settings_type: type[SettingsT], policy_loss: Any) -> SettingsT:
+def loss_settings(loss: Loss, policy_loss: Any) -> Any:
     """Read the settings of a loss; those that verl's own PolicyLossConfig lacks are the defaults.
 
     Args:
-        settings_type: One of the values of `LOSS_SETTINGS`.
-        policy_loss: verl's `policy_loss` section, typed or not.
+        loss: Its record.
+        policy_loss: verl's `policy_loss` section or config; None means the defaults.
 
     Returns:
-        The settings.
+        An object of its settings type; None where it has none.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range.
     """
-    defaults = dataclasses.asdict(settings_type())  # type: ignore[call-overload]
+    if loss.settings is None:
+        return None
     given = {} if policy_loss is None else policy_loss
-    return settings_type(**{key: given.get(key, value) for key, value in defaults.items()})
+    defaults = {f.name: f.default for f in dataclasses.fields(loss.settings)}
+    return loss.settings(**{key: given.get(key, value) for key, value in defaults.items()})
 
 
-def batch_info(loss_mode: str, config: Any, key: str, needed: str) -> Any:
-    """Return what a worker was told of the batch beyond the arguments of a loss.
+def selected_loss(policy_loss: Any) -> Loss | None:
+    """Return the record of `loss_mode`; None if the loss is unknown here.
 
     Args:
-        loss_mode: Name of the loss, for the message.
-        config: verl's actor config.
-        key: Name in `policy_loss.batch_info`.
-        needed: What would provide it, for the message.
+        policy_loss: verl's `policy_loss` section or config.
+    """
+    return RECORDS.get(str(policy_loss.get("loss_mode", "vanilla")))
+
+
+def token_extras(loss: Loss, mask: torch.Tensor) -> dict[str, Any]:
+    """Take what a loss needs beyond verl's arguments from the channel.
+
+    Args:
+        loss: Its record.
+        mask: Bool, `[batch, response]`.
+
+    Returns:
+        `TokenBatch.extras`.
 
     Raises:
-        ConfigError: Nobody provided it.
+        ConfigError: Nobody provides it.
+        DataError: A field of tokens has another shape, or a live value is not finite.
     """
-    known = config.get("policy_loss", None)
-    value = None if known is None else (known.get("batch_info", None) or {}).get(key)
-    if value is None:
-        raise ConfigError(
-            f"policy_loss.loss_mode = {loss_mode!r} needs {needed}, "
-            f"and policy_loss._target_ = {INFORMED_CONFIGS[loss_mode]}"
+    who, found = f"policy_loss.loss_mode = {loss.name!r}", {}
+    for name in loss.token_fields:
+        source = "the tokens' entropies: a trainer.v1.trainer_mode of ours, hpo_sync for example"
+        values = extras.require(name, who, source)
+        if values.shape != mask.shape:
+            raise DataError(
+                f"{name} {tuple(values.shape)} must have the shape of response_mask "
+                f"{tuple(mask.shape)}"
+            )
+        require_finite(name, values, mask)
+        found[name] = torch.where(mask, values.float(), 0.0)
+    if loss.mini_batch_sums is not None:
+        source = (
+            f"the sums of the whole mini-batch: {ENGINE_VENDOR} = {VENDOR} in the workers' "
+            "environment"
         )
-    return value
+        found[extras.MINI_BATCH] = extras.require(extras.MINI_BATCH, who, source)
+    return found
 
 
 def prepare(
@@ -187,8 +188,9 @@ def prepare(
     mask = as_bool_mask(response_mask)
     log_ratio = masked_log_ratio(log_prob.float(), old_log_prob.float(), mask)
     advantages = torch.where(mask, advantages.float(), 0.0)
+    tokens = TokenBatch(log_ratio, advantages, mask, old_log_prob)
     if mask.numel() == 0:
-        return MicroBatch(log_ratio, advantages, mask, 0, 0.0, None)
+        return MicroBatch(tokens, 0, 0.0, None)
 
     # One transfer from the device; NaN and infinity show in the extremes.
     low, high, a_low, a_high, total, count = torch.stack(
@@ -200,8 +202,8 @@ def prepare(
     beyond = None
     if max(-low, high) > LOG_RATIO_BOUND:
         beyond = beyond_bound(log_ratio)
-        log_ratio = bound_log_ratio(log_ratio)
-    return MicroBatch(log_ratio, advantages, mask, int(count), -total / max(count, 1), beyond)
+        tokens = tokens._replace(log_ratio=bound_log_ratio(log_ratio))
+    return MicroBatch(tokens, int(count), -total / max(count, 1), beyond)
 
 
 def global_counts(info: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
@@ -227,102 +229,66 @@ def global_counts(info: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
     return counts
 
 
-def _hpo(batch: MicroBatch, config: Any) -> TokenLoss:
-    return hpo_loss(batch.log_ratio, batch.advantages, *clip_range(config))
-
-
-def _mhpo(batch: MicroBatch, config: Any) -> TokenLoss:
-    settings = loss_settings(MHPOSettings, config.get("policy_loss", None))
-    return mhpo_loss(batch.log_ratio, batch.advantages, settings)
-
-
-def _bapo(batch: MicroBatch, config: Any) -> TokenLoss:
-    needed = f"the sums of the whole mini-batch: {ENGINE_VENDOR} = hpo in the workers' environment"
-    bounds = batch_info("bapo", config, CLIP_BOUNDS, needed)
-    return bapo_loss(batch.log_ratio, batch.advantages, bounds.low, bounds.high)
-
-
-def _hapo(batch: MicroBatch, config: Any) -> TokenLoss:
-    needed = "the tokens' entropies: a trainer.v1.trainer_mode of ours, hpo_sync for example"
-    deviation = batch_info("hapo", config, ENTROPY_DEVIATION, needed)
-    if deviation.shape != batch.mask.shape:
-        raise DataError(
-            f"{ENTROPY_DEVIATION} {tuple(deviation.shape)} must have the shape of response_mask "
-            f"{tuple(batch.mask.shape)}"
-        )
-    require_finite(ENTROPY_DEVIATION, deviation, batch.mask)
-    deviation = torch.where(batch.mask, deviation.float(), 0.0)
-    settings = loss_settings(HAPOSettings, config.policy_loss)
-    return hapo_loss(batch.log_ratio, batch.advantages, deviation, *clip_range(config), settings)
-
-
-def _aepo_clip(batch: MicroBatch, config: Any) -> TokenLoss:
-    return aepo_clip_loss(batch.log_ratio, batch.advantages, *clip_range(config))
-
-
-TOKEN_LOSSES: dict[str, Callable[[MicroBatch, Any], TokenLoss]] = {
-    "hpo": _hpo,
-    "mhpo": _mhpo,
-    "bapo": _bapo,
-    "hapo": _hapo,
-    "aepo_clip": _aepo_clip,
-}
-"""What an algorithm makes of a clean micro-batch and verl's actor config."""
-
-
-def make_policy_loss(loss_mode: str) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
+def make_policy_loss(record: Loss) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
     """Give a loss per token verl's interface.
 
     Args:
-        loss_mode: Key of `TOKEN_LOSSES`.
+        record: A loss of ours.
 
     Returns:
         A function for `register_policy_loss`.
     """
+    token_loss = record.token_loss
+    assert token_loss is not None  # noqa: S101 - for the type checker
 
     def policy_loss(
         old_log_prob: torch.Tensor,
         log_prob: torch.Tensor,
         advantages: torch.Tensor,
         response_mask: torch.Tensor,
-        loss_agg_mode: str = LOSS_AGG_MODES[loss_mode][0],
+        loss_agg_mode: str = record.aggregations[0],
         config: Any = None,
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         from verl.trainer.ppo.core_algos import agg_loss
 
         if config is None:
-            raise ConfigError(f"policy loss {loss_mode!r}: verl's actor config is missing")
-        require_aggregation(loss_mode, loss_agg_mode)
+            raise ConfigError(f"policy loss {record.name!r}: verl's actor config is missing")
+        require_aggregation(record, loss_agg_mode)
+        settings = loss_settings(record, config.get("policy_loss", None))
         with torch.no_grad():
             batch = prepare(old_log_prob, log_prob, advantages, response_mask)
-            loss = TOKEN_LOSSES[loss_mode](batch, config)
+            mask = batch.tokens.mask
+            tokens = batch.tokens._replace(extras=token_extras(record, mask))
+            if record.clips:
+                tokens = tokens._replace(clip_range=clip_range(config))
+            loss = token_loss(tokens, settings)
             bounded = 0
             if batch.beyond is not None:
                 loss = TokenLoss(loss.values, loss.slopes.masked_fill(batch.beyond, 0.0))
                 bounded = int(batch.beyond.sum())
             stopped = int(((loss.slopes == 0) & (loss.values != 0)).sum())
             if rollout_is_weights is not None:
-                loss = loss.scaled(torch.where(batch.mask, rollout_is_weights.float(), 0.0))
+                loss = loss.scaled(torch.where(mask, rollout_is_weights.float(), 0.0))
         aggregated = agg_loss(
             loss_mat=attach(log_prob, loss),
-            loss_mask=batch.mask,
+            loss_mask=mask,
             loss_agg_mode=loss_agg_mode,
-            **global_counts(config.global_batch_info, batch.mask),
+            **global_counts(config.global_batch_info, mask),
         )
-        tokens = max(batch.tokens, 1)
+        count = max(batch.live_tokens, 1)
         return aggregated, {
-            "actor/pg_clipfrac": stopped / tokens,
+            "actor/pg_clipfrac": stopped / count,
             "actor/ppo_kl": batch.kl,
             "actor/pg_clipfrac_lower": 0.0,
-            "actor/log_ratio_bounded_fraction": bounded / tokens,
+            "actor/log_ratio_bounded_fraction": bounded / count,
         }
 
-    policy_loss.__name__ = policy_loss.__qualname__ = loss_mode
+    policy_loss.__name__ = policy_loss.__qualname__ = record.name
     return policy_loss
 
 
-LOSSES = {loss_mode: make_policy_loss(loss_mode) for loss_mode in TOKEN_LOSSES}
+LOSSES = {name: make_policy_loss(record) for name, record in OUR_LOSSES.items()}
 
 
 def register() -> None:

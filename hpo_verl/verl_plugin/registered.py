@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
+from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.verl_plugin.trainer.modes import MODE_PREFIX, PARENT_MODES
 
 OWN_PACKAGE = "hpo_verl."
@@ -25,8 +25,8 @@ def absent_names() -> list[str]:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
     algorithms = ALGORITHMS.values()
-    estimators = {a.estimator: a.estimator in ESTIMATOR_SECTIONS for a in algorithms}
-    losses = {a.loss: a.origin == "hpo_verl" for a in algorithms}
+    estimators = {a.estimator.name: a.estimator.advantage is not None for a in algorithms}
+    losses = {a.loss.name: a.loss.token_loss is not None for a in algorithms}
     modes = {MODE_PREFIX + mode: True for mode in PARENT_MODES}
     loops = {name: entry["_target_"] for name, entry in _agent_loop_registry.items()}
     return [

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.algorithms.catalog import (
-    AVERAGING_LOSSES,
-    ESTIMATOR_SECTIONS,
-    HOMOGENEOUS_LOSSES,
-    HYSTERETIC_ESTIMATORS,
-    PENALISED_LOSSES,
-    SELECTING_LOSSES,
-)
+from hpo_verl.algorithms.base import Estimator, Loss
+from hpo_verl.algorithms.registry import ESTIMATORS, LOSSES, OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.advantages import normalizes_by_std, read_settings
-from hpo_verl.verl_plugin.d3s import d3s_settings
-from hpo_verl.verl_plugin.engine.mini_batch import check_engine
-from hpo_verl.verl_plugin.entropy import check_entropy
-from hpo_verl.verl_plugin.estimator_inputs import BORROWING_ESTIMATORS, BORROWING_LOSSES
+from hpo_verl.verl_plugin.advantages import (
+    OUR_MODES,
+    normalizes_by_std,
+    read_settings,
+    trainer_modes,
+)
 from hpo_verl.verl_plugin.losses import (
     ACTOR,
-    CLIPPED_LOSSES,
-    INFORMED_CONFIGS,
-    LOSS_SETTINGS,
+    ENGINE_VENDOR,
+    STRATEGIES,
+    VENDOR,
     clip_range,
     loss_settings,
     require_aggregation,
+    selected_loss,
 )
-from hpo_verl.verl_plugin.spo import check_spo
 
 # Sections that verl turns into dataclasses, some of them only inside a worker.
 TYPED_SECTIONS = ("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout")
@@ -50,53 +46,128 @@ def check_algorithm(config: Mapping[str, Any]) -> list[str]:
     """
     algorithm = config["algorithm"]
     actor = config["actor_rollout_ref"]["actor"]
-    estimator = str(algorithm.get("adv_estimator"))
-    loss_mode = str(actor["policy_loss"].get("loss_mode", "vanilla"))
-    loss_agg_mode = str(actor.get("loss_agg_mode"))
-
-    require_aggregation(loss_mode, loss_agg_mode)
-    if loss_mode in CLIPPED_LOSSES:
-        clip_range(actor)
-    if loss_mode in LOSS_SETTINGS:
-        loss_settings(LOSS_SETTINGS[loss_mode], actor["policy_loss"])
-    target = actor["policy_loss"].get("_target_", None)
-    if loss_mode in INFORMED_CONFIGS and target != INFORMED_CONFIGS[loss_mode]:
-        raise ConfigError(
-            f"{ACTOR}.policy_loss._target_ = {target!r}: policy_loss.loss_mode = {loss_mode!r} "
-            f"needs {INFORMED_CONFIGS[loss_mode]}, as algo={loss_mode} sets it"
-        )
-    warnings = []
-    if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
-        warnings.append(
-            f"policy_loss.loss_mode = 'sapo' ignores loss_agg_mode = {loss_agg_mode!r}: "
-            "verl always uses seq-mean-token-mean there"
-        )
-    if estimator in HYSTERETIC_ESTIMATORS:
+    estimator = OUR_ESTIMATORS.get(str(algorithm.get("adv_estimator")))
+    loss, warnings = selected_loss(actor["policy_loss"]), []
+    if loss is not None:
+        warnings += _check_loss(loss, actor)
+    if estimator is not None:
         read_settings(estimator, algorithm)
-        warnings += _check_weighted(estimator, loss_mode, algorithm)
-    if estimator == "d3s":
-        warnings += _check_down_sampled(loss_mode, algorithm)
-    if estimator == "spo":
-        check_spo(config)
-    _check_sections(estimator, algorithm)
-    check_entropy(config)
-    check_engine(config)
+        normalizes_by_std(algorithm)
+        warnings += _check_composition(estimator, loss, config)
+        if estimator.check is not None:
+            estimator.check(config)
+    _check_sections(str(algorithm.get("adv_estimator")), algorithm)
+    _check_entropy(estimator, loss, algorithm)
+    if loss is not None and loss.mini_batch_sums is not None:
+        _check_engine(loss, config)
+    return warnings
+
+
+def _check_loss(loss: Loss, actor: Any) -> list[str]:
+    loss_agg_mode = str(actor.get("loss_agg_mode"))
+    require_aggregation(loss, loss_agg_mode)
+    if loss.clips:
+        clip_range(actor)
+    loss_settings(loss, actor["policy_loss"])
+    if loss.always and loss_agg_mode != loss.always:
+        return [
+            f"policy_loss.loss_mode = {loss.name!r} ignores loss_agg_mode = {loss_agg_mode!r}: "
+            f"verl always uses {loss.always} there"
+        ]
+    return []
+
+
+def _check_composition(
+    estimator: Estimator, loss: Loss | None, config: Mapping[str, Any]
+) -> list[str]:
+    """Check what advantages that are weighted by sign, or set to 0 token by token, go into."""
+    loss_mode = config["actor_rollout_ref"]["actor"]["policy_loss"].get("loss_mode", None)
+    combination = f"adv_estimator = {estimator.name!r} with policy_loss.loss_mode = {loss_mode!r}"
+    proportional = [name for name, one in LOSSES.items() if one.proportional]
+    caveat = loss.caveat if loss is not None else ""
+    if loss is not None and not loss.proportional and not caveat:
+        caveat = "is not proportional to the advantage"
+    warnings = []
+    if estimator.drops_tokens:
+        if loss is None:
+            warnings.append(
+                f"{combination}: unknown here; that estimator needs a loss that is 0 where the "
+                "advantage is"
+            )
+        elif caveat:
+            usable = [name for name in proportional if not LOSSES[name].caveat]
+            raise ConfigError(
+                f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
+                f"loss {caveat}; use one of {', '.join(usable)}"
+            )
+    if estimator.weights_by_sign:
+        if loss is None:
+            warnings.append(
+                f"{combination}: unknown here; weighting the advantages equals weighting the loss "
+                "only if that loss is proportional to the advantage"
+            )
+        elif loss.selects:
+            raise ConfigError(
+                f"{combination}: the weight would change more than the weight of the loss, since "
+                f"that loss {caveat}; use one of {', '.join(proportional)}"
+            )
+        elif not loss.proportional:
+            warnings.append(f"{combination}: that loss {caveat}")
+        if config["algorithm"].get("use_kl_in_reward", False):
+            warnings.append(
+                f"adv_estimator = {estimator.name!r} with algorithm.use_kl_in_reward: the KL "
+                "penalty enters the rewards, so groups are hardly ever equal and the counts of "
+                "signs follow it"
+            )
     return warnings
 
 
 def _check_sections(estimator: str, algorithm: Mapping[str, Any]) -> None:
     """Refuse settings of an estimator that is not the selected one."""
-    for section in dict.fromkeys(ESTIMATOR_SECTIONS.values()):
-        if section != ESTIMATOR_SECTIONS.get(estimator) and algorithm.get(section, None):
-            readers = [name for name, read in ESTIMATOR_SECTIONS.items() if read == section]
+    sections = {name: one.section for name, one in OUR_ESTIMATORS.items() if one.section}
+    for section in dict.fromkeys(sections.values()):
+        if section != sections.get(estimator) and algorithm.get(section, None):
+            readers = [name for name, read in sections.items() if read == section]
             raise ConfigError(
                 f"algorithm.{section} = {dict(algorithm[section])!r}: algorithm.adv_estimator = "
                 f"{estimator!r} ignores it; use {' or '.join(readers)}"
             )
 
 
+def _check_entropy(
+    estimator: Estimator | None, loss: Loss | None, algorithm: Mapping[str, Any]
+) -> None:
+    """Refuse to skip verl's pass that computes the entropies which the algorithm needs."""
+    needed = (estimator and "entropy" in estimator.needs) or (loss and loss.token_fields)
+    correction = algorithm.get("rollout_correction", None)
+    if needed and correction and correction.get("bypass_mode", False):
+        raise ConfigError(
+            "algorithm.rollout_correction.bypass_mode = True: skips the pass that computes the "
+            "entropies which the algorithm needs; must be false"
+        )
+
+
+def _check_engine(loss: Loss, config: Mapping[str, Any]) -> None:
+    """Refuse a loss that reads sums over mini-batches where verl would select another engine."""
+    who = f"policy_loss.loss_mode = {loss.name!r}"
+    strategy = config["actor_rollout_ref"]["actor"].get("strategy", None)
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"{ACTOR}.strategy = {strategy!r}: {who} permits {' and '.join(STRATEGIES)} only"
+        )
+    node: Any = config
+    for name in ("ray_kwargs", "ray_init", "runtime_env", "env_vars"):
+        node = (node.get(name, None) if node is not None else None) or {}
+    vendor = node.get(ENGINE_VENDOR, None) or os.environ.get(ENGINE_VENDOR)
+    if vendor != VENDOR:
+        raise ConfigError(
+            f"ray_kwargs.ray_init.runtime_env.env_vars.{ENGINE_VENDOR} = {vendor!r}: "
+            f"{who} needs {VENDOR!r}, as recipes/run/default.yaml sets it"
+        )
+
+
 def check_trainer_mode(config: Mapping[str, Any]) -> None:
-    """Refuse a trainer mode that does not lend an algorithm what it needs.
+    """Refuse a trainer mode that does not provide what an algorithm needs.
 
     Args:
         config: verl's whole configuration, resolved.
@@ -104,59 +175,18 @@ def check_trainer_mode(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: Names the mode, and the estimator or the loss.
     """
-    estimator = str(config["algorithm"].get("adv_estimator"))
-    loss_mode = str(config["actor_rollout_ref"]["actor"]["policy_loss"].get("loss_mode"))
+    estimator = ESTIMATORS.get(str(config["algorithm"].get("adv_estimator")))
+    loss = selected_loss(config["actor_rollout_ref"]["actor"]["policy_loss"])
     mode = str(config["trainer"]["v1"]["trainer_mode"])
-    for key, name, borrowing in (
-        ("algorithm.adv_estimator", estimator, BORROWING_ESTIMATORS),
-        (f"{ACTOR}.policy_loss.loss_mode", loss_mode, BORROWING_LOSSES),
+    for key, record, modes in (
+        ("algorithm.adv_estimator", estimator, trainer_modes(estimator) if estimator else ()),
+        (f"{ACTOR}.policy_loss.loss_mode", loss, OUR_MODES if loss and loss.token_fields else ()),
     ):
-        modes = borrowing.get(name, (mode,))
-        if mode not in modes:
+        if record is not None and modes and mode not in modes:
             raise ConfigError(
-                f"trainer.v1.trainer_mode = {mode!r}: {key} = {name!r} needs {' or '.join(modes)}"
+                f"trainer.v1.trainer_mode = {mode!r}: {key} = {record.name!r} needs "
+                f"{' or '.join(modes)}"
             )
-
-
-def _check_down_sampled(loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:
-    """Check D3S's settings and that its loss lets dropped tokens be."""
-    d3s_settings(algorithm)
-    normalizes_by_std(algorithm)
-    combination = f"adv_estimator = 'd3s' with policy_loss.loss_mode = {loss_mode!r}"
-    reason = (SELECTING_LOSSES | PENALISED_LOSSES | AVERAGING_LOSSES).get(loss_mode)
-    if reason is not None:
-        usable = [name for name in HOMOGENEOUS_LOSSES if name not in AVERAGING_LOSSES]
-        raise ConfigError(
-            f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
-            f"loss {reason}; use one of {', '.join(usable)}"
-        )
-    if loss_mode not in HOMOGENEOUS_LOSSES:
-        return [f"{combination}: unknown here; D3S needs a loss that is 0 where the advantage is"]
-    return []
-
-
-def _check_weighted(estimator: str, loss_mode: str, algorithm: Mapping[str, Any]) -> list[str]:
-    """Check what the hysteretic weight is combined with."""
-    combination = f"adv_estimator = {estimator!r} with policy_loss.loss_mode = {loss_mode!r}"
-    if loss_mode in SELECTING_LOSSES:
-        raise ConfigError(
-            f"{combination}: the weight would change more than the weight of the loss, since "
-            f"that loss {SELECTING_LOSSES[loss_mode]}; use one of {', '.join(HOMOGENEOUS_LOSSES)}"
-        )
-    warnings = []
-    if loss_mode in PENALISED_LOSSES:
-        warnings.append(f"{combination}: that loss {PENALISED_LOSSES[loss_mode]}")
-    elif loss_mode not in HOMOGENEOUS_LOSSES:
-        warnings.append(
-            f"{combination}: unknown here; weighting the advantages equals weighting the loss "
-            "only if that loss is proportional to the advantage"
-        )
-    if algorithm.get("use_kl_in_reward", False):
-        warnings.append(
-            f"adv_estimator = {estimator!r} with algorithm.use_kl_in_reward: the KL penalty "
-            "enters the rewards, so groups are hardly ever equal and the counts of signs follow it"
-        )
-    return warnings
 
 
 def check_guards(config: DictConfig) -> None:
@@ -186,8 +216,8 @@ def check_with_verl(config: DictConfig) -> None:
     for section in TYPED_SECTIONS:
         values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
         # verl passes these on to our estimators untyped.
-        for ours in ESTIMATOR_SECTIONS.values():
-            values.pop(ours, None)
+        for estimator in OUR_ESTIMATORS.values():
+            values.pop(estimator.section, None)
         try:
             omega_conf_to_dataclass(DictConfig(values))
         except Exception as error:

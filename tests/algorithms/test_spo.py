@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hpo_verl.algorithms.spo import (
     SPOSettings,
     ValueTracker,
-    mean_drift,
     single_stream_advantages,
 )
 from hpo_verl.core.groups import group_relative_advantages
+from hpo_verl.core.ratios import mean_drift
 from hpo_verl.errors import ConfigError, DataError
 
 NAN = float("nan")

@@ -118,8 +118,8 @@ def train(model_path, rank, world, packed=True):
     from verl.utils.metric import Metric
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
-    from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
-    from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
+    from hpo_verl.algorithms.registry import OUR_LOSSES
+    from hpo_verl.verl_plugin.config import SECTIONS
     from hpo_verl.verl_plugin.engine.loss_statistics import PREFIX, loss_with_statistics
 
     engine = make_engine(model_path, path=PACKED if packed else PADDED)
@@ -130,19 +130,16 @@ def train(model_path, rank, world, packed=True):
     splits = splits | {"tokens": None} if packed else {1: 8}
     results = {"outputs": outputs(engine, mini_batch(rows, None, packed))}
     # A share that the upper bound reaches on its way.
-    informed = {
-        "bapo": BAPOPolicyLossConfig(positive_share=0.77, clip_high_start=1.0),
-        "hapo": HAPOPolicyLossConfig(),
-    }
-    for loss, modes in LOSS_AGG_MODES.items():
-        for mode in modes:
+    special = {"bapo": SECTIONS["bapo"](positive_share=0.77, clip_high_start=1.0)}
+    for loss, record in OUR_LOSSES.items():
+        for mode in record.aggregations:
             for name, size in splits.items():
                 config = ActorConfig(
                     strategy="fsdp2",
                     rollout_n=1,
                     ppo_micro_batch_size_per_gpu=1,
                     loss_agg_mode=mode,
-                    policy_loss=informed.get(loss, PolicyLossConfig(loss_mode=loss)),
+                    policy_loss=special.get(loss, PolicyLossConfig(loss_mode=loss)),
                 )
                 with engine.train_mode():
                     engine.optimizer_zero_grad()

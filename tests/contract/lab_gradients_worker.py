@@ -1,9 +1,9 @@
 """verl's actor on one batch, once per algorithm; run by test_lab_gradients.py.
 
 Arguments: folder with a tiny model and `batch.pt`, port, algorithms. Advantages come from the
-estimator that verl's registry has under the recipe's name, with what a trainer mode of ours lends
-it; gradients from verl's engine, of vendor `hpo` as `recipes/run` selects it, and the loss function
-that our trainer modes give to the actor. Both are written to `verl.pt`.
+estimator that verl's registry has under the recipe's name, with what a trainer mode of ours
+provides; gradients from verl's engine, of vendor `hpo` as `recipes/run` selects it, and the loss
+function that our trainer modes give to the actor. Both are written to `verl.pt`.
 """
 
 import os
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
+from hpo_verl.algorithms.registry import LOSSES
 from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
-from hpo_verl.verl_plugin.estimator_inputs import lend
-from hpo_verl.verl_plugin.losses import ENGINE_VENDOR, ENTROPY_DEVIATION, loss_settings
+from hpo_verl.verl_plugin.losses import ENGINE_VENDOR, loss_settings
 
 
 def recipe_of(name, width):
@@ -40,7 +40,7 @@ def advantages_of(recipe, batch):
     if estimator == "grpo":
         extra = {"norm_adv_by_std_in_grpo": section["norm_adv_by_std_in_grpo"]}
     values = dict(enumerate(batch["values"].tolist()))
-    with lend(entropy=batch["entropy"], progress=batch["progress"], values=values):
+    with extras.provide(entropy=batch["entropy"], progress=batch["progress"], values=values):
         advantages, _ = get_adv_estimator_fn(estimator)(
             token_level_rewards=last * batch["rewards"][:, None],
             response_mask=mask,
@@ -70,12 +70,12 @@ def mini_batch(batch, advantages, recipe):
     ones = [torch.ones(length, dtype=torch.long) for length in lengths]
     zeros = [torch.zeros(len(prompt), dtype=torch.long) for prompt in prompts]
     policy_loss = recipe["actor_rollout_ref"]["actor"]["policy_loss"]
-    extra = {}
-    if policy_loss["loss_mode"] == "hapo":
-        deviation = entropy_deviation(
-            batch["entropy"], batch["mask"], loss_settings(HAPOSettings, policy_loss)
-        )
-        extra[ENTROPY_DEVIATION] = nested(cut(deviation))
+    loss = LOSSES[policy_loss["loss_mode"]]
+    settings = loss_settings(loss, policy_loss)
+    extra = {
+        name: nested(cut(make(batch["entropy"], batch["mask"], settings)))
+        for name, make in loss.token_fields.items()
+    }
     return tu.get_tensordict(
         extra
         | {

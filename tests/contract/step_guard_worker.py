@@ -91,12 +91,10 @@ def main(rank, folder, port):
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     from hpo_verl.errors import NotFiniteError
-    from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
     from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
     from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, StepGuardSettings
 
     engine = make_engine(folder, lr=0.01)
-    informed = {"bapo": BAPOPolicyLossConfig(), "hapo": HAPOPolicyLossConfig()}
     results = {}
 
     def loss_of(name="hpo", limit=100, **settings):
@@ -106,7 +104,7 @@ def main(rank, folder, port):
             rollout_n=1,
             ppo_micro_batch_size_per_gpu=1,
             loss_agg_mode=mode,
-            policy_loss=informed.get(name, PolicyLossConfig(loss_mode=name)),
+            policy_loss=PolicyLossConfig(loss_mode=name),
             **settings,
         )
         function = partial(loss_with_statistics, config=config)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from engine_ranks import free_port, run_ranks, save_tiny_model
 
-from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
+from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.core.statistics import token_means
 
 SPLITS = [
     *((1, 1), (1, 2), (1, 8), (1, "tokens")),
     *((2, 2), (2, 4), (2, 8), (2, "tokens")),
 ]
-OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes]
+OURS = [(name, mode) for name, loss in OUR_LOSSES.items() for mode in loss.aggregations]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from verl.workers.engine.base import BaseEngine
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils import losses as verl_losses
 
-from hpo_verl.algorithms.catalog import ALGORITHMS, HYSTERETIC_ESTIMATORS, LOSS_AGG_MODES
+from hpo_verl.algorithms.registry import ALGORITHMS, OUR_LOSSES
 from hpo_verl.verl_plugin import losses
 
 
@@ -20,7 +20,7 @@ def parameters(function):
     return list(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize("name", LOSS_AGG_MODES)
+@pytest.mark.parametrize("name", OUR_LOSSES)
 def test_our_losses_have_the_signature_of_verls(name):
     ours = core_algos.get_policy_loss_fn(name)
     assert parameters(ours) == parameters(core_algos.compute_policy_loss_vanilla)
@@ -56,17 +56,16 @@ def test_the_methods_that_the_trainer_modes_extend_exist():
 
 
 def test_no_setting_of_ours_hides_one_of_verls():
-    for settings in losses.LOSS_SETTINGS.values():
+    for settings in filter(None, (loss.settings for loss in OUR_LOSSES.values())):
         assert not set(settings.__dataclass_fields__) & set(PolicyLossConfig.__dataclass_fields__)
     for field in ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "policy_loss"):
         assert field in ActorConfig.__dataclass_fields__
 
 
-def test_every_name_of_the_catalogue_is_registered():
+def test_estimator_and_loss_of_every_record_are_registered():
     for algorithm in ALGORITHMS.values():
-        assert core_algos.get_adv_estimator_fn(algorithm.estimator)
-        assert core_algos.get_policy_loss_fn(algorithm.loss)
-    assert set(HYSTERETIC_ESTIMATORS) <= set(core_algos.ADV_ESTIMATOR_REGISTRY)
+        assert core_algos.get_adv_estimator_fn(algorithm.estimator.name)
+        assert core_algos.get_policy_loss_fn(algorithm.loss.name)
 
 
 def test_importing_verl_registers_without_loading_what_holds_the_registries():

@@ -1,9 +1,9 @@
-"""How verl calls an estimator, with what a trainer of ours lends it."""
+"""How verl calls an estimator, with what a trainer of ours provides."""
 
 import torch
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from hpo_verl.verl_plugin.estimator_inputs import lend
+from hpo_verl.verl_plugin import extras
 
 
 def token_rewards(rewards, width=4):
@@ -15,11 +15,12 @@ def token_rewards(rewards, width=4):
     return matrix
 
 
-def call_with_report(name, rewards, uids, config=None, mask=None, lent=None, **kwargs):
+def call_with_report(name, rewards, uids, config=None, mask=None, provided=None, **kwargs):
     """Advantages, `[batch, response]`, and what the estimator reported."""
     rewards = token_rewards(rewards)
     mask = torch.ones_like(rewards) if mask is None else mask
-    with lend(**(lent or {})) as reported:
+    reported = []
+    with extras.provide(report=reported.append, **(provided or {})):
         advantages, returns = get_adv_estimator_fn(name)(
             token_level_rewards=rewards,
             response_mask=mask,
@@ -28,7 +29,8 @@ def call_with_report(name, rewards, uids, config=None, mask=None, lent=None, **k
             **kwargs,
         )
     assert returns is advantages
-    return advantages, reported
+    assert reported[0].advantages is advantages
+    return advantages, reported[0].result.statistics
 
 
 def call(*arguments, **kwargs):

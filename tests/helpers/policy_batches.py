@@ -1,18 +1,16 @@
 """Micro-batches for policy losses, and how verl calls a loss on them."""
 
-import copy
-
 import pytest
 import torch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
-from hpo_verl.algorithms.catalog import LOSS_AGG_MODES
-from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
+from hpo_verl.algorithms.base import TokenBatch
+from hpo_verl.algorithms.registry import OUR_LOSSES
+from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.losses import loss_settings
 
-OURS = [(name, mode) for name, modes in LOSS_AGG_MODES.items() for mode in modes]
+OURS = [(name, mode) for name, record in OUR_LOSSES.items() for mode in record.aggregations]
 BOTH = pytest.mark.parametrize(("name", "mode"), OURS)
 
 
@@ -53,50 +51,41 @@ def counts_of(mask, dp_size=1):
     }
 
 
-INFORMED = {"bapo": BAPOPolicyLossConfig, "hapo": HAPOPolicyLossConfig}
-
-
-def bounds_of(batch, settings):
-    """BAPO's clip bounds, as if this were the whole mini-batch."""
-    log_prob, old, advantages, mask = (
-        batch[key].detach().double()
-        for key in ("log_prob", "old_log_prob", "advantages", "response_mask")
+def provided_to(name, config, batch):
+    """What workers provide to a loss beyond verl's arguments, as if this were the mini-batch."""
+    record, mask = OUR_LOSSES[name], batch["response_mask"]
+    log_prob, old, advantages = (
+        batch[key].detach() for key in ("log_prob", "old_log_prob", "advantages")
     )
-    if len({tensor.shape for tensor in (log_prob, old, advantages, mask)}) > 1:
-        return ClipBounds(0.8, 1.2, 0.5)
-    mask = mask.bool()
-    log_ratio = torch.where(mask, log_prob - old, 0).nan_to_num(0).clamp(-20, 20)
-    sums = contributions(log_ratio, old, torch.where(mask, advantages, 0), mask, settings)
-    return find_clip_bounds(sums.tolist(), settings)
+    # Some function of the token with values in [-1, 1], NaN where the token's are.
+    found = {field: torch.sin(7 * old.float()) for field in record.token_fields}
+    sums = record.mini_batch_sums
+    if sums is not None and len({t.shape for t in (log_prob, old, advantages, mask)}) > 1:
+        found[extras.MINI_BATCH] = sums.kind(0.8, 1.2, 0.5)
+    elif sums is not None:
+        live = mask.bool()
+        log_ratio = torch.where(live, log_prob.double() - old.double(), 0).nan_to_num(0)
+        tokens = TokenBatch(
+            log_ratio.clamp(-20, 20), torch.where(live, advantages.double(), 0), live, old.double()
+        )
+        settings = loss_settings(record, config.policy_loss)
+        total = sums.contributions(tokens, settings)
+        found[extras.MINI_BATCH] = sums.result(total.tolist(), settings)
+    return found
 
 
-def supplied(name, config, batch):
-    """The config with what workers give some losses beyond verl's arguments."""
-    if name not in INFORMED:
-        return config
-    typed = isinstance(config.policy_loss, INFORMED[name])
-    policy_loss = copy.deepcopy(config.policy_loss) if typed else INFORMED[name]()
-    if name == "hapo":
-        # Some function of the token with values in [-1, 1], NaN where the token's are.
-        deviation = torch.sin(7 * batch["old_log_prob"].detach().float())
-        policy_loss.batch_info["entropy_deviation"] = deviation
-    elif not policy_loss.batch_info:
-        settings = loss_settings(BAPOSettings, policy_loss)
-        policy_loss.batch_info["clip_bounds"] = bounds_of(batch, settings)
-    config = copy.copy(config)
-    config.__dict__["policy_loss"] = policy_loss
-    return config
-
-
-def evaluate(name, batch, mode="token-mean", config=None, weights=None):
+def evaluate(name, batch, mode="token-mean", config=None, weights=None, provided=None):
     """Return loss, gradient and metrics, called as verl calls it."""
-    config = supplied(name, config or actor_config(mode), batch)
+    config = config or actor_config(mode)
+    if provided is None:
+        provided = provided_to(name, config, batch) if name in OUR_LOSSES else {}
     leaf = batch["log_prob"].detach().clone().requires_grad_()
-    loss, metrics = get_policy_loss_fn(name)(
-        **{**batch, "log_prob": leaf},
-        loss_agg_mode=mode,
-        config=config,
-        rollout_is_weights=weights,
-    )
+    with extras.provide(**provided):
+        loss, metrics = get_policy_loss_fn(name)(
+            **{**batch, "log_prob": leaf},
+            loss_agg_mode=mode,
+            config=config,
+            rollout_is_weights=weights,
+        )
     loss.backward()
     return loss.detach(), leaf.grad, metrics

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo_verl import cli
-from hpo_verl.algorithms.catalog import ALGORITHMS
+from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
 from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
 from hpo_verl.launch import prepare_recipe, resume, train
@@ -31,7 +31,7 @@ def test_list_names_every_recipe_algorithm_paper_equation_and_option():
     assert lines[0] == f"recipes: {', '.join(recipe_names())}"
     for algorithm in ALGORITHMS.values():
         (line,) = [text for text in lines if text.split()[:1] == [algorithm.name]]
-        assert line.split()[1] == f"arXiv:{algorithm.paper}"
+        assert line.split()[1] == f"arXiv:{algorithm.papers[0]}"
         assert line.endswith(algorithm.equation)
     for group in GROUPS:
         assert f"{group}=: {', '.join(group_options(group))}" in lines

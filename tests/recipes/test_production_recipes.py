@@ -19,7 +19,7 @@ from composed_recipes import algorithm_file, composed, plain, with_algorithm
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
+from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.checks.configuration import check_settings
 from hpo_verl.checks.data import check_files
 from hpo_verl.checks.subject import Subject
@@ -87,7 +87,7 @@ def test_verl_accepts_every_recipe_with_every_algorithm_on_every_hardware(monkey
         where = " ".join(map(str, combination))
         try:
             # validate_config builds the actor itself.
-            ours = ESTIMATOR_SECTIONS.values()
+            ours = [estimator.section for estimator in OUR_ESTIMATORS.values()]
             build({k: v for k, v in config["algorithm"].items() if k not in ours})
             build(config["actor_rollout_ref"]["rollout"])
             check_algorithm(config)

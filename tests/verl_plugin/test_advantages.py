@@ -312,7 +312,7 @@ def test_a_wider_response_changes_nothing(name):
 
 def test_verls_own_trainer_is_told_once_where_alpha_is_logged(monkeypatch, caplog):
     """One prompt, one success among four: 1 positive, 3 negatives, so alpha is 1/3."""
-    monkeypatch.setattr(adapter.statistics_hint, "needed", True)
+    monkeypatch.setattr(adapter, "_told", set())
     rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
     for _ in range(2):
         adapter.ESTIMATORS["a_hpo"](rewards, torch.ones(4, 1), {}, index=["a"] * 4)

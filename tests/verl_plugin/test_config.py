@@ -17,16 +17,10 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.config import omega_conf_to_dataclass
 
-from hpo_verl.algorithms.catalog import (
-    ALGORITHMS,
-    HOMOGENEOUS_LOSSES,
-    LOSS_AGG_MODES,
-    PENALISED_LOSSES,
-    SELECTING_LOSSES,
-)
+from hpo_verl.algorithms.registry import ALGORITHMS, LOSSES
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
-from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig, HAPOPolicyLossConfig
+from hpo_verl.verl_plugin.config import SECTIONS
 from hpo_verl.verl_plugin.validation import check_algorithm
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -85,7 +79,7 @@ def evaluate(config):
 def test_every_recipe_composes_and_passes_the_checks(algorithm):
     config = composed(algorithm)
     assert check_algorithm(config) == []
-    assert config.algorithm.adv_estimator == ALGORITHMS[algorithm].estimator
+    assert config.algorithm.adv_estimator == ALGORITHMS[algorithm].estimator.name
     assert torch.isfinite(torch.tensor(evaluate(config)[0]))
 
 
@@ -158,7 +152,7 @@ def test_sapo_reads_its_temperatures_at_actor_level():
 def test_bapo_finds_its_bounds_and_selects_its_engine():
     config = composed("bapo")
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    assert actor.policy_loss == BAPOPolicyLossConfig()
+    assert actor.policy_loss == SECTIONS["bapo"]()
     # P = 0.5 + 1.2, N = 1.5 + 0.6: 0.447 of the whole, so the first bounds stay.
     assert evaluate(config)[0] == pytest.approx((-1.7 + 2.1) / 4, rel=1e-5)
     # For 0.48: c_high = 1.45 gives 1.95 / 4.05.
@@ -195,7 +189,7 @@ def test_bapo_without_its_engine_is_refused(monkeypatch):
 
 def test_hapos_settings_are_typed_and_reach_the_loss():
     actor = omega_conf_to_dataclass(composed("hapo").actor_rollout_ref.actor)
-    assert actor.policy_loss == HAPOPolicyLossConfig()
+    assert actor.policy_loss == SECTIONS["hapo"]()
     # h = sin 0 = 0 here: the clip is the plain one of 0.2 / 0.28.
     assert evaluate(composed("hapo"))[0] == pytest.approx((-1.28 - 0.5 + 1.5 + 0.8) / 4)
     path = "actor_rollout_ref.actor.policy_loss"
@@ -269,30 +263,25 @@ def test_what_cannot_be_meant_is_refused(algorithm, override, message):
 
 
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
-STOCK_CONFIG = "verl.workers.config.PolicyLossConfig"
+SELECTING = [name for name, loss in LOSSES.items() if loss.selects]
+PENALISED = [name for name, loss in LOSSES.items() if not loss.proportional and not loss.selects]
 
 
-def section_of(config):
-    """The config with the policy_loss section that its loss needs."""
-    policy_loss = config.actor_rollout_ref.actor.policy_loss
-    policy_loss._target_ = plugin.INFORMED_CONFIGS.get(policy_loss.loss_mode, STOCK_CONFIG)
-    return config
+def test_every_class_of_composition_has_a_loss():
+    assert set(SELECTING) == {"clip_cov", "kl_cov", "bapo"}
+    assert PENALISED == ["dro"]
 
 
 @pytest.mark.parametrize("algorithm", ["hpo", "a_hpo"])
 def test_the_weight_composes_with_every_loss_that_is_proportional_to_the_advantage(algorithm):
     config = composed(algorithm)
-    for loss in set(HOMOGENEOUS_LOSSES) - {"sapo"}:
+    for name, loss in LOSSES.items():
+        if not loss.proportional or loss.always:
+            continue
         actor = config.actor_rollout_ref.actor
-        actor.policy_loss.loss_mode = loss
-        actor.loss_agg_mode = LOSS_AGG_MODES.get(loss, ("token-mean",))[0]
-        assert check_algorithm(section_of(config)) == []
-
-
-def test_a_loss_that_needs_more_than_verl_passes_needs_its_own_section():
-    config = composed("a_hpo", f"{LOSS}=hapo")
-    with pytest.raises(ConfigError, match=r"policy_loss\._target_ = .*needs .*HAPOPolicy"):
-        check_algorithm(config)
+        actor.policy_loss.loss_mode = name
+        actor.loss_agg_mode = (*loss.aggregations, "token-mean")[0]
+        assert check_algorithm(config) == []
 
 
 def test_sapo_says_that_it_ignores_the_aggregation():
@@ -300,15 +289,15 @@ def test_sapo_says_that_it_ignores_the_aggregation():
     assert "ignores loss_agg_mode = 'token-mean'" in warning
 
 
-@pytest.mark.parametrize("loss", SELECTING_LOSSES)
+@pytest.mark.parametrize("loss", SELECTING)
 def test_losses_that_choose_tokens_by_the_advantage_are_refused(loss):
     with pytest.raises(ConfigError, match=f"adv_estimator = 'a_hpo' with .*'{loss}'"):
-        check_algorithm(section_of(composed("a_hpo", f"{LOSS}={loss}")))
+        check_algorithm(composed("a_hpo", f"{LOSS}={loss}"))
     if loss != "bapo":
         assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
 
 
-@pytest.mark.parametrize("loss", [*PENALISED_LOSSES, "someone_elses"])
+@pytest.mark.parametrize("loss", [*PENALISED, "someone_elses"])
 def test_other_losses_are_warned_about(loss):
     (warning,) = check_algorithm(composed("a_hpo", f"{LOSS}={loss}"))
     assert f"policy_loss.loss_mode = '{loss}'" in warning
@@ -337,5 +326,5 @@ def test_the_hysteretic_settings_reach_the_estimator():
 
 
 def test_the_loss_of_the_recipes_is_ours():
-    assert get_policy_loss_fn(ALGORITHMS["a_hpo"].loss) is plugin.LOSSES["hpo"]
-    assert get_policy_loss_fn(ALGORITHMS["mhpo"].loss) is plugin.LOSSES["mhpo"]
+    assert get_policy_loss_fn(ALGORITHMS["a_hpo"].loss.name) is plugin.LOSSES["hpo"]
+    assert get_policy_loss_fn(ALGORITHMS["mhpo"].loss.name) is plugin.LOSSES["mhpo"]

@@ -1,7 +1,6 @@
-"""D3S as verl calls it: selection, denominators, checks, and what the trainer lends."""
+"""D3S as verl calls it: selection, denominators, and checks."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,19 +8,9 @@ from estimator_calls import call, call_with_report
 from omegaconf import OmegaConf
 from policy_batches import actor_config, counts_of, evaluate, make_batch
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-from verl.utils import tensordict_utils as tu
 
-from hpo_verl.algorithms.catalog import (
-    AVERAGING_LOSSES,
-    HOMOGENEOUS_LOSSES,
-    LOSS_AGG_MODES,
-    PENALISED_LOSSES,
-    SELECTING_LOSSES,
-)
+from hpo_verl.algorithms.registry import LOSSES
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.verl_plugin import d3s
-from hpo_verl.verl_plugin.entropy import TokenEntropy
-from hpo_verl.verl_plugin.losses import INFORMED_CONFIGS
 from hpo_verl.verl_plugin.validation import check_algorithm, check_trainer_mode
 
 NAN = float("nan")
@@ -32,8 +21,8 @@ OFF = {
 
 
 def estimate(rewards, uids, entropy, progress=0.0, mask=None, **settings):
-    lent = {"entropy": torch.tensor(entropy), "progress": progress}
-    return call_with_report("d3s", rewards, uids, {"d3s": OFF | settings}, mask, lent)
+    provided = {"entropy": torch.tensor(entropy), "progress": progress}
+    return call_with_report("d3s", rewards, uids, {"d3s": OFF | settings}, mask, provided)
 
 
 # ---------------------------------------------------------------- estimator
@@ -95,18 +84,14 @@ def test_without_a_trainer_of_ours_the_estimator_says_which_to_use():
         )
 
 
-def test_registering_twice_changes_nothing():
-    d3s.register()
-    assert get_adv_estimator_fn("d3s") is d3s.estimate
-
-
 # ---------------------------------------------------------------- the loss and its denominator
 
 
 ACCEPTED = [
-    (loss_mode, mode)
-    for loss_mode in sorted({*HOMOGENEOUS_LOSSES} - {*AVERAGING_LOSSES, "bypass_mode"})
-    for mode in LOSS_AGG_MODES.get(loss_mode, ("token-mean", "seq-mean-token-mean"))
+    (name, mode)
+    for name, loss in LOSSES.items()
+    if not loss.caveat and name != "bypass_mode"
+    for mode in loss.aggregations or ("token-mean", "seq-mean-token-mean")
 ]
 
 
@@ -134,10 +119,7 @@ def config(loss_mode="vanilla", mode="hpo_sync", **algorithm):
             "algorithm": {"adv_estimator": "d3s", "d3s": {}, **algorithm},
             "actor_rollout_ref": {
                 "actor": {
-                    "policy_loss": {
-                        "loss_mode": loss_mode,
-                        "_target_": INFORMED_CONFIGS.get(loss_mode),
-                    },
+                    "policy_loss": {"loss_mode": loss_mode},
                     "loss_agg_mode": "token-mean",
                 }
             },
@@ -162,7 +144,7 @@ def test_what_cannot_be_meant_is_refused(algorithm, message):
         check_algorithm(config(**algorithm))
 
 
-@pytest.mark.parametrize("loss_mode", [*SELECTING_LOSSES, *PENALISED_LOSSES, *AVERAGING_LOSSES])
+@pytest.mark.parametrize("loss_mode", [name for name, loss in LOSSES.items() if loss.caveat])
 def test_losses_that_an_advantage_of_zero_does_not_silence_are_refused(loss_mode):
     with pytest.raises(ConfigError, match=f"'d3s' with policy_loss.loss_mode = '{loss_mode}'"):
         check_algorithm(config(loss_mode))
@@ -180,48 +162,3 @@ def test_the_trainer_mode_must_be_ours(mode):
     with pytest.raises(ConfigError, match=r"trainer_mode = 'sync': .*'d3s' needs hpo_sync or"):
         check_trainer_mode(config(mode="sync"))
     check_trainer_mode(config(mode="sync", adv_estimator="grpo"))
-
-
-# ---------------------------------------------------------------- trainer
-
-
-@pytest.mark.parametrize(
-    ("step", "steps", "progress"), [(1, 5, 0.0), (3, 5, 0.5), (5, 5, 1.0), (9, 5, 1.0), (1, 1, 0.0)]
-)
-def test_the_trainer_lends_entropies_and_progress_and_logs_what_was_kept(
-    monkeypatch, step, steps, progress
-):
-    entropy = [torch.tensor([0.1, 0.2]), torch.tensor([0.3])]
-    stored = {"entropy": torch.nested.as_nested_tensor(entropy, layout=torch.jagged)}
-    monkeypatch.setattr(
-        "transfer_queue.kv_batch_get",
-        lambda keys, partition_id, select_fields: tu.get_tensordict(
-            {name: stored[name] for name in select_fields}
-        ),
-    )
-    seen = {}
-
-    class Parent:
-        def _compute_advantage(self, batch, metrics):
-            if self.config.algorithm.adv_estimator == "d3s":
-                seen["entropy"] = d3s.borrow("d3s", "entropy")
-                seen["progress"] = d3s.borrow("d3s", "progress")
-                d3s.borrow("d3s", "reported")["d3s_token_fraction"] = 0.25
-            return batch
-
-    trainer = type("Mode", (TokenEntropy, d3s.DownSamplingTrainer, Parent), {})()
-    trainer.config = config()
-    trainer.global_steps, trainer.total_training_steps = step, steps
-    metrics, batch = {}, SimpleNamespace(keys=["k"] * 2, partition_id="train")
-    assert trainer._compute_advantage(batch, metrics) is batch
-    assert metrics == {"hpo/d3s_token_fraction": 0.25}
-    assert seen["progress"] == progress
-    torch.testing.assert_close(seen["entropy"], torch.tensor([[0.1, 0.2], [0.3, 0.0]]))
-
-    # Nothing stays lent, and another estimator costs nothing.
-    with pytest.raises(ConfigError, match="'d3s' needs entropy from the trainer"):
-        d3s.borrow("d3s", "entropy")
-    trainer.config.algorithm.adv_estimator, metrics = "grpo", {}
-    monkeypatch.delattr("transfer_queue.kv_batch_get")
-    trainer._compute_advantage(batch, metrics)
-    assert metrics == {}

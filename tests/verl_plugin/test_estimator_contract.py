@@ -4,10 +4,10 @@ import pytest
 import torch
 from estimator_calls import call, token_rewards
 
-from hpo_verl.algorithms.catalog import ESTIMATOR_SECTIONS
+from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import DataError
 
-EVERY = pytest.mark.parametrize("name", ESTIMATOR_SECTIONS)
+EVERY = pytest.mark.parametrize("name", OUR_ESTIMATORS)
 UIDS = list("aaaabbbbcc")
 # Distinct advantages, so that nothing depends on how ties are broken.
 REWARDS = [1.0, 0.0, 0.1, 0.3, 0.9, 0.8, 0.0, 0.2, 0.5, 0.5]
@@ -16,7 +16,7 @@ MASK = torch.arange(4) < LENGTHS[:, None]
 NAN, INF = float("nan"), float("inf")
 
 
-def lent(rows=10, width=4):
+def provided(rows=10, width=4):
     generator = torch.Generator().manual_seed(0)
     return {
         "entropy": torch.rand(rows, width, generator=generator),
@@ -26,7 +26,7 @@ def lent(rows=10, width=4):
 
 
 def estimate(name, rewards=REWARDS, uids=UIDS, mask=MASK, given=None, **kwargs):
-    return call(name, rewards, uids, mask=mask, lent=given or lent(), **kwargs)
+    return call(name, rewards, uids, mask=mask, provided=given or provided(), **kwargs)
 
 
 @EVERY
@@ -50,7 +50,7 @@ def test_masks_of_every_type_give_the_same(name, dtype):
 @EVERY
 @pytest.mark.parametrize("reward", [0.0, 1.0, NAN])
 def test_padding_rows_count_for_nothing(name, reward):
-    given = lent()
+    given = provided()
     given["entropy"] = torch.cat([given["entropy"], torch.full((3, 4), NAN)])
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.bool)])
     padded = estimate(name, [*REWARDS, *[reward] * 3], [*UIDS, "p", "p", "a"], mask, given)
@@ -60,7 +60,7 @@ def test_padding_rows_count_for_nothing(name, reward):
 
 @EVERY
 def test_masked_equals_removed(name):
-    given = lent()
+    given = provided()
     given["entropy"] = torch.nn.functional.pad(given["entropy"], (0, 3), value=INF)
     wide = torch.nn.functional.pad(MASK, (0, 3))
     rewards = torch.nn.functional.pad(token_rewards(REWARDS), (0, 3), value=NAN)
@@ -70,7 +70,7 @@ def test_masked_equals_removed(name):
 @EVERY
 def test_the_order_of_responses_does_not_matter(name):
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
-    given = lent()
+    given = provided()
     given["entropy"] = given["entropy"][order]
     shuffled = estimate(
         name, token_rewards(REWARDS)[order], [UIDS[i] for i in order], MASK[order], given
@@ -105,7 +105,10 @@ def test_shapes_and_uids_are_checked(name):
 
 @EVERY
 def test_an_empty_batch(name):
-    assert estimate(name, torch.zeros(0, 4), [], torch.zeros(0, 4), lent(rows=0)).shape == (0, 4)
+    assert estimate(name, torch.zeros(0, 4), [], torch.zeros(0, 4), provided(rows=0)).shape == (
+        0,
+        4,
+    )
 
 
 @EVERY

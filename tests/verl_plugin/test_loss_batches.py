@@ -1,8 +1,8 @@
-"""Masks, splits, types and extremes: the same for every loss of the catalogue."""
+"""Masks, splits, types and extremes: the same for every loss of ours."""
 
 import pytest
 import torch
-from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch, supplied
+from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch, provided_to
 
 from hpo_verl.errors import DataError
 
@@ -120,10 +120,19 @@ def test_splitting_a_mini_batch_changes_nothing(name, mode, parts, dp_size):
         name, batch, mode, actor_config(mode, counts=counts_of(batch["response_mask"]))
     )
     config = actor_config(mode, counts=counts_of(batch["response_mask"], dp_size))
-    # What belongs to the mini-batch is known to every piece; hapo's tokens have their own.
-    config = supplied(name, config, batch)
+    # What belongs to the mini-batch is known to every piece; tokens have fields of their own.
+    whole_batch = provided_to(name, config, batch)
     pieces = [
-        evaluate(name, {key: value[rows] for key, value in batch.items()}, mode, config)
+        evaluate(
+            name,
+            {key: value[rows] for key, value in batch.items()},
+            mode,
+            config,
+            provided={
+                key: value[rows] if isinstance(value, torch.Tensor) else value
+                for key, value in whole_batch.items()
+            },
+        )
         for rows in torch.arange(16).chunk(parts)
     ]
     # FSDP averages over ranks, which the factor dp_size undoes.

@@ -18,7 +18,7 @@ from hpo_verl.verl_plugin.engine.loss_statistics import (
     policy_loss_sums,
     pop_token_means,
 )
-from hpo_verl.verl_plugin.trainer import modes as trainers
+from hpo_verl.verl_plugin.trainer import algorithm_step as trainers
 
 
 def micro_batch(seed=0, rows=4):
@@ -156,7 +156,7 @@ def test_the_trainer_replaces_the_sums_of_the_update_by_their_means():
             metrics[step_guard.NO_ADVANTAGE] = 1 / 8
             return batch
 
-    mode = type("Mode", (trainers.BatchStatistics, Parent), {"parent_mode": "sync"})
+    mode = type("Mode", (trainers.AlgorithmStep, Parent), {"parent_mode": "sync"})
     trainer, metrics = mode.__new__(mode), {}
     actor = {"ppo_mini_batch_size": 2, "ppo_epochs": 2}
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 3}}})
@@ -179,7 +179,7 @@ def test_the_loss_with_statistics_is_handed_to_the_workers(monkeypatch, distilla
         def _setup(self):
             self.actor_rollout_wg = SimpleNamespace(set_loss_fn=handed.append)
 
-    mode = type("Mode", (trainers.BatchStatistics, Parent), {"parent_mode": "sync"})
+    mode = type("Mode", (trainers.AlgorithmStep, Parent), {"parent_mode": "sync"})
     trainer = mode.__new__(mode)
     trainer.config = OmegaConf.create(
         {

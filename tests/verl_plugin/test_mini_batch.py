@@ -1,5 +1,6 @@
 """The engine that sums over a whole mini-batch; with verl's own engine: tests/contract."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,11 +13,15 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
 from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
+from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin import losses
-from hpo_verl.verl_plugin.config import BAPOPolicyLossConfig
+from hpo_verl.verl_plugin import extras, losses
+from hpo_verl.verl_plugin.config import SECTIONS
 from hpo_verl.verl_plugin.engine import mini_batch as plugin
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
+
+BAPOPolicyLossConfig = SECTIONS["bapo"]
+SUMS = OUR_LOSSES["bapo"].mini_batch_sums
 
 
 def config(**changes):
@@ -26,12 +31,13 @@ def config(**changes):
 @pytest.mark.parametrize("function", [ppo_loss, loss_with_statistics])
 def test_only_a_training_loss_of_bapo_needs_the_extra_pass(function):
     actor = config()
-    assert plugin.bapo_config(partial(function, config=actor)) is actor
+    settings = (OUR_LOSSES["bapo"], BAPOSettings())
+    assert plugin.summed_loss(partial(function, config=actor)) == settings
     other = actor_config(policy_loss=PolicyLossConfig(loss_mode="vanilla"))
-    assert plugin.bapo_config(partial(function, config=other)) is None
-    assert plugin.bapo_config(partial(function, config=SimpleNamespace())) is None
-    assert plugin.bapo_config(function) is None
-    assert plugin.bapo_config(None) is None
+    assert plugin.summed_loss(partial(function, config=other)) is None
+    assert plugin.summed_loss(partial(function, config=SimpleNamespace())) is None
+    assert plugin.summed_loss(function) is None
+    assert plugin.summed_loss(None) is None
 
 
 def test_the_loss_without_bounds_says_what_is_needed():
@@ -102,7 +108,7 @@ def plain_sums(output, data, settings):
 def test_the_summing_loss_sees_the_tokens_of_the_response():
     output, data = nested_batch()
     settings, sums = BAPOSettings(), []
-    loss, metrics = plugin.summing_loss(settings, sums)(model_output=output, data=data)
+    loss, metrics = plugin.summing_loss(SUMS, settings, sums)(model_output=output, data=data)
     assert (loss.item(), metrics) == (0.0, {})
     torch.testing.assert_close(sums[0], plain_sums(output, data, settings), rtol=1e-6, atol=0)
 
@@ -115,10 +121,10 @@ def test_a_live_value_that_is_not_finite_counts_for_nothing_in_the_sums(field):
     tensor = output["log_probs"] if field == "log_probs" else data[field]
     tensor.values()[1 if field == "log_probs" else 0] = float("nan")
     sums = []
-    plugin.summing_loss(BAPOSettings(), sums)(model_output=output, data=data)
+    plugin.summing_loss(SUMS, BAPOSettings(), sums)(model_output=output, data=data)
     output, data = nested_batch()
     data["response_mask"].values()[0] = 0
-    plugin.summing_loss(BAPOSettings(), sums)(model_output=output, data=data)
+    plugin.summing_loss(SUMS, BAPOSettings(), sums)(model_output=output, data=data)
     assert torch.equal(sums[0], sums[1])
 
 
@@ -154,7 +160,7 @@ def second_rank(monkeypatch):
 
 def loss_that_notes(seen):
     def loss_function(model_output, data, dp_group=None, config=None):
-        seen.append(config.policy_loss.batch_info.get("clip_bounds"))
+        seen.append(extras.get(extras.MINI_BATCH))
         return torch.zeros(()), {}
 
     return loss_function
@@ -175,7 +181,7 @@ def test_the_bounds_are_set_for_verls_own_pass_and_cleared_afterwards(second_ran
     assert seen[0].positive_share == pytest.approx(expected.positive_share, rel=1e-6)
     assert engine.passes == [(True, False), (False, True)]
     assert second_rank == ["group"]
-    assert actor.policy_loss.batch_info == {}
+    assert extras.get(extras.MINI_BATCH) is None
     metrics = output["metrics"]
     assert metrics["actor/bapo_low"] == [expected.low]
     assert metrics["actor/bapo_high"] == [expected.high]
@@ -184,11 +190,10 @@ def test_the_bounds_are_set_for_verls_own_pass_and_cleared_afterwards(second_ran
 
 
 def test_bounds_do_not_outlive_a_pass_that_fails(second_rank):
-    actor = config()
     engine = plugin.mini_batch_engine(Parent)([nested_batch()], fails=True)
     with pytest.raises(RuntimeError, match="out of memory"):
-        engine.forward_backward_batch("data", partial(loss_that_notes([]), config=actor))
-    assert actor.policy_loss.batch_info == {}
+        engine.forward_backward_batch("data", partial(loss_that_notes([]), config=config()))
+    assert extras.get(extras.MINI_BATCH) is None
 
 
 @pytest.mark.parametrize("forward_only", [True, False])
@@ -211,7 +216,8 @@ def test_every_setting_reaches_the_search(second_rank, monkeypatch):
         used.append(settings)
         return ClipBounds(1.0, 1.0, 0.0)
 
-    monkeypatch.setattr(plugin, "find_clip_bounds", note)
+    record = replace(OUR_LOSSES["bapo"], mini_batch_sums=replace(SUMS, result=note))
+    monkeypatch.setitem(losses.RECORDS, "bapo", record)
     changes = {
         "positive_share": 0.5, "clip_low_start": 0.3, "clip_low_end": 0.7, "clip_low_step": 0.1,
         "clip_high_start": 1.1, "clip_high_end": 1.5, "clip_high_step": 0.2,

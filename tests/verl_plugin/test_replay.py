@@ -7,12 +7,14 @@ import zipfile
 
 import pytest
 import torch
-from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch, supplied
+from policy_batches import BOTH, actor_config, counts_of, evaluate, make_batch, provided_to
 from typer.testing import CliRunner
 from verl.workers.config import PolicyLossConfig
 
+from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.cli import app
 from hpo_verl.errors import DataError
+from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.engine import replay as plugin
 from hpo_verl.verl_plugin.engine.replay import load, save
 
@@ -28,13 +30,14 @@ def recorded(name="vanilla", mode="token-mean", batch=None, parts=1, **settings)
     """A batch as the guard records it, split into micro-batches."""
     batch = batch or make_batch()
     config = actor_config(mode, PolicyLossConfig(loss_mode=name), **settings)
-    config = supplied(name, config, batch)
-    tensors = dict(batch)
-    if name == "hapo":
-        tensors["entropy_deviation"] = config.policy_loss.batch_info.pop("entropy_deviation")
+    provided = provided_to(name, config, batch) if name in OUR_LOSSES else {}
+    fields = {key: value for key, value in provided.items() if isinstance(value, torch.Tensor)}
+    tensors = {**batch, **fields}
     counts = counts_of(batch["response_mask"])
     counts.pop("loss_scale_factor")
-    info = {**plugin.loss_settings_of(config), "counts": counts, "found": "what was seen"}
+    with extras.provide(**provided):
+        settings_of_loss = plugin.loss_settings_of(config)
+    info = {**settings_of_loss, "counts": counts, "found": "what was seen"}
     pieces = [
         dict(zip(tensors, rows, strict=True))
         for rows in zip(*(tensor.chunk(parts) for tensor in tensors.values()), strict=True)
@@ -185,7 +188,7 @@ BAD_INFO = {
     "no mapping": ({"actor": 3}, "actor: must be a mapping"),
     "a count of 0": ({"counts": {"dp_size": 0}}, "counts.dp_size = 0"),
     "no counts": ({"counts": {}}, "dp_size"),
-    "a bound of text": ({"clip_bounds": ["a", "b", "c"]}, "must be three numbers"),
+    "a bound of text": ({"mini_batch": ["a", "b", "c"]}, "must be numbers"),
     "a number found": ({"found": 3}, "found: must be a text"),
 }
 

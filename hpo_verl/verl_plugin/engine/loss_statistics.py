@@ -9,16 +9,32 @@ the loss. The extra work is elementwise and touches no model.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from hpo_verl.core.ratios import bound_log_ratio, masked_log_ratio
 from hpo_verl.core.statistics import token_means, token_sums
-from hpo_verl.verl_plugin.entropy import token_fields
+from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.losses import selected_loss
 
 PREFIX = "actor/hpo_sums/"
 """Keys under which the sums travel from the workers to the trainer."""
+
+
+def token_fields(config: Any, data: Any) -> AbstractContextManager[None]:
+    """Provide the fields of a micro-batch that its loss reads and verl does not pass to it.
+
+    Args:
+        config: verl's actor config.
+        data: The micro-batch, nested.
+    """
+    loss = selected_loss(config.policy_loss)
+    names = () if loss is None else loss.token_fields
+    return extras.provide(
+        **{name: data[name].to_padded_tensor(0.0) for name in names if name in data}
+    )
 
 
 def loss_with_statistics(

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.core.masking import not_finite
 from hpo_verl.errors import DataError
-from hpo_verl.verl_plugin.losses import CLIP_BOUNDS, ENTROPY_DEVIATION
+from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.extras import MINI_BATCH
 
 FORMAT = "hpo_verl not finite 2"
 MAX_BYTES = 1 << 30
@@ -33,7 +35,7 @@ MASK = "response_mask"
 FIELDS = {
     "old_log_prob": "old_log_probs",
     "ref_log_prob": "ref_log_prob",
-    ENTROPY_DEVIATION: ENTROPY_DEVIATION,
+    **{name: name for loss in OUR_LOSSES.values() for name in loss.token_fields},
     "rollout_is_weights": "rollout_is_weights",
     "advantages": "advantages",
 }
@@ -99,11 +101,11 @@ def loss_settings_of(config: Any) -> dict[str, Any]:
     """The plain settings of verl's actor config, and what the loss has of the whole mini-batch."""
     from verl.workers.config import ActorConfig
 
-    bounds = (config.policy_loss.get("batch_info", None) or {}).get(CLIP_BOUNDS)
+    summed = extras.get(MINI_BATCH)
     return {
         "actor": _plain_settings(config, ActorConfig),
         "policy_loss": _nested_settings(config.policy_loss),
-        CLIP_BOUNDS: bounds and list(bounds),
+        MINI_BATCH: summed and list(summed),
     }
 
 
@@ -180,10 +182,11 @@ def _checked_batch(content: Any) -> RecordedBatch:
             raise DataError(f"counts.{key} = {count!r}: must be a positive integer")
     if not isinstance(info["found"], str):
         raise DataError("found: must be a text")
-    bounds = info[CLIP_BOUNDS]
-    if bounds is not None and not (len(bounds) == 3 and all(isinstance(b, float) for b in bounds)):
-        raise DataError(f"{CLIP_BOUNDS} = {bounds!r}: must be three numbers")
+    summed = info[MINI_BATCH]
+    if summed is not None and not all(isinstance(number, float) for number in summed):
+        raise DataError(f"{MINI_BATCH} = {summed!r}: must be numbers")
     actor_config(info)
+    mini_batch_result(info)
     if not isinstance(micro_batches, list) or not micro_batches:
         raise DataError("micro_batches: must be a list with entries")
     for index, tensors in enumerate(micro_batches):
@@ -235,14 +238,17 @@ def actor_config(info: Mapping[str, Any]) -> Any:
     """
     from verl.workers.config import ActorConfig
 
-    from hpo_verl.algorithms.bapo import ClipBounds
-
     policy_loss = _section("policy_loss", info["policy_loss"])
-    policy_loss["batch_info"] = {}
-    if info[CLIP_BOUNDS] is not None:
-        policy_loss["batch_info"][CLIP_BOUNDS] = ClipBounds(*info[CLIP_BOUNDS])
     actor = _section("actor", info["actor"])
     return ActorConfig(**actor, policy_loss=policy_loss)  # type: ignore[arg-type]
+
+
+def mini_batch_result(info: Mapping[str, Any]) -> Any:
+    """Rebuild what the loss made of its sums over the whole mini-batch; None without any."""
+    loss = OUR_LOSSES.get(info["policy_loss"].get("loss_mode"))
+    if loss is None or loss.mini_batch_sums is None or info[MINI_BATCH] is None:
+        return None
+    return loss.mini_batch_sums.kind(*info[MINI_BATCH])
 
 
 def evaluate(
@@ -262,7 +268,7 @@ def evaluate(
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.losses import ppo_loss
 
-    from hpo_verl.verl_plugin.entropy import token_fields
+    from hpo_verl.verl_plugin.engine.loss_statistics import token_fields
 
     found = first_not_finite(tensors)
     if found is not None:
@@ -288,7 +294,8 @@ def evaluate(
     output = {"log_probs": behind_a_prompt(log_prob)}
     if "entropy" in tensors:
         output["entropy"] = behind_a_prompt(tensors["entropy"])
-    with token_fields(config, data), torch.random.fork_rng(devices=[]):
+    summed = extras.provide(**{MINI_BATCH: mini_batch_result(info)})
+    with summed, token_fields(config, data), torch.random.fork_rng(devices=[]):
         loss, _ = ppo_loss(config, output, data)
         value = loss.item()
         (gradient,) = torch.autograd.grad(loss, log_prob)

@@ -1,5 +1,9 @@
-"""SPO's part of a trainer, between stand-ins for verl's trainer, actor and TransferQueue."""
+"""A history of prompts, SPO's: sampler, state, and the part of a trainer that serves it.
 
+The trainer stands between stand-ins for verl's trainer, actor and TransferQueue.
+"""
+
+import io
 import json
 from types import SimpleNamespace
 
@@ -7,13 +11,133 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.utils import tensordict_utils as tu
 
-from hpo_verl.algorithms.spo import SPOSettings
+from hpo_verl.algorithms.spo import SPOSettings, ValueTracker
 from hpo_verl.errors import DataError
-from hpo_verl.verl_plugin import spo
-from hpo_verl.verl_plugin.estimator_inputs import borrow
-from hpo_verl.verl_plugin.trainer.spo_trainer import PARTITION, SingleStreamTrainer
+from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.trainer import prompt_history as plugin
+from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
+from hpo_verl.verl_plugin.trainer.last_responses import LastResponse, LastResponses, scoring_fields
+from hpo_verl.verl_plugin.trainer.prompt_history import PARTITION, PromptHistoryTrainer
+
+# ---------------------------------------------------------------- sampler
+
+
+def make_sampler(prompts=20, batch=4, seed=0, **settings):
+    return plugin.HistorySampler(ValueTracker(prompts, SPOSettings(**settings)), batch, seed)
+
+
+def make_loader(sampler, batch=4):
+    data = [{"text": f"p{i}"} for i in range(len(sampler))]
+    return StatefulDataLoader(
+        plugin.NumberedRows(data), batch_size=batch, sampler=sampler, drop_last=True,
+        collate_fn=lambda items: [item[plugin.ROW] for item in items],
+    )  # fmt: skip
+
+
+def learn(sampler, rows, step):
+    """A reward that depends on prompt and step, so that weights move."""
+    rewards = torch.tensor([float((row + step) % 3 == 0) for row in rows])
+    sampler.history.update(torch.tensor(rows), rewards, torch.full((len(rows),), 0.9))
+    for row in rows:
+        sampler.last[row] = LastResponse(
+            torch.tensor([row], dtype=torch.int32), torch.tensor([step, row], dtype=torch.int32),
+            torch.tensor([True, step % 2 == 0]), torch.tensor([-0.5, -float(row)]),
+        )  # fmt: skip
+
+
+def test_items_tell_their_row_and_a_batch_holds_no_prompt_twice():
+    sampler = make_sampler(prompts=6)
+    assert plugin.NumberedRows([{"x": 1}, {"x": 2}])[1] == {"x": 2, plugin.ROW: 1}
+    batches = iter(make_loader(sampler))
+    # More batches than an epoch has: there is no end.
+    for _ in range(10):
+        rows = next(batches)
+        assert len(set(rows)) == 4
+        assert set(rows) <= set(range(6))
+    assert len(sampler) == 6
+
+
+def test_a_batch_is_drawn_with_the_weights_of_the_moment():
+    sampler = make_sampler(prompts=50, batch=2, exploration=1e-6)
+    batches = iter(make_loader(sampler, batch=2))
+    next(batches)
+    sampler.history.alpha = torch.full((50,), 1e-12, dtype=torch.float64)
+    sampler.history.alpha[[7, 33]] = 0.5
+    assert sorted(next(batches)) == [7, 33]
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_saved_and_restored_it_goes_on_the_same(seed):
+    """As verl does it: the loader's state through torch.save, into a fresh trainer."""
+    first = make_sampler(seed=seed)
+    loader = make_loader(first)
+    batches = iter(loader)
+    for step in range(5):
+        learn(first, next(batches), step)
+    file = io.BytesIO()
+    torch.save(loader.state_dict(), file)
+
+    second = make_sampler(seed=99)
+    again = make_loader(second)
+    again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+    restored = iter(again)
+    for step in range(5, 12):
+        rows = next(batches)
+        assert next(restored) == rows
+        assert list(second.last) == list(first.last)
+        for row, last in first.last.items():
+            for ours, theirs in zip(last, second.last[row], strict=True):
+                assert torch.equal(ours, theirs)
+                assert ours.dtype == theirs.dtype
+        learn(first, rows, step)
+        learn(second, rows, step)
+        assert torch.equal(first.history.alpha, second.history.alpha)
+        assert torch.equal(first.history.beta, second.history.beta)
+
+
+def test_a_state_in_the_middle_of_a_batch_keeps_what_was_drawn():
+    first = make_sampler(batch=4)
+    one = make_loader(first, batch=1)
+    batches = iter(one)
+    next(batches)
+    second = make_sampler(batch=4, seed=5)
+    again = make_loader(second, batch=1)
+    again.load_state_dict(one.state_dict())
+    restored = iter(again)
+    assert [next(restored) for _ in range(9)] == [next(batches) for _ in range(9)]
+
+
+def test_a_state_of_another_training_set_is_refused():
+    loader = make_loader(make_sampler(prompts=20))
+    next(iter(loader))
+    other = make_loader(make_sampler(prompts=21))
+    other.load_state_dict(loader.state_dict())
+    with pytest.raises(DataError, match="20 prompts, but the training set has 21"):
+        iter(other)
+
+
+def test_last_responses_keep_their_lengths_and_types():
+    empty = LastResponses()
+    empty.load_state_dict(LastResponses().state_dict())
+    assert empty == {}
+    last = LastResponse(
+        torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32),
+        torch.tensor([True, False]), torch.tensor([-0.5, -1.5]),
+    )  # fmt: skip
+    fields = scoring_fields([last, last])
+    assert fields["input_ids"].unbind()[1].tolist() == [5, 6, 7, 1, 2]
+    assert fields["position_ids"].unbind()[0].tolist() == [0, 1, 2, 3, 4]
+    assert fields["prompts"].unbind()[0].tolist() == [5, 6, 7]
+    assert fields["responses"].unbind()[0].tolist() == [1, 2]
+    assert fields["loss_mask"].unbind()[0].tolist() == [1, 0]
+    assert all(column.dtype == torch.int64 for column in fields.values())
+
+
+# ---------------------------------------------------------------- trainer
 
 
 def nested(rows):
@@ -73,12 +197,22 @@ class Parent:
         self.train_dataloader = "verl's"
 
     def _submit_batch_to_rollout(self, batch):
-        assert spo.ROW not in batch
+        assert plugin.ROW not in batch
         return len(batch)
 
     def _compute_advantage(self, batch, metrics):
-        if self.config.algorithm.adv_estimator == "spo":
-            self.lent = dict(borrow("spo", "values"))
+        name = self.config.algorithm.adv_estimator
+        if name == "spo":
+            self.provided = extras.get("values")
+            fields = ["uid", "response_mask", "rm_scores"]
+            data = self.queue.kv_batch_get(batch.keys, batch.partition_id, fields)
+            uids = data.pop("uid").tolist()
+            get_adv_estimator_fn(name)(
+                token_level_rewards=data["rm_scores"].to_padded_tensor(0.0),
+                response_mask=data["response_mask"].to_padded_tensor(0),
+                config=self.config.algorithm,
+                index=uids,
+            )
         return batch
 
 
@@ -87,11 +221,19 @@ def trainer(monkeypatch):
     queue = Queue()
     for name in ("kv_batch_put", "kv_batch_get", "kv_clear"):
         monkeypatch.setattr(f"transfer_queue.{name}", getattr(queue, name))
-    result = type("Mode", (SingleStreamTrainer, Parent), {})()
+    result = type("Mode", (AlgorithmStep, PromptHistoryTrainer, Parent), {})
+    result = result.__new__(result)
     result.config = OmegaConf.create(
         {
-            "algorithm": {"adv_estimator": "spo", "spo": {"drift_half": 1.0, "rho_min": 0.25}},
-            "actor_rollout_ref": {"rollout": {"temperature": 0.7}},
+            "algorithm": {
+                "adv_estimator": "spo",
+                "use_kl_in_reward": False,
+                "spo": {"drift_half": 1.0, "rho_min": 0.25},
+            },
+            "actor_rollout_ref": {
+                "rollout": {"temperature": 0.7},
+                "actor": {"policy_loss": {"loss_mode": "vanilla"}},
+            },
             "data": {"train_batch_size": 3, "seed": 0},
         }
     )
@@ -104,7 +246,7 @@ def trainer(monkeypatch):
 def submit(trainer, uids):
     """Draw a batch and hand it to the rollout; returns the prompts' rows."""
     batch = tu.get_tensordict(next(iter(trainer.train_dataloader)))
-    rows = list(batch[spo.ROW])
+    rows = list(batch[plugin.ROW])
     tu.assign_non_tensor_stack(batch, "uid", uids)
     assert trainer._submit_batch_to_rollout(batch) == 3
     return rows
@@ -138,14 +280,14 @@ def test_a_step_lends_values_of_before_and_then_counts_the_rewards(trainer):
     rows = submit(trainer, ["u", "v", "w"])
     metrics, batch = {}, answer(trainer, ["u", "v", "w"], [1.0, 0.0, 1.0])
     assert trainer._compute_advantage(batch, metrics) is batch
-    assert trainer.lent == {"u": 0.5, "v": 0.5, "w": 0.5}
+    assert trainer.provided == {"u": 0.5, "v": 0.5, "w": 0.5}
     # A first visit is no drift: rho = rho_max = .96.
-    tracker = trainer._sampler.tracker
+    tracker = trainer._sampler.history
     assert tracker.alpha[rows].tolist() == pytest.approx([1.48, 0.48, 1.48])
     assert tracker.beta[rows].tolist() == pytest.approx([0.48, 1.48, 0.48])
     others = [row for row in range(8) if row not in rows]
     assert (tracker.alpha[others] == 0.5).all()
-    assert metrics == {
+    assert {key: value for key, value in metrics.items() if "spo_" in key} == {
         "hpo/spo_value": 0.5, "hpo/spo_forgetting": pytest.approx(0.96),
         "hpo/spo_drift": 0.0, "hpo/spo_revisited_fraction": 0.0,
     }  # fmt: skip
@@ -154,7 +296,7 @@ def test_a_step_lends_values_of_before_and_then_counts_the_rewards(trainer):
 
 
 def test_a_prompt_that_comes_back_is_scored_again_and_forgets_by_the_drift(trainer):
-    tracker, policy = trainer._sampler.tracker, trainer.actor_rollout_wg
+    tracker, policy = trainer._sampler.history, trainer.actor_rollout_wg
     trainer._rows = {"u": 5, "v": 2, "w": 7}
     trainer._compute_advantage(answer(trainer, ["u", "v", "w"], [1.0, 0.0, 1.0]), {})
     assert trainer._rows == {}
@@ -164,7 +306,7 @@ def test_a_prompt_that_comes_back_is_scored_again_and_forgets_by_the_drift(train
     # The responses of before, of two and three tokens; the shorter again up to four rows.
     first, second = [41, 41, 0, 1], [42, 41, 0, 1, 2]
     assert policy.scored == [first, second, first, first]
-    assert trainer.lent["x"] == pytest.approx(0.48 / 1.96)
+    assert trainer.provided["x"] == pytest.approx(0.48 / 1.96)
     # D = .5: rho = 2^-.5; prompt 0 is new: .96.
     rho = 2**-0.5
     assert tracker.alpha[[2, 0, 7]].tolist() == pytest.approx([rho * 0.48 + 1, 1.48, rho * 1.48])
@@ -201,8 +343,8 @@ def test_constant_forgetting_scores_and_keeps_nothing(trainer):
         trainer._compute_advantage(answer(trainer, [uid], [1.0]), metrics)
     assert trainer.actor_rollout_wg.scored == []
     assert trainer._sampler.last == {}
-    assert trainer._sampler.tracker.alpha[3] == 0.25 * (0.25 * 0.5 + 1) + 1
-    assert set(metrics) == {"hpo/spo_value", "hpo/spo_forgetting"}
+    assert trainer._sampler.history.alpha[3] == 0.25 * (0.25 * 0.5 + 1) + 1
+    assert {key for key in metrics if "spo_" in key} == {"hpo/spo_value", "hpo/spo_forgetting"}
     assert metrics["hpo/spo_forgetting"] == 0.25
 
 
@@ -210,7 +352,7 @@ def test_two_responses_of_one_prompt_are_refused_and_count_for_nothing(trainer):
     trainer._rows = {"a": 3, "b": 3}
     with pytest.raises(DataError, match=r"^spo: row 3 of the training set has 2 responses"):
         trainer._compute_advantage(answer(trainer, ["a", "b"], [1.0, 0.0]), {})
-    assert (trainer._sampler.tracker.alpha == 0.5).all()
+    assert (trainer._sampler.history.alpha == 0.5).all()
 
 
 def test_offline_rewards_reach_the_tracker(trainer, tmp_path):
@@ -218,7 +360,7 @@ def test_offline_rewards_reach_the_tracker(trainer, tmp_path):
     file.write_text(json.dumps([[1, 0, 1], *[[]] * 7]))
     trainer.config.algorithm.spo.initial_rewards = str(file)
     trainer._init_dataloader()
-    assert trainer._sampler.tracker.values()[0].item() == pytest.approx(2.5 / 4)
+    assert trainer._sampler.history.values()[0].item() == pytest.approx(2.5 / 4)
     file.write_text("[[1]]")
     with pytest.raises(DataError, match="1 lists for 8 prompts"):
         trainer._init_dataloader()
@@ -226,7 +368,7 @@ def test_offline_rewards_reach_the_tracker(trainer, tmp_path):
 
 def test_the_loader_reads_nothing_ahead(trainer):
     assert trainer.train_dataloader.num_workers == 0
-    first, tracker = submit(trainer, ["a", "b", "c"]), trainer._sampler.tracker
+    first, tracker = submit(trainer, ["a", "b", "c"]), trainer._sampler.history
     assert len(set(first)) == 3
     tracker.settings = SPOSettings(exploration=1e-9)
     tracker.alpha = torch.full((8,), 1e-14, dtype=torch.float64)
@@ -235,13 +377,9 @@ def test_the_loader_reads_nothing_ahead(trainer):
     assert set(trainer._rows) == set("abcdef")
 
 
-def test_another_estimator_leaves_the_trainer_alone(trainer, monkeypatch):
+def test_another_estimator_leaves_the_trainer_alone(trainer):
     trainer.config.algorithm.adv_estimator = "grpo"
     trainer._init_dataloader()
     assert trainer.train_dataloader == "verl's"
-    monkeypatch.delattr("transfer_queue.kv_batch_get")
-    metrics, batch = {}, SimpleNamespace()
-    assert trainer._compute_advantage(batch, metrics) is batch
-    assert metrics == {}
     plain = tu.get_tensordict({"uid": np.array(["a"], dtype=object), "x": torch.zeros(1)})
     assert trainer._submit_batch_to_rollout(plain) == 1

@@ -1,0 +1,55 @@
+"""The one channel for what an estimator or a loss needs beyond verl's arguments.
+
+A trainer mode of ours provides values to the estimator while it runs on the driver, an engine or
+a loss function of ours to the loss while it runs in a worker. TransferQueue only carries what the
+driver makes for the workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from hpo_verl.errors import ConfigError
+
+MINI_BATCH = "mini_batch"
+"""Result of a loss's sums over its whole mini-batch."""
+
+REPORT = "report"
+"""Function that an estimator's call is handed to; see `advantages.Estimate`."""
+
+_provided: ContextVar[Mapping[str, Any]] = ContextVar("hpo_verl_extras", default={})  # noqa: B039
+
+
+@contextmanager
+def provide(**values: Any) -> Iterator[None]:
+    """Provide values by name to what is called inside, besides those of the outer call."""
+    token = _provided.set({**_provided.get(), **values})
+    try:
+        yield
+    finally:
+        _provided.reset(token)
+
+
+def get(name: str) -> Any:
+    """Return what is provided under a name; None if nothing is."""
+    return _provided.get().get(name)
+
+
+def require(name: str, who: str, source: str) -> Any:
+    """Return what is provided under a name.
+
+    Args:
+        name: Of the value.
+        who: Key and value of the setting that needs it, for the message.
+        source: What is needed, and what would provide it, for the message.
+
+    Raises:
+        ConfigError: Nothing is provided under that name.
+    """
+    value = get(name)
+    if value is None:
+        raise ConfigError(f"{who} needs {source}")
+    return value

@@ -1,0 +1,247 @@
+"""The part of a trainer for estimators with a history of prompts: draws, values and updates.
+
+verl 0.9.1 has no setting for a sampler of prompts (the curriculum sampler of earlier versions is
+gone). A registered trainer may build its own data loader, and does so here; verl saves the
+loader's state in `data.pt` of every checkpoint, and with it the history and the last response of
+every prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Sampler
+
+from hpo_verl.algorithms.base import Estimator, PromptHistory
+from hpo_verl.algorithms.registry import ESTIMATORS
+from hpo_verl.core.ratios import mean_drift
+from hpo_verl.errors import DataError
+from hpo_verl.verl_plugin.advantages import Estimate, read_settings
+from hpo_verl.verl_plugin.trainer.last_responses import (
+    LastResponse,
+    LastResponses,
+    gather,
+    scoring_fields,
+)
+
+ROW = "prompt_row"
+"""Column that tells a prompt's row in the training set."""
+
+PARTITION = "last_responses"
+"""Where in TransferQueue last responses lie while they are scored."""
+
+RESPONSE_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs")
+"""Fields of a step that a last response is made of."""
+
+
+class NumberedRows(Dataset[dict[str, Any]]):
+    """A data set whose items tell their row.
+
+    Args:
+        dataset: verl's training set.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {**self.dataset[row], ROW: row}
+
+
+class HistorySampler(Sampler[int]):
+    """Draws prompts as their history says, without end.
+
+    A batch is drawn when its first prompt is asked for, from the history of that
+    moment; the loader must not read ahead, or it would use an old one.
+
+    Args:
+        history: Of the prompts.
+        batch_size: Prompts that are drawn at once, all different.
+        seed: Of the draws; None for a seed of the system.
+
+    Attributes:
+        history: As given.
+        last: The last response of every prompt, saved with the history.
+    """
+
+    def __init__(self, history: PromptHistory, batch_size: int, seed: int | None) -> None:
+        self.history = history
+        self.batch_size = batch_size
+        self.last = LastResponses()
+        self.generator = torch.Generator()
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+        self._drawn: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.history)
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            if not self._drawn:
+                self._drawn = self.history.draw(self.batch_size, self.generator)
+            yield self._drawn.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next draws and updates depend on."""
+        return {
+            "tracker": self.history.state_dict(),
+            "last": self.last.state_dict(),
+            "generator": self.generator.get_state(),
+            "drawn": list(self._drawn),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            DataError: It is of another number of prompts.
+        """
+        self.history.load_state_dict(state["tracker"])
+        self.last.load_state_dict(state["last"])
+        self.generator.set_state(state["generator"])
+        self._drawn = list(state["drawn"])
+
+
+class PromptHistoryTrainer:
+    """Mixed into a trainer of verl: does nothing unless the estimator has a history."""
+
+    config: Any
+    train_dataset: Any
+    train_dataloader: Any
+    actor_rollout_wg: Any
+    _sampler: HistorySampler
+    _rows: dict[Hashable, int]
+
+    def _with_history(self) -> Estimator | None:
+        estimator = ESTIMATORS.get(str(self.config.algorithm.adv_estimator))
+        return estimator if estimator is not None and estimator.history is not None else None
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()  # type: ignore[misc]
+        estimator = self._with_history()
+        if estimator is None or estimator.history is None:
+            return
+        from torchdata.stateful_dataloader import StatefulDataLoader
+        from verl.utils.dataset.rl_dataset import collate_fn
+
+        data = self.config.data
+        settings = read_settings(estimator, self.config.algorithm)
+        history = estimator.history(len(self.train_dataset), settings)
+        self._sampler = HistorySampler(history, data.train_batch_size, data.get("seed"))
+        self._rows = {}
+        self.train_dataloader = StatefulDataLoader(
+            dataset=NumberedRows(self.train_dataset),
+            batch_size=data.get("gen_batch_size", None) or data.train_batch_size,
+            # A worker would read ahead, with the history of earlier steps.
+            num_workers=0,
+            drop_last=True,
+            collate_fn=collate_fn,
+            sampler=self._sampler,
+        )
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        if self._with_history() is not None:
+            self._rows.update(zip(batch["uid"], batch[ROW], strict=True))
+            batch.pop(ROW)
+        return super()._submit_batch_to_rollout(batch)  # type: ignore[misc]
+
+    def prompt_values(self) -> dict[Hashable, float]:
+        """Value of every prompt that was drawn for this step, by its uid."""
+        values = self._sampler.history.values()
+        return {uid: float(values[row]) for uid, row in self._rows.items()}
+
+    def history_fields(self) -> tuple[str, ...]:
+        """Fields of the step that `learn_from` reads."""
+        return RESPONSE_FIELDS if self._sampler.history.measures_drift else ()
+
+    def learn_from(self, estimate: Estimate, data: Any) -> dict[str, float]:
+        """Update the history with the step's responses.
+
+        Args:
+            estimate: The call of the estimator.
+            data: The step's fields, nested.
+
+        Returns:
+            Numbers to log as `hpo/<name>`.
+
+        Raises:
+            DataError: A prompt has several responses.
+        """
+        at = estimate.rollout.live.nonzero().squeeze(-1).tolist()
+        rows = [self._rows[estimate.labels[position]] for position in at]
+        if len(set(rows)) != len(rows):
+            twice = next(row for row in rows if rows.count(row) > 1)
+            name = self.config.algorithm.adv_estimator
+            raise DataError(
+                f"{name}: row {twice} of the training set has {rows.count(twice)} responses; an "
+                "agent loop must give one per prompt"
+            )
+        history, last = self._sampler.history, self._sampler.last
+        drift = torch.zeros(len(rows), dtype=torch.float64)
+        seen = [i for i, row in enumerate(rows) if row in last]
+        if history.measures_drift and rows:
+            if seen:
+                drift[seen] = self._drift([last[rows[i]] for i in seen], len(estimate.labels))
+            responses = gather(*(data[name] for name in RESPONSE_FIELDS))
+            last.update({row: responses[i] for row, i in zip(rows, at, strict=True)})
+        rewards = estimate.rollout.rewards[at]
+        self._rows.clear()
+        return history.learn(torch.tensor(rows, dtype=torch.int64), rewards, drift, len(seen))
+
+    def _drift(self, last: list[LastResponse], rows: int) -> torch.Tensor:
+        """Score last responses with the policy as it is, and compare.
+
+        Args:
+            last: The responses.
+            rows: How many rows to score, filled up with copies of the shortest.
+
+        Returns:
+            Mean |change of log-probability| of every response, nats, `[len(last)]`.
+        """
+        import transfer_queue as tq
+        from tensordict import TensorDict
+        from transfer_queue import KVBatchMeta
+        from verl.workers.utils.padding import response_from_nested
+
+        # As many rows as the batch has: verl has split those over ranks and micro-batches.
+        filled = last + [min(last, key=LastResponse.length)] * (rows - len(last))
+        keys = [f"last_{i}" for i in range(len(filled))]
+        fields = scoring_fields(filled)
+        tags: list[dict[str, Any]] = [{} for _ in keys]
+        tq.kv_batch_put(
+            keys=keys,
+            partition_id=PARTITION,
+            fields=TensorDict(fields, batch_size=len(filled)),  # type: ignore[arg-type]
+            tags=tags,
+        )
+        try:
+            extra = {
+                "calculate_entropy": False,
+                "compute_loss": False,
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+            self.actor_rollout_wg.compute_log_prob(
+                KVBatchMeta(
+                    keys=keys, tags=tags, partition_id=PARTITION, fields=[*fields], extra_info=extra
+                )
+            )
+            data = tq.kv_batch_get(
+                keys=keys, partition_id=PARTITION, select_fields=["log_probs", "response_mask"]
+            )
+        finally:
+            tq.kv_clear(keys=keys, partition_id=PARTITION)
+        scored = response_from_nested(data["log_probs"], data["response_mask"])
+        return mean_drift(
+            scored.to_padded_tensor(0.0)[: len(last)],
+            pad_sequence([one.log_prob for one in last], batch_first=True),
+            pad_sequence([one.mask for one in last], batch_first=True),
+        )

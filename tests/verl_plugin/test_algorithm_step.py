@@ -1,0 +1,232 @@
+"""What the trainer provides to an algorithm, stores for its loss, and logs of a step."""
+
+import uuid
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from estimator_calls import call_with_report
+from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.utils import tensordict_utils as tu
+
+from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
+from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
+
+HPO_KEYS = {
+    "hpo/alpha", "hpo/positive_fraction", "hpo/negative_fraction",
+    "hpo/zero_spread_group_fraction", "hpo/solve_rate", "hpo/response_length_positive",
+    "hpo/response_length_negative", "hpo/advantage_mass_negative_over_positive",
+    "hpo/advantage_mass_negative_over_positive_before_weighting",
+}  # fmt: skip
+
+
+LENGTHS = torch.tensor([2, 4, 6, 8, 3, 3, 1])
+# Four responses of one prompt, two of another, one padding row.
+MASK = torch.arange(8) < torch.tensor([2, 4, 6, 8, 3, 3, 0])[:, None]
+UIDS = np.array([*"aaaabb", f"pad{uuid.uuid4().hex}"], dtype=object)
+REWARDS = (1.0, 0.0, 0.0, 0.0, 0.7, 0.7, 0.0)
+ENTROPY = torch.rand(7, 8, generator=torch.Generator().manual_seed(0))
+
+
+def nested(values):
+    rows = [row[: int(length)] for row, length in zip(values, LENGTHS, strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def config(estimator="a_hpo", loss="hpo", policy_loss=None, **algorithm):
+    section = {"adv_estimator": estimator, "use_kl_in_reward": False, **algorithm}
+    return OmegaConf.create(
+        {
+            "algorithm": section,
+            "actor_rollout_ref": {
+                "actor": {"policy_loss": {"loss_mode": loss, **(policy_loss or {})}}
+            },
+        }
+    )
+
+
+class Parent:
+    """verl's trainer as far as needed: calls the estimator, and stores what it returns.
+
+    Attributes:
+        store: Fields of TransferQueue, nested.
+        mask: The estimator's; a rollout correction may have masked tokens.
+        penalty: Taken off the rewards, as a KL penalty is.
+    """
+
+    def _compute_advantage(self, batch, metrics):
+        metrics["parent"] = 1
+        self.provided = {name: extras.get(name) for name in ("entropy", "progress")}
+        section = self.config.algorithm
+        rewards = self.store["rm_scores"].to_padded_tensor(0.0) - self.penalty * MASK
+        advantages, _ = get_adv_estimator_fn(section.adv_estimator)(
+            token_level_rewards=rewards,
+            response_mask=self.mask.long(),
+            config=section,
+            index=UIDS,
+        )
+        self.store["advantages"] = nested(advantages)
+        self.store["token_level_rewards"] = nested(rewards)
+        return batch
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """Run one step; gives trainer, metrics, and the fields that were fetched, call by call."""
+    scores = torch.zeros(7, 8)
+    ends = torch.tensor([1, 3, 5, 7, 2, 2, 0])
+
+    def run(configuration, rewards=REWARDS, mask=MASK, penalty=0.0, at=(1, 1)):
+        scores[torch.arange(7), ends] = torch.tensor(rewards)
+        fields = {
+            "response_mask": nested(mask.long()),
+            "rm_scores": nested(scores),
+            "entropy": nested(ENTROPY),
+        }
+        fetched = []
+
+        def kv_batch_get(keys, partition_id, select_fields):
+            fetched.append([*select_fields])
+            found = {key: fields[key] for key in select_fields if key != "uid"}
+            if "uid" in select_fields:
+                found["uid"] = UIDS.tolist()
+            return tu.get_tensordict(found)
+
+        def kv_batch_put(keys, partition_id, fields):
+            trainer.store.update(fields.items())
+            return batch
+
+        monkeypatch.setattr("transfer_queue.kv_batch_get", kv_batch_get)
+        monkeypatch.setattr("transfer_queue.kv_batch_put", kv_batch_put)
+        trainer = type("Mode", (AlgorithmStep, Parent), {}).__new__(
+            type("Mode", (AlgorithmStep, Parent), {})
+        )
+        trainer.config, trainer.store, trainer.mask = configuration, fields, mask
+        trainer.penalty = penalty
+        trainer.global_steps, trainer.total_training_steps = at
+        batch, metrics = SimpleNamespace(keys=["k"] * 7, partition_id="train"), {}
+        assert trainer._compute_advantage(batch, metrics) is batch
+        assert metrics.pop("parent") == 1
+        assert all(extras.get(name) is None for name in ("entropy", "progress", "report"))
+        return trainer, metrics, fetched
+
+    return run
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_statistics_of_a_batch_with_an_adaptive_weight(step):
+    _, metrics, fetched = step(config("a_hpo", hpo={"alpha_min": 0.1}))
+    assert metrics == pytest.approx(
+        {
+            "hpo/alpha": 1 / 3,
+            "hpo/positive_fraction": 1 / 6,
+            "hpo/negative_fraction": 1 / 2,
+            "hpo/zero_spread_group_fraction": 1 / 2,
+            "hpo/solve_rate": 1 / 2,
+            "hpo/response_length_positive": 2.0,
+            "hpo/response_length_negative": 6.0,
+            # 0.5 * 18 tokens against 1.5 * 2, weighted by a third.
+            "hpo/advantage_mass_negative_over_positive": 1.0,
+            "hpo/advantage_mass_negative_over_positive_before_weighting": 3.0,
+        },
+        rel=1e-5,
+    )
+    # The estimator hands over all that they are made of.
+    assert fetched == []
+
+
+def test_statistics_of_verls_own_estimator(step):
+    _, metrics, fetched = step(config("grpo"), (1.0, 0, 0, 0, 1.0, 1.0, 0))
+    assert metrics["hpo/alpha"] == 1.0
+    assert metrics["hpo/positive_fraction"] == pytest.approx(1 / 6)
+    assert metrics["hpo/negative_fraction"] == pytest.approx(1 / 2)
+    assert metrics["hpo/zero_spread_group_fraction"] == pytest.approx(1 / 2)
+    assert metrics["hpo/advantage_mass_negative_over_positive"] == pytest.approx(3.0, rel=1e-5)
+    assert set(metrics) == HPO_KEYS
+    assert fetched == [["uid", "response_mask", "rm_scores", "advantages"]]
+
+
+@pytest.mark.parametrize("estimator", ["a_hpo", "grpo"])
+def test_with_a_kl_penalty_the_estimator_saw_other_rewards_than_the_scores(step, estimator):
+    _, metrics, fetched = step(config(estimator, use_kl_in_reward=True), penalty=0.125)
+    # A reward stays above 0 only in the scores: the penalty of three tokens is .375.
+    assert metrics["hpo/solve_rate"] == pytest.approx(1 / 2)
+    (fields,) = fetched
+    assert "rm_scores" in fields
+    assert ("token_level_rewards" in fields) == (estimator == "grpo")
+
+
+def test_the_logged_weight_is_the_one_that_was_used(step):
+    """The negatives of the advantages that the loss will see, over the unweighted ones."""
+    trainer, metrics, _ = step(config("a_hpo"), (1.0, 1.0, 0, 0, 0, 1.0, 0))
+    assert metrics["hpo/alpha"] == 1.0
+    trainer, metrics, _ = step(
+        config("a_hpo", hpo={"zero_advantage": "negative"}), (1.0,) + (0,) * 6
+    )
+    # One positive; three negatives, and two failures of the group of equal rewards.
+    assert metrics["hpo/alpha"] == pytest.approx(1 / 5)
+    assert metrics["hpo/negative_fraction"] == pytest.approx(5 / 6)
+    advantages = trainer.store["advantages"].to_padded_tensor(0.0)
+    assert advantages[1, 0].item() == pytest.approx(-0.5 / 5, rel=1e-5)
+
+
+def test_what_an_estimator_reports_of_its_own_is_logged(step):
+    settings = {
+        f"{kind}_share_{end}": 1.0 for kind in ("response", "token") for end in ("start", "end")
+    }
+    _, metrics, fetched = step(config("d3s", "vanilla", d3s=settings))
+    assert set(metrics) == HPO_KEYS | {"hpo/d3s_response_fraction", "hpo/d3s_token_fraction"}
+    assert metrics["hpo/d3s_token_fraction"] == 1.0
+    assert fetched == [["entropy"]]
+
+
+# ---------------------------------------------------------------- what is provided
+
+
+@pytest.mark.parametrize(
+    ("number", "steps", "progress"),
+    [(1, 5, 0.0), (3, 5, 0.5), (5, 5, 1.0), (9, 5, 1.0), (1, 1, 0.0)],
+)
+def test_entropies_and_progress_are_provided_to_who_needs_them(step, number, steps, progress):
+    trainer, _, fetched = step(config("d3s", "vanilla"), at=(number, steps))
+    filled = torch.arange(8) < LENGTHS[:, None]
+    assert torch.equal(trainer.provided["entropy"], ENTROPY * filled)
+    assert trainer.provided["progress"] == progress
+    assert fetched == [["entropy"]]
+    trainer, _, _ = step(config("aepo_advantage", "vanilla"))
+    assert trainer.provided["progress"] is None
+    assert torch.equal(trainer.provided["entropy"], ENTROPY * filled)
+    trainer, _, _ = step(config("grpo", "vanilla"))
+    assert trainer.provided == {"entropy": None, "progress": None}
+
+
+def test_what_is_provided_is_gone_after_the_step_even_if_it_failed(step):
+    with pytest.raises(Exception, match="token_share_end"):
+        step(config("d3s", "vanilla", d3s={"token_share_end": 7}))
+    assert extras.get("entropy") is None
+    assert extras.get("report") is None
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "hapo", "d3s"])
+@pytest.mark.parametrize("changes", [{}, {"entropy_pivot": 0.3, "repo_compatible": True}])
+def test_the_token_fields_of_a_loss_are_made_of_the_whole_batch(step, estimator, changes):
+    # A rollout correction masked the last row but one meanwhile.
+    mask = MASK.clone()
+    mask[5] = False
+    trainer, _, fetched = step(config(estimator, "hapo", changes), mask=mask)
+    field = trainer.store["entropy_deviation"]
+    assert field.offsets().diff().tolist() == LENGTHS.tolist()
+    expected = entropy_deviation(ENTROPY, mask, HAPOSettings(**changes))
+    assert torch.equal(field.to_padded_tensor(0.0), expected)
+    assert (expected[5] == 0).all()
+    assert len(fetched) == 1
+
+
+def test_the_estimators_of_the_helper_report_what_they_used():
+    _, statistics = call_with_report("a_hpo", [1.0, 0.0], ["a", "a"])
+    assert statistics == {}
