@@ -53,11 +53,15 @@ def _collect() -> dict[str, Algorithm]:
     algorithms = {record.name: record for module in own for record in records_of(module)}
     for point, records in installed_records().items():
         for record in records:
-            if record.name in algorithms:
-                raise EnvironmentCheckError(
-                    f"entry point {point!r} of {ENTRY_POINTS}: algorithm {record.name!r} is "
-                    "already there"
-                )
+            taken = [(record, algorithms.get(record.name))]
+            for known in algorithms.values():
+                taken += [(record.estimator, known.estimator), (record.loss, known.loss)]
+            for new, old in taken:
+                if old is not None and new.name == old.name and new is not old:
+                    raise EnvironmentCheckError(
+                        f"entry point {point!r} of {ENTRY_POINTS}: {type(new).__name__.lower()} "
+                        f"{new.name!r} is already there"
+                    )
             algorithms[record.name] = record
     return algorithms
 

@@ -18,11 +18,10 @@ from hpo_verl.runs.quiet import quiet_imports
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
-# Estimators that compare the responses to one prompt; verl's and this package's.
+# Estimators of verl that compare the responses to one prompt.
 GROUP_RELATIVE = (
     *("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo", "gpg"),
     *("reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
-    *("hpo", "a_hpo", "d3s", "hapo", "aepo_advantage"),
 )
 # Dotted key -> (type, lowest, highest). Whether those not REQUIRED may be null is verl's business.
 NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -157,16 +156,28 @@ def _joined(name: str, problems: list[tuple[str, str]]) -> Finding:
     )
 
 
+def _compares_responses(estimator: str) -> bool:
+    """Whether an estimator compares the responses to one prompt."""
+    if estimator in GROUP_RELATIVE:
+        return True
+    from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+
+    ours = OUR_ESTIMATORS.get(estimator)
+    return ours is not None and ours.history is None
+
+
 def _obstacles(subject: Subject) -> Iterator[tuple[str, str]]:
     """Text and fix of everything that keeps the policy as it is."""
     estimator, n = subject.get("algorithm.adv_estimator"), subject.get(f"{ROLLOUT}.n", 1)
-    if estimator in GROUP_RELATIVE:
+    greedy = list(_greedy(subject))
+    # Only then, since the records load torch.
+    if (n < 2 or greedy) and _compares_responses(estimator):
         if n < 2:
             yield (
                 f"{ROLLOUT}.n={n}: the estimator {estimator} compares the responses to one prompt",
                 f"{ROLLOUT}.n=8",
             )
-        for key in _greedy(subject):
+        for key in greedy:
             yield (
                 f"{key}: sampling is greedy, so the responses to one prompt are equal",
                 f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1",

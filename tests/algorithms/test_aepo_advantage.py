@@ -175,3 +175,11 @@ def test_the_arguments_are_not_changed():
     aepo_clip_loss(log_ratio, advantages, 0.2, 0.2)
     assert log_ratio.tolist() == [0.5] * 3
     assert advantages.tolist() == [1.0, -1.0, 0.0]
+
+
+def objective(batch, settings):
+    """The equation; `test_records` compares values and slopes with it."""
+    ratio, (low, high) = batch.log_ratio.exp(), batch.clip_range
+    above = (1 + high) * ratio / ratio.detach()
+    clipped = torch.minimum(ratio.clamp(min=1 - low), above)
+    return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)

@@ -246,3 +246,10 @@ def test_the_contributions_are_the_values_of_the_loss():
 def test_bad_settings_name_key_value_and_range(changes, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(f'{PATH}.{message}')}"):
         BAPOSettings(**changes)
+
+
+def objective(batch, settings):
+    """The equation; `test_records` compares values and slopes with it."""
+    ratio, bounds = batch.log_ratio.exp(), batch.extras["mini_batch"]
+    clipped = ratio.clamp(bounds.low, bounds.high)
+    return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)

@@ -313,3 +313,19 @@ def test_the_other_settings_too():
         HAPOSettings(repo_compatible="yes")
     with pytest.raises(ConfigError, match=r"^algorithm\.hapo\.advantage_limit = 0: must be a"):
         HAPOAdvantageSettings(0)
+
+
+def objective(batch, settings):
+    """The equation; `test_records` compares values and slopes with it."""
+    ratio, (low, high), h = (
+        batch.log_ratio.exp(),
+        batch.clip_range,
+        batch.extras["entropy_deviation"],
+    )
+    neutral = (ratio >= 1 - low / 2) & (ratio <= 1 + high / 2)
+    moved = torch.where(h > 0, ~neutral, neutral)
+    advantages = batch.advantages * torch.where(moved, 1 + settings.adv_beta * h, 1)
+    low = low * (1 - settings.clip_alpha * h.clamp(max=0))
+    high = high * (1 + settings.clip_alpha * h.clamp(min=0))
+    clipped = torch.minimum(torch.maximum(ratio, 1 - low), 1 + high)
+    return -torch.minimum(ratio * advantages, clipped * advantages)

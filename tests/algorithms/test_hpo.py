@@ -169,6 +169,13 @@ def loss_of(ratios, advantage, low=LOW, high=HIGH):
     return hpo_loss(log_ratio, torch.full_like(log_ratio, advantage), low, high)
 
 
+def objective(batch, settings):
+    """The equation; `test_records` compares values and slopes with it."""
+    ratio, (low, high) = batch.log_ratio.exp(), batch.clip_range
+    clipped = ratio.clamp(1 - low, 1 + high)
+    return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+
+
 def test_every_branch_with_hand_derived_numbers():
     # A = 2: the ratio is cut above 1.3; A = -2: below 0.8. The other side is free.
     positive = loss_of(RATIOS, 2.0)

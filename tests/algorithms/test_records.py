@@ -1,76 +1,257 @@
+"""What holds for every record: recipe, test, page, slopes, aggregations, and no name elsewhere."""
+
+import ast
+import importlib
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from hpo_verl.algorithms.catalog import (
-    ALGORITHMS,
-    AVERAGING_LOSSES,
-    ESTIMATOR_SECTIONS,
-    HOMOGENEOUS_LOSSES,
-    HYSTERETIC_ESTIMATORS,
-    LOSS_AGG_MODES,
-    PENALISED_LOSSES,
-    SELECTING_LOSSES,
-)
+from hpo_verl.algorithms import base, registry
+from hpo_verl.algorithms.base import Algorithm, Estimator, Loss, TokenBatch
+from hpo_verl.algorithms.registry import ALGORITHMS, ESTIMATORS, LOSSES, MODULES, OUR_LOSSES
+from hpo_verl.errors import EnvironmentCheckError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "algo"
 PAGES = ROOT / "docs" / "pages"
+FILES = {
+    record.name: name
+    for name in MODULES
+    for record in importlib.import_module(f"hpo_verl.algorithms.{name}").ALGORITHMS
+}
+EVERY = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda one: one.name)
+WITH_LOSS = [one for one in ALGORITHMS.values() if one.loss.token_loss is not None]
 
 
-def test_every_entry_has_a_recipe_and_every_recipe_an_entry():
+def test_every_file_of_the_folder_holds_records():
+    folder = ROOT / "hpo_verl" / "algorithms"
+    others = {"__init__", "base", "registry", "catalog"}
+    assert {path.stem for path in folder.glob("*.py")} - others == set(MODULES)
+    assert set(FILES) == set(ALGORITHMS)
+
+
+# ---------------------------------------------------------------- recipe, test and page
+
+
+def test_every_record_has_a_recipe_and_every_recipe_a_record():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(ALGORITHMS)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_recipe_selects_what_the_catalogue_says(name):
-    algorithm = ALGORITHMS[name]
-    text = (RECIPES / f"{name}.yaml").read_text()
+@EVERY
+def test_the_recipe_selects_what_the_record_says(algorithm):
+    text = (RECIPES / f"{algorithm.name}.yaml").read_text()
     recipe = yaml.safe_load(text)
     actor = recipe["actor_rollout_ref"]["actor"]
-    assert algorithm.name == name
-    assert recipe["algorithm"]["adv_estimator"] == algorithm.estimator
-    assert actor["policy_loss"]["loss_mode"] == algorithm.loss
+    assert recipe["algorithm"]["adv_estimator"] == algorithm.estimator.name
+    assert actor["policy_loss"]["loss_mode"] == algorithm.loss.name
     assert actor["loss_agg_mode"] == algorithm.loss_agg_mode
     assert text.startswith("# @package _global_\n# ")
-    assert algorithm.paper in text or name == "grpo_token_mean"
-    assert ("Relies on verl for" in text) == (algorithm.estimator == "grpo")
+    assert algorithm.papers[0] in text or algorithm.name == "grpo_token_mean"
+    assert ("Relies on verl for" in text) == (algorithm.estimator.advantage is None)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_paper_index_lists_it(name):
-    algorithm = ALGORITHMS[name]
+@EVERY
+def test_the_page_of_algorithms_lists_it(algorithm):
     index = (PAGES / "algorithms.md").read_text()
-    row = next(line for line in index.splitlines() if line.startswith(f"| `{name}` |"))
-    assert f"arxiv.org/abs/{algorithm.paper}" in row
-    assert f"`{algorithm.loss}`" in row
+    row = next(line for line in index.splitlines() if line.startswith(f"| `{algorithm.name}` |"))
+    assert f"arxiv.org/abs/{algorithm.papers[0]}" in row
+    assert f"`{algorithm.estimator.name}`" in row
+    assert f"`{algorithm.loss.name}`" in row
     assert f"`{algorithm.loss_agg_mode}`" in row
 
 
+@EVERY
+def test_a_record_with_functions_has_a_test_file_of_its_own(algorithm):
+    if algorithm.estimator.advantage is not None or algorithm.loss.token_loss is not None:
+        assert (Path(__file__).parent / f"test_{FILES[algorithm.name]}.py").is_file()
+
+
+# ---------------------------------------------------------------- slopes
+
+
+def token_batch(loss, settings):
+    """256 tokens in float64, none at a kink, a fifth of them masked."""
+    generator = torch.Generator().manual_seed(0)
+    log_ratio = 0.5 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    mask = torch.rand(16, 16, generator=generator) > 0.2
+    sign = torch.where(torch.rand(16, 16, generator=generator) > 0.5, 1.0, -1.0).double()
+    advantages = sign * (0.5 + torch.rand(16, 16, generator=generator, dtype=torch.float64))
+    old = -torch.rand(16, 16, generator=generator, dtype=torch.float64)
+    fields = {
+        name: (2 * torch.rand(16, 16, generator=generator, dtype=torch.float64) - 1) * mask
+        for name in loss.token_fields
+    }
+    batch = TokenBatch(log_ratio * mask, advantages * mask, mask, old, (0.2, 0.3), fields)
+    if loss.mini_batch_sums is not None:
+        total = loss.mini_batch_sums.contributions(batch, settings).tolist()
+        fields["mini_batch"] = loss.mini_batch_sums.result(total, settings)
+    return batch
+
+
+def test_file(algorithm):
+    """The algorithm's own test file, as a module."""
+    path = Path(__file__).parent / f"test_{FILES[algorithm.name]}.py"
+    spec = importlib.util.spec_from_file_location(f"objective_of_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+test_file.__test__ = False
+
+
+@pytest.mark.parametrize("algorithm", WITH_LOSS, ids=lambda one: one.name)
+def test_values_and_slopes_are_those_of_the_equation_by_autograd(algorithm):
+    loss = algorithm.loss
+    settings = loss.settings() if loss.settings else None
+    batch = token_batch(loss, settings)
+    log_ratio = batch.log_ratio.clone().requires_grad_()
+    values = test_file(algorithm).objective(batch._replace(log_ratio=log_ratio), settings)
+    (slopes,) = torch.autograd.grad(values.sum(), log_ratio)
+    before = [tensor.clone() for tensor in batch[:4]]
+    result = loss.token_loss(batch, settings)
+    torch.testing.assert_close(result.values, values.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(result.slopes, slopes, rtol=1e-9, atol=1e-12)
+    assert (result.slopes != 0).any()
+    # A token without an advantage adds nothing, and the batch stays as it was.
+    assert (result.slopes[batch.advantages == 0] == 0).all()
+    for tensor, kept in zip(batch[:4], before, strict=True):
+        assert torch.equal(tensor, kept)
+
+
+# ---------------------------------------------------------------- the records themselves
+
+
 def test_our_losses_permit_what_their_recipes_set():
-    for algorithm in ALGORITHMS.values():
-        ours = algorithm.loss in LOSS_AGG_MODES
-        assert ours == (algorithm.origin == "hpo_verl")
-        if ours:
-            assert algorithm.loss_agg_mode in LOSS_AGG_MODES[algorithm.loss]
+    for algorithm in WITH_LOSS:
+        assert algorithm.loss_agg_mode in algorithm.loss.aggregations
+    assert OUR_LOSSES["hpo"].aggregations == ("token-mean",)
+    assert OUR_LOSSES["mhpo"].aggregations == ("seq-mean-token-mean", "token-mean")
 
 
-def test_hpo_and_mhpo_permit_nothing_else():
-    assert LOSS_AGG_MODES["hpo"] == ("token-mean",)
-    assert LOSS_AGG_MODES["mhpo"] == ("seq-mean-token-mean", "token-mean")
-
-
-def test_a_loss_is_in_one_class_of_composition_only():
-    classes = [set(HOMOGENEOUS_LOSSES), set(SELECTING_LOSSES), set(PENALISED_LOSSES)]
-    assert sum(map(len, classes)) == len(set.union(*classes))
-    assert {a.loss for a in ALGORITHMS.values()} <= classes[0] | {"bapo"}
-    assert set(AVERAGING_LOSSES) <= classes[0]
-    assert set(HYSTERETIC_ESTIMATORS) == {"hpo", "a_hpo"}
+def test_a_loss_is_proportional_or_says_what_it_does():
+    for loss in LOSSES.values():
+        assert loss.proportional or loss.caveat
+        assert not (loss.proportional and loss.selects)
+    assert [n for n, loss in LOSSES.items() if loss.selects] == ["bapo", "clip_cov", "kl_cov"]
 
 
 def test_every_estimator_that_is_not_verls_has_a_section_of_settings():
-    assert set(ESTIMATOR_SECTIONS) == {a.estimator for a in ALGORITHMS.values()} - {"grpo"}
+    for estimator in ESTIMATORS.values():
+        assert (estimator.advantage is None) == (not estimator.section)
+    assert [n for n, one in ESTIMATORS.items() if one.weights_by_sign] == ["a_hpo", "hpo"]
+
+
+@EVERY
+def test_settings_default_to_what_the_recipe_sets(algorithm):
+    recipe = yaml.safe_load((RECIPES / f"{algorithm.name}.yaml").read_text())
+    loss, estimator = algorithm.loss, algorithm.estimator
+    section = dict(recipe["actor_rollout_ref"]["actor"]["policy_loss"])
+    del section["loss_mode"]
+    section.pop("_target_", None)
+    if loss.settings is not None:
+        assert loss.settings(**section) == loss.settings()
+    if estimator.settings is not None:
+        assert estimator.settings(**recipe["algorithm"][estimator.section]) == estimator.settings()
+
+
+def test_algorithms_import_no_other_algorithm():
+    folder = ROOT / "hpo_verl" / "algorithms"
+    for name in MODULES:
+        imported = re.findall(r"hpo_verl\.algorithms\.(\w+)", (folder / f"{name}.py").read_text())
+        assert set(imported) <= {"base"}, name
+
+
+# The project's own name, and what is verl's, which others build on.
+COMMON = {"hpo", "grpo", "vanilla"}
+
+
+def words_of_code(path):
+    """Identifiers and words of strings, docstrings left out."""
+    tree = ast.parse(path.read_text())
+    texts = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield from re.findall(r"\w+", node.value)
+        elif isinstance(node, ast.Name | ast.Attribute | ast.alias | ast.keyword):
+            name = getattr(node, "id", None) or getattr(node, "attr", None)
+            name = name or getattr(node, "name", None) or getattr(node, "arg", None) or ""
+            yield from re.findall(r"\w+", name)
+
+
+def test_no_other_file_names_a_single_algorithm():
+    names = {}
+    for algorithm in ALGORITHMS.values():
+        own = (algorithm.name, algorithm.estimator.name, algorithm.loss.name)
+        for name in {*own, FILES[algorithm.name]} - COMMON:
+            names.setdefault(name, set()).add(FILES[algorithm.name])
+    found = {}
+    for path in sorted((ROOT / "hpo_verl").rglob("*.py")):
+        # The list of files; and the studies, whose questions are about single algorithms.
+        if path.parent.name == "lab" or path.name in ("registry.py", "lab_cli.py"):
+            continue
+        own = path.stem if path.parent.name == "algorithms" else None
+        words = {word for word in words_of_code(path) if own not in names.get(word, {own})}
+        if words:
+            found[str(path.relative_to(ROOT))] = words
+    assert found == {}
+
+
+# ---------------------------------------------------------------- entry points
+
+
+class Point:
+    name, value = "mine", "mine:ALGORITHM"
+
+    def __init__(self, found):
+        self.found = found
+
+    def load(self):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (ModuleNotFoundError("No module named 'mine'"), "ModuleNotFoundError: No module named"),
+        (3, "TypeError: 3 is no Algorithm"),
+        (base, "AttributeError: .*has no attribute 'ALGORITHMS'"),
+    ],
+)
+def test_a_broken_entry_point_is_named(monkeypatch, found, message):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Point(found)])
+    expected = rf"^entry point 'mine' = 'mine:ALGORITHM' of hpo_verl\.algorithms: {message}"
+    with pytest.raises(EnvironmentCheckError, match=expected):
+        registry._collect()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Algorithm("hpo", (), "", "token-mean"),
+        Algorithm("mine", (), "", "token-mean", loss=Loss("hpo")),
+        Algorithm("mine", (), "", "token-mean", estimator=Estimator("spo")),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(monkeypatch, record):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Point(record)])
+    with pytest.raises(EnvironmentCheckError, match=r"^entry point 'mine'.* is already there"):
+        registry._collect()
+
+
+# ---------------------------------------------------------------- the page on other systems
 
 
 def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
