@@ -26,19 +26,9 @@ from hpo_verl.checks.composition import compose_resolved
 from hpo_verl.checks.finding import demand, first_line
 from hpo_verl.checks.subject import Subject
 from hpo_verl.config import cluster
-from hpo_verl.errors import (
-    EXIT_BAD_INPUT,
-    ConfigError,
-    EnvironmentCheckError,
-    TrainingFailed,
-)
+from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
 from hpo_verl.launch.resume import FLAG
-from hpo_verl.launch.train import (
-    RUN_FOLDER_KEY,
-    named_folder,
-    run_folder,
-    without_run_folder,
-)
+from hpo_verl.launch.train import RUN_FOLDER_KEY, named_folder, run_folder, without_run_folder
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"

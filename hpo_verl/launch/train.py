@@ -70,13 +70,7 @@ def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
 
 
 def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, str]:
-    """Environment variables of verl's processes.
-
-    Args:
-        config: the composed recipe.
-        folder: the run's folder.
-        temporary: the run's private temporary folder.
-    """
+    """Environment variables of verl's processes, for a run's folder and temporary folder."""
     variables = {
         "VERL_FILE_LOGGER_PATH": str(folder / METRICS_NAME),
         "TENSORBOARD_DIR": str(folder / "tensorboard"),
@@ -195,7 +189,7 @@ def train(
                 arguments += ["trainer.resume_mode=resume_path"]
                 arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
             metrics = MetricsFile(folder / METRICS_NAME)
-            # The rows of earlier starts were shown by them.
+            # Earlier starts have shown their rows.
             metrics.read_new()
             started = time.monotonic()
             announce(f"run folder {folder} (full output: {LOG_NAME})")

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, cast
 
 import psutil
@@ -131,12 +130,7 @@ class ChildProcess:
         name = names.get(number, f"signal {number}")
         return f"verl's main program was ended by {name}; {last}"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # A further Ctrl-C must not leave half of the processes running.
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         try:
