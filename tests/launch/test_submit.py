@@ -1,13 +1,18 @@
 """What is sent to a cluster, what answers there, and how a job's end is told."""
 
+import asyncio
 import contextlib
 import http.server
+import io
 import shlex
 import socket
 import threading
+import zipfile
 from types import SimpleNamespace
 
 import pytest
+import ray
+from aiohttp import web
 from ray.job_submission import JobStatus
 from ray.util import state as ray_state
 
@@ -266,3 +271,87 @@ def test_a_refused_job_is_one_error(run):
     cluster.submit_job = lambda **job: (_ for _ in ()).throw(RuntimeError("status 500\nmore"))
     with pytest.raises(EnvironmentCheckError, match=r"takes no job \(status 500"):
         run(cluster)
+
+
+class Dashboard:
+    """As much of a dashboard as Ray's own client needs for a job, on loopback."""
+
+    def __init__(self):
+        self.log = "first\nsecond\n"
+        self.uploaded, self.submitted = {}, None
+        self.app = web.Application()
+        self.app.router.add_get("/api/version", self.version)
+        self.app.router.add_get("/api/packages/gcs/{name}", self.package)
+        self.app.router.add_put("/api/packages/gcs/{name}", self.upload)
+        self.app.router.add_post("/api/jobs/", self.submit)
+        self.app.router.add_get("/api/jobs/job-1", self.info)
+        self.app.router.add_get("/api/jobs/job-1/logs", self.logs)
+        self.app.router.add_get("/api/jobs/job-1/logs/tail", self.tail)
+
+    async def version(self, request):
+        return web.json_response({"version": "4", "ray_version": ray.__version__})
+
+    async def package(self, request):
+        return web.Response(status=200 if request.match_info["name"] in self.uploaded else 404)
+
+    async def upload(self, request):
+        self.uploaded[request.match_info["name"]] = await request.read()
+        return web.Response()
+
+    async def submit(self, request):
+        self.submitted = await request.json()
+        return web.json_response({"job_id": "job-1", "submission_id": "job-1"})
+
+    async def info(self, request):
+        return web.json_response({"type": "SUBMISSION", "entrypoint": "", "status": "SUCCEEDED"})
+
+    async def logs(self, request):
+        return web.json_response({"logs": self.log})
+
+    async def tail(self, request):
+        connection = web.WebSocketResponse()
+        await connection.prepare(request)
+        for line in self.log.splitlines(keepends=True):
+            await connection.send_str(line)
+        await connection.close()
+        return connection
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The address at which a web application answers in a thread."""
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(app)
+
+    async def start():
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner.addresses[0][1]
+
+    port = loop.run_until_complete(start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+        loop.close()
+
+
+def test_rays_own_client_uploads_submits_and_follows(monkeypatch, nodes):
+    monkeypatch.setattr(ray_state, "list_nodes", lambda **options: nodes)
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
+    # Set by `connect`.
+    monkeypatch.setenv(submit.ADDRESS_VARIABLE, "")
+    dashboard, written = Dashboard(), []
+    with listening(dashboard.app) as url:
+        overrides = ["hydra.run.dir=/run"]
+        submit.submit("countdown-tiny", overrides, url, True, lambda line: None, written.append)
+    assert written[:2] == ["first\n", "second\n"]
+    assert "".join(written) == dashboard.log
+    assert "hpo_verl train countdown-tiny" in dashboard.submitted["entrypoint"]
+    (package,) = dashboard.uploaded.values()
+    with zipfile.ZipFile(io.BytesIO(package)) as files:
+        assert "hpo_verl/runs/process.py" in files.namelist()
