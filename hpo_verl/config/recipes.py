@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -77,8 +77,10 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
         try:
             return _compose(recipe, overrides)
         except ConfigCompositionException as error:
-            raise ConfigError(_explain(error, recipe, overrides)) from error
-        except (MissingConfigException, HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(
+                _unknown_setting(recipe, overrides) or f"recipe {recipe}: {_first_line(error)}"
+            ) from error
+        except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"recipe {recipe}: {_first_line(error)}") from error
 
 
@@ -93,12 +95,8 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:
-    searched = quoted(f"file://{verl_configurations()}")
-    return compose(
-        recipe,
-        overrides=[f"hydra.searchpath=[{searched}]", *overrides],
-        return_hydra_config=True,
-    )
+    search = f"hydra.searchpath=[{quoted(f'file://{verl_configurations()}')}]"
+    return compose(recipe, overrides=[search, *overrides], return_hydra_config=True)
 
 
 def _check_group_options(overrides: Sequence[str]) -> None:
@@ -112,23 +110,18 @@ def _check_group_options(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{text}: no such {group}; {nearest(option, group_options(group))}")
 
 
-def _explain(error: ConfigCompositionException, recipe: str, overrides: Sequence[str]) -> str:
-    """Name the override that does not compose, and the keys that look like it."""
-    parser = OverridesParser.create()
-    plain = _compose(recipe, [text for text in overrides if _selects_group(text)])
+def _unknown_setting(recipe: str, overrides: Sequence[str]) -> str | None:
+    """Name the override whose key does not exist, and the keys that look like it."""
+    groups = [text for text in overrides if text.split("=", 1)[0].lstrip("+~") in GROUPS]
+    plain = _compose(recipe, groups)
     keys = set(leaf_keys(plain))
     for text in overrides:
-        override = parser.parse_override(text)
+        override = OverridesParser.create().parse_override(text)
         key = override.get_key_element().lstrip("+~")
-        if override.is_add() or _selects_group(text) or key in keys:
-            continue
-        if OmegaConf.select(plain, key, throw_on_missing=False) is None and key not in keys:
+        known = key in keys or OmegaConf.select(plain, key, throw_on_missing=False) is not None
+        if not (known or override.is_add() or text in groups):
             return f"unknown setting {key!r} in {text!r}: {nearest(key, keys)}"
-    return f"recipe {recipe}: {_first_line(error)}"
-
-
-def _selects_group(text: str) -> bool:
-    return text.split("=", 1)[0].lstrip("+~") in GROUPS
+    return None
 
 
 def leaf_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

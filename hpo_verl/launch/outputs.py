@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,7 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     for axes in (top, middle, bottom):
         axes.legend(loc="best", frameon=False)
         axes.grid(alpha=0.3)
-    path = folder / "curve.png"
-    figure.savefig(path, dpi=150)
+    path, picture = folder / "curve.png", io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    write_atomically(path, picture.getvalue())
     return path

@@ -117,8 +117,8 @@ def seal(checkpoint: Path) -> None:
             f"{checkpoint} holds no {absent} after it was saved; the folder must be on a disk "
             "that all nodes share"
         )
-    files_and_folders = {checkpoint / name for name in names}
-    for path in files_and_folders | {file.parent for file in files_and_folders}:
+    paths = {checkpoint / name for name in names}
+    for path in paths | {path.parent for path in paths}:
         sync(path)
     files = {
         name: {"bytes": (checkpoint / name).stat().st_size, "sha256": digest}
