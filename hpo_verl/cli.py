@@ -89,7 +89,8 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
     # Settings hold brackets, which are no markup.
     console = Console(highlight=False, soft_wrap=True, markup=False)
     arguments = overrides or []
-    with TrainingProgress(console) as progress:
+    progress = TrainingProgress(console)
+    with progress:
         finished = run(recipe, arguments, console.print, progress.show, resume)
     for line in shown_results(finished, recipe, arguments):
         console.print(line)

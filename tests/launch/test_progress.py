@@ -119,6 +119,7 @@ def test_without_a_bound_a_run_may_take_any_time(clock):
 
 def test_a_terminal_shows_the_stage_as_it_is(clock, tmp_path):
     output = io.StringIO()
-    with TrainingProgress(Console(file=output, width=200, force_terminal=True)) as shown:
+    shown = TrainingProgress(Console(file=output, width=200, force_terminal=True))
+    with shown:
         shown.show(CONFIG, MetricsFile(tmp_path / "none"), "step 1: [b]updating")
     assert "step 1: [b]updating" in output.getvalue()
