@@ -91,8 +91,8 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
     arguments = overrides or []
     progress = TrainingProgress(console)
     with progress:
-        finished = run(recipe, arguments, console.print, progress.show, resume)
-    for line in shown_results(finished, recipe, arguments):
+        folder = run(recipe, arguments, console.print, progress.show, resume)
+    for line in shown_results(folder, recipe, arguments):
         console.print(line)
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +13,24 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.installed import package_versions
+from hpo_verl.launch.export import POLICY_NAME
 from hpo_verl.runs.files import write_atomically
 from hpo_verl.runs.metrics import MetricsFile
 
+SUMMARY_NAME, CURVE_NAME = "summary.json", "curve.png"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a finished run leaves.
-
-    Attributes:
-        folder: the run's folder.
-        summary: content of `summary.json`.
-        curve: the picture.
-        policy: folder of the trained policy; None if there is none.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-    curve: Path
-    policy: Path | None
-
-
-def shown_results(finished: Finished, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
+def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
     """What the user is told of a finished run: success rates, files, and a longer run."""
-    summary = finished.summary
+    summary = json.loads((folder / SUMMARY_NAME).read_text())
     before, after = summary["success_before"], summary["success_after"]
     if before is not None and after is not None:
         yield f"success on held-out puzzles: {before:.1%} before, {after:.1%} after"
-    yield f"picture: {finished.curve}"
-    if finished.policy is not None:
-        yield f"policy:  {finished.policy}"
+    yield f"picture: {folder / CURVE_NAME}"
+    if (folder / POLICY_NAME).is_dir():
+        yield f"policy:  {folder / POLICY_NAME}"
     changed = ("total_training_steps", "hydra.run.dir")
     kept = [text for text in overrides if not any(key in text for key in changed)]
     steps = f"trainer.total_training_steps={5 * summary['steps']}"
@@ -82,7 +66,7 @@ def write_summary(
         "versions": package_versions(),
         "seed": OmegaConf.select(config, "seed"),
     }
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -105,7 +89,7 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     for axes in (top, middle, bottom):
         axes.legend(loc="best", frameon=False)
         axes.grid(alpha=0.3)
-    path, picture = folder / "curve.png", io.BytesIO()
+    path, picture = folder / CURVE_NAME, io.BytesIO()
     figure.savefig(picture, dpi=150)
     write_atomically(path, picture.getvalue())
     return path

@@ -138,8 +138,8 @@ def train(
     announce: Callable[[str], None],
     on_poll: Callable[[DictConfig, MetricsFile, str], None],
     resume: bool = False,
-) -> outputs.Finished:
-    """Train as a recipe says, and collect what the run leaves.
+) -> Path:
+    """Train as a recipe says, and collect what the run leaves; return its folder.
 
     Args:
         recipe: name of a recipe.
@@ -199,8 +199,9 @@ def train(
             seconds = time.monotonic() - started
             summary = outputs.write_summary(folder, config, metrics, seconds)
             title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
-            curve = outputs.draw_curve(folder, metrics, title)
-            return outputs.Finished(folder, summary, curve, make_policy(folder, announce))
+            outputs.draw_curve(folder, metrics, title)
+            make_policy(folder, announce)
+            return folder
 
 
 def _run(

@@ -16,17 +16,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# To read so much takes longer than a tick of a file system's clock, so that a change
-# after the read shows in the file's times.
+# Reading so much takes longer than a tick of the file system's clock, so that a later change
+# shows in the file's times.
 READ_ONCE_BYTES = 64 << 20
 _known: dict[tuple[int, ...], str] = {}
 
 
 def sha256_once(path: Path) -> str:
-    """SHA-256 of a file's content; a large file is read once a process, as long as it stays.
+    """SHA-256 of a file's content; a large file is read once per process while it is unchanged.
 
-    What tells a change is the inode, the size, and the times of the last change, of which
-    nobody can set the one of the inode.
+    A file counts as unchanged while its inode, size and times stay the same. Programs cannot
+    set the time of the inode's last change.
     """
     before = _state(path)
     if before in _known:
@@ -38,7 +38,7 @@ def sha256_once(path: Path) -> str:
 
 
 def remember_sha256(path: Path, digest: str) -> None:
-    """Take over the digest of a large file that a process of this start has just computed."""
+    """Keep the digest of a large file that another process of this start has just computed."""
     if path.stat().st_size >= READ_ONCE_BYTES:
         _known[_state(path)] = digest
 
@@ -67,7 +67,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it could not be written; what was there before is still there.
     """
-    # No suffix of the file's own: who looks for such files must not find what a kill left.
+    # With another suffix: a search for such files must not find what a kill left.
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from hpo_verl.launch.outputs import (
     algorithm_name,
     draw_curve,
+    shown_results,
     write_summary,
 )
 from hpo_verl.runs.metrics import MetricsFile
@@ -98,3 +99,19 @@ def test_algorithm_names(estimator, loss, name):
 def test_curve_is_a_picture(tmp_path, metrics):
     picture = draw_curve(tmp_path, metrics, "title")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_user_is_told(tmp_path, metrics):
+    write_summary(tmp_path, settings(), metrics, seconds=1)
+    overrides = ["seed=3", "hydra.run.dir=old", "tasks=[a, b]", "trainer.total_training_steps=2"]
+    told = list(shown_results(tmp_path, "countdown-tiny", overrides))
+    assert told == [
+        "success on held-out puzzles: 5.0% before, 25.0% after",
+        f"picture: {tmp_path}/curve.png",
+        "a longer run: hpo-verl train countdown-tiny seed=3 'tasks=[a, b]' "
+        "trainer.total_training_steps=10",
+    ]
+    (tmp_path / "policy").mkdir()
+    write_summary(tmp_path, settings(), MetricsFile(tmp_path / "none"), seconds=1)
+    told = list(shown_results(tmp_path, "countdown-tiny", []))
+    assert told[:2] == [f"picture: {tmp_path}/curve.png", f"policy:  {tmp_path}/policy"]
