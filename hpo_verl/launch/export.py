@@ -147,12 +147,9 @@ def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
 
     No error here fails the run: its checkpoint can be exported later.
 
-    Args:
-        folder: the run's folder, with its `config.yaml`.
-        announce: told why there is no policy, and the command that makes one.
-
     Returns:
-        The folder; None where the run saved no checkpoint, or where it cannot be made here.
+        The folder; None where the run saved no checkpoint, or where it cannot be made here: then
+        `announce` is told why, and the command that makes it.
     """
     target = folder / POLICY_NAME
     shutil.rmtree(target, ignore_errors=True)

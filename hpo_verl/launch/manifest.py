@@ -185,10 +185,7 @@ class Record:
 def checked_record(config: DictConfig, command: Sequence[str]) -> Record:
     """Describe a run, and refuse to continue from checkpoints of another.
 
-    Args:
-        config: the resolved configuration, without Hydra's own part;
-            `trainer.default_local_dir` is where verl looks for checkpoints.
-        command: the command line.
+    The configuration is resolved and without Hydra's own part.
 
     Raises:
         DataError: the checkpoints there are another run's. Nothing is written.

@@ -139,7 +139,7 @@ def submit(
         overrides: Hydra overrides.
         address: of the cluster's dashboard.
         wait: whether to follow the job to its end.
-        announce: told what happens, one line each.
+        announce: told what happens, a line at a time.
         write: given the job's output as it comes.
         resume: whether the job continues the run in the run folder, which must be named.
 
