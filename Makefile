@@ -69,7 +69,7 @@ bench: $(STAMP)
 
 # RUNS="runs/lab/sparse runs/lab/alpha": folders whose runs are kept from now on.
 results: $(STAMP)
-	$(BIN)/python -m hpo_verl.lab.publish $(RUNS)
+	$(BIN)/python -m hpo_verl.report.publish $(RUNS)
 
 mutation: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2

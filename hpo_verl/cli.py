@@ -136,14 +136,15 @@ def report(
 
       hpo-verl report runs/a runs/b --picture comparison.svg
     """
-    from hpo_verl.report.picture import check_picture, draw
+    from hpo_verl.report.figures import check_picture, draw_runs
     from hpo_verl.report.runs import group_runs, read_runs
     from hpo_verl.report.table import runs_table
 
     check_picture(picture)
     groups = group_runs(read_runs(runs))
-    Console(highlight=False, soft_wrap=True).print(runs_table(groups))
-    print(f"picture: {picture}" if draw(groups, picture) else "no picture: no run was validated")
+    print(runs_table(groups))
+    drawn = draw_runs(groups, picture)
+    print(f"picture: {picture}" if drawn else "no picture: no run was validated")
 
 
 @app.command()

@@ -1,54 +1,42 @@
-"""What an algorithm of the catalogue makes of a batch, read from its recipe `algo/<name>.yaml`.
-
-The settings come from the file that verl reads, the functions from `hpo_verl.core` and
-`hpo_verl.algorithms`.
-"""
+"""What an algorithm makes of a batch: verl's registered functions, called as verl calls them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from verl import DataProto
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.utils.config import omega_conf_to_dataclass
 
-from hpo_verl.algorithms.catalog import ALGORITHMS, ESTIMATOR_SECTIONS
-from hpo_verl.algorithms.spo import SPOSettings
-from hpo_verl.config.recipes import leaf_keys, nearest, recipes_directory
+from hpo_verl.algorithms.base import Advantages, Estimator, Loss, PromptHistory, Rollout
+from hpo_verl.algorithms.registry import ALGORITHMS, ESTIMATORS, LOSSES
+from hpo_verl.config.recipes import compose_recipe, nearest, recipes_directory
+from hpo_verl.config.settings import leaves
 from hpo_verl.core.masking import require_finite
-from hpo_verl.core.ratios import beyond_bound, bound_log_ratio, masked_log_ratio
-from hpo_verl.core.settings import require_choice, require_number
+from hpo_verl.core.ratios import bound_log_ratio, masked_log_ratio
 from hpo_verl.core.statistics import token_sums
-from hpo_verl.core.surrogate import TokenLoss, attach
 from hpo_verl.errors import ConfigError
-from hpo_verl.lab.aggregation import MODES, token_weights
-from hpo_verl.lab.estimators import ESTIMATORS, Estimator, read_settings
-from hpo_verl.lab.losses import (
-    ACTOR,
-    LOSSES,
-    POLICY_LOSS,
-    Deviation,
-    LossOfTokens,
-    MiniBatch,
-    read_deviation,
-    select,
-)
+from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.advantages import Estimate, read_settings
+from hpo_verl.verl_plugin.losses import loss_settings, prepare
+from hpo_verl.verl_plugin.trainer.algorithm_step import step_statistics
 
-ROLLOUT_N = "actor_rollout_ref.rollout.n"
-_READ = {
-    "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo",
-    "algorithm.filter_groups.enable", "algorithm.filter_groups.metric",
-    "algorithm.filter_groups.max_inflight_gen_batches", ROLLOUT_N,
+ACTOR = "actor_rollout_ref.actor"
+_READ = (
+    "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.filter_groups",
+    "actor_rollout_ref.rollout.n",
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
-    f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high", f"{ACTOR}.clip_ratio_c",
-    f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg",
+    f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss",
     # How verl splits the work; no number depends on it.
     f"{ACTOR}.use_dynamic_bsz",
-}  # fmt: skip
-
-# What a study may add to a recipe that does not set it.
-_ADDED = (f"{ACTOR}.loss_scale_factor", "algorithm.norm_adv_by_std_in_grpo")
+)  # fmt: skip
+"""Beginnings of the names of settings that decide something here."""
 
 
 @dataclass(frozen=True)
@@ -56,148 +44,197 @@ class Objective:
     """An algorithm with its settings.
 
     Attributes:
-        algorithm: Name in the catalogue.
-        estimate: From a whole rollout batch to advantages.
-        loss_of_tokens: From a mini-batch to loss and slope per token.
-        deviation: What the loss needs of the rollout batch's entropies; None for most.
-        bounds_log_ratio: Whether the log-ratio is bounded to 20 nats before that.
-        loss_agg_mode: How a mini-batch's tokens are weighted.
-        loss_scale_factor: The constant of `seq-mean-token-sum-norm`, tokens.
-        filter_groups: Whether groups of equal rewards are dropped and replaced (DAPO).
-        single_stream: Settings of SPO, whose prompts have one response each; else None.
+        section: verl's `algorithm` section.
+        actor: verl's typed actor config.
     """
 
-    algorithm: str
-    estimate: Estimator
-    loss_of_tokens: LossOfTokens
-    deviation: Deviation | None
-    bounds_log_ratio: bool
-    loss_agg_mode: str
-    loss_scale_factor: float | None
-    filter_groups: bool
-    single_stream: SPOSettings | None
+    section: DictConfig
+    actor: Any
 
-    def weights(self, mask: torch.Tensor) -> torch.Tensor:
-        """Weight of every token in the loss of a whole mini-batch, `[batch, response]`."""
-        return token_weights(mask, self.loss_agg_mode, self.loss_scale_factor)
+    @property
+    def estimator(self) -> Estimator:
+        """Record of the estimator; one of verl's that has none needs nothing."""
+        name = self.section.adv_estimator
+        return ESTIMATORS.get(name, Estimator(name))
 
-    def loss(
+    @property
+    def loss(self) -> Loss:
+        """Record of the loss; one of verl's that has none needs nothing."""
+        name = self.actor.policy_loss.loss_mode
+        return LOSSES.get(name, Loss(name))
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether estimator or loss reads the entropies of the rollout batch."""
+        return "entropy" in self.estimator.needs or bool(self.loss.token_fields)
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether rows with advantage 0 add nothing to a loss but their share of the counts."""
+        return self.loss.proportional or self.loss.mini_batch_sums is not None
+
+    def history(self, prompts: int) -> PromptHistory | None:
+        """What the estimator keeps of so many prompts; None if it keeps nothing."""
+        make = self.estimator.history
+        return None if make is None else make(prompts, read_settings(self.estimator, self.section))
+
+    def advantages(
+        self,
+        rewards: torch.Tensor,
+        groups: torch.Tensor,
+        mask: torch.Tensor,
+        known: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Advantages of a rollout batch, and what is logged of them.
+
+        Args:
+            rewards: `[batch]`.
+            groups: Prompt of every response, `[batch]` int64, 0 .. groups - 1.
+            mask: Bool, `[batch, response]`.
+            known: By name, at least what the estimator needs; see `algorithms.base.Rollout`.
+
+        Returns:
+            `[batch, response]` float32, 0 where the mask is false; and the numbers of
+            `hpo_verl.core.statistics.batch_statistics`.
+        """
+        labels = groups.tolist()
+        needed = {name: known[name] for name in self.estimator.needs}
+        if "values" in needed:
+            needed["values"] = dict(zip(labels, needed["values"].tolist(), strict=True))
+        last = torch.nn.functional.one_hot(mask.sum(dim=-1) - 1, mask.shape[1])
+        data = DataProto.from_dict(
+            tensors={"token_level_rewards": last * rewards[:, None], "response_mask": mask.float()},
+            non_tensors={"uid": groups.numpy().astype(object)},
+        )
+        reported: list[Estimate] = []
+        with extras.provide(**{extras.REPORT: reported.append}, **needed):
+            found: Any = compute_advantage(
+                data,
+                adv_estimator=self.section.adv_estimator,
+                norm_adv_by_std_in_grpo=self.section.norm_adv_by_std_in_grpo,
+                config=self.section,  # pyright: ignore[reportArgumentType]
+            )
+        advantages = torch.where(mask, found.batch["advantages"].float(), 0.0)
+        if not reported:
+            rollout = Rollout(rewards, groups, mask.any(dim=-1), mask)
+            reported.append(Estimate(rollout, labels, Advantages(advantages), advantages))
+        return advantages, step_statistics(reported[0], rewards)
+
+    def token_fields(self, entropy: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the loss reads of every token of the rollout batch, `[batch, response]` each."""
+        settings = loss_settings(self.loss, self.actor.policy_loss)
+        return {
+            name: make(entropy, mask, settings) for name, make in self.loss.token_fields.items()
+        }
+
+    def gradient(
         self,
         log_prob: torch.Tensor,
         old_log_prob: torch.Tensor,
         advantages: torch.Tensor,
         mask: torch.Tensor,
-        weights: torch.Tensor,
-        deviation: torch.Tensor | None = None,
+        fields: Mapping[str, torch.Tensor],
+        counts: tuple[int, int],
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss of the rows of a mini-batch, and what it did to the tokens.
-
-        Rows with advantage 0 may be left out: they add nothing but their share of `weights`.
+        """Derivative of a mini-batch's loss by the log-probabilities, and what it did to tokens.
 
         Args:
-            log_prob: `[rows, response]`, nats; the gradient goes here.
+            log_prob: `[rows, response]`, nats.
             old_log_prob: The same under the policy that sampled.
-            advantages: `[rows, response]`, 0 at masked tokens.
-            mask: Bool, `[rows, response]`; every row has a live token.
-            weights: These rows of `weights` of the whole mini-batch.
-            deviation: These rows of what `self.deviation` made of the whole rollout batch.
+            advantages: `[rows, response]`.
+            mask: Bool, `[rows, response]`.
+            fields: These rows of `token_fields`.
+            counts: Live tokens and responses of the whole mini-batch, of which these may be a part.
 
         Returns:
-            A scalar, and the sums of `hpo_verl.core.statistics.token_sums`.
+            `[rows, response]`, and the sums of `hpo_verl.core.statistics.token_sums`.
 
         Raises:
-            DataError: A log-probability is not finite.
+            DataError: A live log-probability is not finite.
         """
-        with torch.no_grad():
-            log_ratio = masked_log_ratio(log_prob, old_log_prob, mask)
-            require_finite("log_ratio", log_ratio, mask)
-            bounded = bound_log_ratio(log_ratio)
-            used = bounded if self.bounds_log_ratio else log_ratio
-            token_loss = self.loss_of_tokens(
-                MiniBatch(used, old_log_prob, advantages, mask, deviation)
+        log_prob = log_prob.detach().requires_grad_()
+        require_finite("log_prob", log_prob.detach(), mask)
+        provided: dict[str, Any] = dict(fields)
+        if (sums := self.loss.mini_batch_sums) is not None:
+            settings = loss_settings(self.loss, self.actor.policy_loss)
+            batch = prepare(old_log_prob, log_prob.detach(), advantages, mask).tokens
+            total = sums.contributions(batch, settings).tolist()
+            provided[extras.MINI_BATCH] = sums.result(total, settings)
+        self.actor.global_batch_info.update(
+            dp_size=1,
+            batch_num_tokens=counts[0],
+            global_batch_size=counts[1],
+            loss_scale_factor=self.actor.loss_scale_factor,
+        )
+        with extras.provide(**provided):
+            # verl's type of a loss knows its parameters by place only.
+            policy_loss: Any = get_policy_loss_fn(self.loss.name)
+            loss, _ = policy_loss(
+                old_log_prob=old_log_prob,
+                log_prob=log_prob,
+                advantages=advantages,
+                response_mask=mask,
+                loss_agg_mode=self.actor.loss_agg_mode,
+                config=self.actor,
+                rollout_is_weights=None,
             )
-            if self.bounds_log_ratio:
-                slopes = token_loss.slopes.masked_fill(beyond_bound(log_ratio), 0.0)
-                token_loss = TokenLoss(token_loss.values, slopes)
-            weighted = token_loss.scaled(weights)
-            sums = token_sums(bounded.exp(), advantages, weighted.slopes, mask)
-        return attach(log_prob, weighted).sum(), sums
+        (slopes,) = torch.autograd.grad(loss, log_prob)
+        ratio = bound_log_ratio(masked_log_ratio(log_prob.detach(), old_log_prob, mask)).exp()
+        return slopes, token_sums(ratio, advantages, slopes, mask)
 
 
 def read_objective(
-    algorithm: str, max_response_length: int, changes: Mapping[str, Any] | None = None
+    recipe: str, algorithm: str, max_response_length: int, changes: Mapping[str, Any] | None = None
 ) -> Objective:
-    """Build the objective of a catalogue entry.
+    """Compose a recipe with an algorithm, and try the algorithm on a small batch.
 
     Args:
-        algorithm: Name in the catalogue.
-        max_response_length: Tokens; recipes may refer to it as `data.max_response_length`.
+        recipe: Name of a recipe, whose settings the algorithm is put upon.
+        algorithm: Name of a record.
+        max_response_length: Tokens.
         changes: Settings over the recipe's own, by their full key in verl's configuration.
 
     Raises:
-        ConfigError: Unknown algorithm or setting, a bad value, or an algorithm of the catalogue
-            that the lab cannot run.
+        ConfigError: Unknown algorithm or setting, a bad value, a setting that the lab does not
+            read, or an algorithm that the lab cannot run.
     """
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
-    config = _recipe(algorithm, max_response_length, changes or {})
-    estimator = select(config, "algorithm.adv_estimator")
-    loss_mode = select(config, f"{POLICY_LOSS}.loss_mode")
-    _require_supported(algorithm, "estimator", estimator, ESTIMATORS)
-    _require_supported(algorithm, "loss", loss_mode, LOSSES)
-    # Sections of an estimator or a loss are read, or refused, key by key.
-    sections = (f"algorithm.{ESTIMATOR_SECTIONS.get(estimator)}.", f"{POLICY_LOSS}.")
-    for key in sorted(set(_leaves(config)) - _READ):
-        if not key.startswith(sections):
-            raise ConfigError(
-                f"algorithm {algorithm!r} sets {key}, which the lab does not read yet"
-            )
-    loss_agg_mode = select(config, f"{ACTOR}.loss_agg_mode")
-    require_choice(f"{ACTOR}.loss_agg_mode", loss_agg_mode, MODES)
-    loss_scale_factor = select(config, f"{ACTOR}.loss_scale_factor")
-    if loss_scale_factor is not None:
-        require_number(f"{ACTOR}.loss_scale_factor", loss_scale_factor, 0.0, open_low=True)
-    settings = read_settings(estimator, config["algorithm"])
-    normalize_by_std = bool(select(config, "algorithm.norm_adv_by_std_in_grpo", True))
-    return Objective(
-        algorithm=algorithm,
-        estimate=ESTIMATORS[estimator][1](settings, normalize_by_std),
-        loss_of_tokens=LOSSES[loss_mode](config),
-        deviation=read_deviation(loss_mode, config),
-        bounds_log_ratio=loss_mode != "gspo",
-        loss_agg_mode=loss_agg_mode,
-        loss_scale_factor=loss_scale_factor,
-        filter_groups=bool(select(config, "algorithm.filter_groups.enable", False)),
-        single_stream=settings if isinstance(settings, SPOSettings) else None,
-    )
+    return _composed(recipe, algorithm, max_response_length, tuple((changes or {}).items()))
 
 
-def _recipe(algorithm: str, max_response_length: int, changes: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = OmegaConf.load(recipes_directory() / "algo" / f"{algorithm}.yaml")
-    known = {*leaf_keys(DictConfig(recipe)), *_ADDED}
-    for key, value in changes.items():
-        if key not in known:
-            raise ConfigError(f"setting {key!r} of {algorithm}: unknown, {nearest(key, known)}")
-        OmegaConf.update(recipe, key, value, force_add=True)  # pyright: ignore[reportArgumentType]
-    context = OmegaConf.create({"data": {"max_response_length": max_response_length}})
-    config: Any = OmegaConf.to_container(OmegaConf.merge(context, recipe), resolve=True)
-    return {key: value for key, value in config.items() if key != "data"}
+@functools.cache
+def _composed(
+    recipe: str, algorithm: str, max_response_length: int, changes: tuple[tuple[str, Any], ...]
+) -> Objective:
+    changed = [f"{key}={'null' if value is None else value}" for key, value in changes]
+    length = f"data.max_response_length={max_response_length}"
+    config = compose_recipe(recipe, [f"algo={algorithm}", length, *changed])
+    own = OmegaConf.load(recipes_directory() / "algo" / f"{algorithm}.yaml")
+    try:
+        actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        objective = Objective(config.algorithm, actor)
+        read = (*_READ, f"algorithm.{objective.estimator.section}")
+        for key in (*dict(changes), *dict(leaves(OmegaConf.to_container(own)))):
+            if not key.lstrip("+").startswith(read):
+                raise ConfigError(f"sets {key}, which the lab does not read yet")
+        _try(objective)
+    except Exception as error:
+        # Hydra puts its own words around an error of a typed config.
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"algorithm {algorithm!r}: {reason}") from error
+    return objective
 
 
-def _leaves(config: dict[str, Any]) -> list[str]:
-    tree = DictConfig(config)
-    return [
-        key
-        for key in leaf_keys(tree)
-        if not isinstance(OmegaConf.select(tree, key, throw_on_missing=False), DictConfig)
-    ]
-
-
-def _require_supported(
-    algorithm: str, what: str, name: object, supported: Mapping[str, Any]
-) -> None:
-    if name not in supported:
-        raise ConfigError(
-            f"algorithm {algorithm!r}: the lab does not know its {what} {name!r} yet; "
-            f"it knows {', '.join(supported)}"
-        )
+def _try(objective: Objective) -> None:
+    """Let every setting meet the check of its reader."""
+    mask = torch.ones((4, 2), dtype=torch.bool)
+    groups = torch.arange(4) if objective.estimator.history else torch.tensor([0, 0, 1, 1])
+    entropy = torch.linspace(0.5, 1.0, 8).view(4, 2)
+    known = {"entropy": entropy, "progress": 0.5, "values": torch.full((4,), 0.5)}
+    advantages, _ = objective.advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), groups, mask, known)
+    old = torch.full((4, 2), -1.0)
+    fields = objective.token_fields(entropy, mask)
+    slopes, _ = objective.gradient(old - 0.01, old, advantages, mask, fields, (8, 4))
+    if not bool(torch.isfinite(slopes).all()):
+        raise ConfigError("a setting makes the gradient infinite or undefined")

@@ -25,7 +25,7 @@ from hpo_verl.lab.tasks import find_task
 
 BASE = "base"
 # To be raised by every change of the trainer after which a cell gives other results.
-TRAINER_VERSION = 3
+TRAINER_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,15 @@ class Training:
     def __post_init__(self) -> None:
         for name, low in (
             ("steps", 1), ("prompts_per_step", 1), ("responses_per_prompt", 2),
-            ("mini_batches", 1), ("questions", 1), ("max_generation_batches", 1),
+            ("mini_batches", 1), ("questions", self.prompts_per_step),
+            ("max_generation_batches", 1),
         ):  # fmt: skip
-            require_integer(f"training.{name}", getattr(self, name), low)
+            _require_integer(f"training.{name}", getattr(self, name), low)
         for name in ("learning_rate", "max_grad_norm"):
             require_number(f"training.{name}", getattr(self, name), 0.0, open_low=True)
         if self.prompts_per_step % self.mini_batches:
             raise ConfigError(
                 f"training.mini_batches = {self.mini_batches}: must divide "
-                f"training.prompts_per_step = {self.prompts_per_step}"
-            )
-        if self.questions < self.prompts_per_step:
-            raise ConfigError(
-                f"training.questions = {self.questions}: must be at least "
                 f"training.prompts_per_step = {self.prompts_per_step}"
             )
 
@@ -74,8 +70,8 @@ class Evaluation:
     questions: int = 512
 
     def __post_init__(self) -> None:
-        require_integer("evaluation.every", self.every, 1)
-        require_integer("evaluation.questions", self.questions, 1)
+        _require_integer("evaluation.every", self.every, 1)
+        _require_integer("evaluation.questions", self.questions, 1)
 
 
 @dataclass(frozen=True)
@@ -95,12 +91,13 @@ class Cell:
         task: Name of the task.
         warm_start: Success that the run begins with, as a fraction.
         variant: Its name in the study.
-        algorithm: Name in the catalogue.
+        algorithm: Name of its record.
         settings: Over the algorithm's recipe.
         learning_rate: Of AdamW.
         seed: Of warm start, questions and sampling.
         training: How it trains; its `learning_rate` is not read.
         evaluation: How it is measured.
+        policy: Folder of the policy that the warm start begins with; None for the tiny policy.
     """
 
     study: str
@@ -113,16 +110,14 @@ class Cell:
     seed: int
     training: Training
     evaluation: Evaluation
+    policy: str | None = None
 
     @property
     def start(self) -> warm_start.WarmStart:
         """The policy that the run begins with."""
+        questions, held_out = self.training.questions, self.evaluation.questions
         return warm_start.WarmStart(
-            find_task(self.task),
-            self.warm_start,
-            self.seed,
-            self.training.questions,
-            self.evaluation.questions,
+            find_task(self.task), self.warm_start, self.seed, questions, held_out, self.policy
         )
 
     @property
@@ -140,6 +135,7 @@ class Study:
 
     name: str = ""
     description: str = ""
+    policy: str | None = None
     tasks: list[str] = field(default_factory=list)
     warm_starts: list[float] = field(default_factory=list)
     seeds: int = 10
@@ -147,11 +143,12 @@ class Study:
     learning_rates: list[float] | None = None
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    baseline: str = ""
     variants: dict[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require_integer("seeds", self.seeds, 1)
-        require_integer("first_seed", self.first_seed, 0)
+        _require_integer("seeds", self.seeds, 1)
+        _require_integer("first_seed", self.first_seed, 0)
         for key in ("tasks", "warm_starts", "variants"):
             if not getattr(self, key):
                 raise ConfigError(f"study {self.name}: {key} is empty")
@@ -159,18 +156,20 @@ class Study:
             require_number("warm_starts", level, 0.0, 1.0, open_low=True)
         for rate in self.learning_rates or []:
             require_number("learning_rates", rate, 0.0, open_low=True)
-        for task in self.tasks:
-            find_task(task)
+        tasks = [find_task(name) for name in self.tasks]
+        responses = self.training.responses_per_step
         for name, variant in self.variants.items():
             if "/" in name or name.startswith("."):
                 raise ConfigError(f"variants.{name}: the name must be fit for a file")
-            objective = read_objective(variant.algorithm, 1, variant.settings)
-            training = self.training
-            if objective.single_stream and training.questions < training.responses_per_step:
+            # Its settings mean the same for every task.
+            objective = read_objective(
+                tasks[0].recipe, variant.algorithm, tasks[0].max_response_length, variant.settings
+            )
+            if objective.estimator.history and self.training.questions < responses:
                 raise ConfigError(
-                    f"training.questions = {training.questions}: {variant.algorithm} takes one "
-                    f"response per prompt; must be at least {training.responses_per_step}, the "
-                    "responses of a step"
+                    f"training.questions = {self.training.questions}: {variant.algorithm} takes "
+                    f"one response per prompt; must be at least {responses}, the responses of a "
+                    "step"
                 )
 
     def cells(self) -> list[Cell]:
@@ -180,7 +179,7 @@ class Study:
         return [
             Cell(
                 self.name, task, float(level), name, variant.algorithm, variant.settings,
-                float(rate), seed, self.training, self.evaluation,
+                float(rate), seed, self.training, self.evaluation, self.policy,
             )
             for seed, task, level, rate, (name, variant) in product(
                 seeds, self.tasks, self.warm_starts, rates, self.variants.items()
@@ -194,70 +193,46 @@ def study_names() -> list[str]:
     return sorted(path.stem for path in paths if path.stem != BASE)
 
 
-def variant_order(study: str) -> list[str]:
-    """Variants in the order of the study's file, where that still exists."""
-    return list(read_study(study).variants) if study in study_names() else []
-
-
-def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
+def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
     """Compose a study and check every value.
 
     Args:
         name: One of `study_names`.
         overrides: `KEY=VALUE`, as Hydra takes them.
+        only: Variants to keep; empty for all.
 
     Raises:
-        ConfigError: Unknown study, key, task or algorithm (with the nearest name), or a bad value.
+        ConfigError: Unknown study, key, task, variant or algorithm (with the nearest name), or a
+            bad value.
     """
     if name not in study_names():
         raise ConfigError(f"unknown study {name!r}: {nearest(name, study_names())}")
     with initialize_config_dir(str(recipes_directory() / "lab"), version_base=None):
         try:
-            _check_keys(set(leaf_keys(compose(name))), overrides)
+            known = set(leaf_keys(compose(name)))
+            for text in overrides:
+                override = OverridesParser.create().parse_override(text)
+                key = override.get_key_element()
+                if not override.is_add() and not override.is_delete() and key not in known:
+                    raise ConfigError(f"unknown setting {key!r} in {text!r}: {nearest(key, known)}")
             config = compose(name, overrides=list(overrides))
             values: Any = OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"study {name}: {str(error).strip().splitlines()[0]}") from error
+    for variant in only:
+        if variant not in values["variants"]:
+            close = nearest(variant, values["variants"])
+            raise ConfigError(f"--only {variant}: no variant of study {name}: {close}")
     values["training"] = parse_settings(Training, values["training"], "training")
     values["evaluation"] = parse_settings(Evaluation, values["evaluation"], "evaluation")
     values["variants"] = {
         variant: parse_settings(Variant, content, f"variants.{variant}")
         for variant, content in values["variants"].items()
+        if not only or variant in only
     }
     return parse_settings(Study, {"name": name, **values}, f"study {name}")
 
 
-def with_variants(study: Study, names: Sequence[str]) -> Study:
-    """The study with some of its variants alone; all of them where none is named.
-
-    Raises:
-        ConfigError: A variant is unknown; names the nearest one.
-    """
-    for name in names:
-        if name not in study.variants:
-            raise ConfigError(
-                f"--only {name}: no variant of study {study.name}: {nearest(name, study.variants)}"
-            )
-    kept = {name: content for name, content in study.variants.items() if name in names}
-    return dataclasses.replace(study, variants=kept or study.variants)
-
-
-def require_integer(key: str, value: object, low: int) -> None:
-    """Refuse anything but an integer from `low` upwards.
-
-    Raises:
-        ConfigError: Names the key, the value and what is permitted.
-    """
+def _require_integer(key: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{key} = {value!r}: must be an integer of at least {low}")
-
-
-def _check_keys(known: set[str], overrides: Sequence[str]) -> None:
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
-        key = override.get_key_element()
-        if not override.is_add() and not override.is_delete() and key not in known:
-            raise ConfigError(f"unknown setting {key!r} in {text!r}: {nearest(key, known)}")

@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from data_prep.countdown.prompts import tiny
-from data_prep.countdown.puzzles import Ranges, sample_puzzles
+from data_prep.countdown.puzzles import PuzzleKey, Ranges, puzzle_key, sample_puzzles
+from data_prep.policies.demos import Demonstration, Demonstrations
+from data_prep.policies.demos_countdown import CountdownDemonstrations
 from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.config.recipes import nearest, recipes_directory
 from hpo_verl.errors import ConfigError
 from hpo_verl.rewards import countdown, telelogs
 
 Messages = list[dict[str, str]]
-_MAX_ATTEMPTS = 3
-# How often the working author shows one, two or three attempts.
-_ATTEMPT_WEIGHTS = (2, 3, 5)
 
 
 class Question(NamedTuple):
@@ -35,13 +34,6 @@ class Question(NamedTuple):
     ground_truth: Any
 
 
-class Demonstration(NamedTuple):
-    """A conversation and a response to imitate, without the end token."""
-
-    messages: Messages
-    response: str
-
-
 @dataclass(frozen=True)
 class Task:
     """What the trainer and the warm start need to know.
@@ -49,20 +41,25 @@ class Task:
     Attributes:
         name: Key of `TASKS`.
         policy: The tiny policy's task that a warm start begins with.
+        recipe: Name of the recipe whose settings an algorithm is put upon.
         max_response_length: Tokens, the end token included.
         questions: From sizes and seed to training and held-out questions.
         score: Reward of a response, 0.0 or 1.0.
         careless: Draws an answer that is wrong.
-        worked: Draws an answer that works before it ends; None where the tiny policy has the skill.
+        keys: Puzzles of questions, which no demonstration may pose.
+        demonstrations: From seed and such puzzles to demonstrations of the skill; None where the
+            tiny policy has it.
     """
 
     name: str
     policy: str
+    recipe: str
     max_response_length: int
     questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
     score: Callable[[str, Any], float]
     careless: Callable[[random.Random, list[Question]], Demonstration]
-    worked: Callable[[random.Random, list[Question]], Demonstration] | None = None
+    keys: Callable[[list[Question]], set[PuzzleKey]]
+    demonstrations: Callable[[int, set[PuzzleKey]], Demonstrations] | None = None
 
 
 def find_task(name: str) -> Task:
@@ -74,11 +71,6 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}: {nearest(name, TASKS)}")
     return TASKS[name]
-
-
-def puzzle_key(ground_truth: Any) -> tuple[tuple[int, ...], int]:
-    """Return a Countdown puzzle up to order, as `data_prep.policies.tiny` holds puzzles out."""
-    return tuple(sorted(ground_truth["numbers"])), ground_truth["target"]
 
 
 @functools.cache
@@ -117,45 +109,6 @@ def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demons
     return Demonstration(question.messages, f"<answer>{text}</answer>")
 
 
-def _countdown_worked(
-    rng: random.Random, questions: list[Question], *, numbers: int
-) -> Demonstration:
-    """Sums worked out from left to right; the target is the value of the last one, in hindsight.
-
-    The questions' puzzles are not looked at: those drawn here may include them, as those of
-    `data_prep.policies.demos` do. Held-out puzzles are kept out by the caller.
-    """
-    ranges = _recipe_ranges(numbers)
-    while True:
-        drawn = [rng.randint(ranges.min_number, ranges.max_number) for _ in range(numbers)]
-        attempts: dict[int, tuple[str, str]] = {}
-        (wanted,) = rng.choices(range(1, _MAX_ATTEMPTS + 1), _ATTEMPT_WEIGHTS)
-        for _ in range(4 * wanted):
-            attempt = _attempt(rng, drawn)
-            if attempt is not None and len(attempts) < wanted:
-                value, line, answer = attempt
-                attempts.setdefault(value, (line, answer))
-        values = list(attempts)
-        if values and ranges.min_target <= values[-1] <= ranges.max_target:
-            lines = "".join(f"{line}\n" for line, _ in attempts.values())
-            answer = attempts[values[-1]][1]
-            return Demonstration(tiny(drawn, values[-1]), f"{lines}<answer>{answer}</answer>")
-
-
-def _attempt(rng: random.Random, numbers: list[int]) -> tuple[int, str, str] | None:
-    """Value, worked line and expression; None where a partial sum is negative."""
-    first, *rest = rng.sample(numbers, len(numbers))
-    value, line, answer = first, str(first), str(first)
-    for number in rest:
-        sign = rng.choice("+-")
-        value += number if sign == "+" else -number
-        if value < 0:
-            return None
-        line += f"{sign}{number}={value}"
-        answer += f"{sign}{number}"
-    return value, line, answer
-
-
 def _telelogs_questions(
     train_size: int, held_out_size: int, seed: int
 ) -> tuple[list[Question], list[Question]]:
@@ -179,20 +132,27 @@ def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonst
     return Demonstration(question.messages, f"\\boxed{{{feature}}}")
 
 
+def _puzzle_keys(questions: list[Question]) -> set[PuzzleKey]:
+    return {puzzle_key(question.ground_truth) for question in questions}
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "countdown3", "countdown", 24, functools.partial(_countdown_questions, numbers=3),
-            _countdown_score, _countdown_careless,
+            "countdown3", "countdown", "countdown-tiny", 24,
+            functools.partial(_countdown_questions, numbers=3),
+            _countdown_score, _countdown_careless, _puzzle_keys,
         ),
         Task(
-            "countdown4", "countdown", 36, functools.partial(_countdown_questions, numbers=4),
-            _countdown_score, _countdown_careless,
-            functools.partial(_countdown_worked, numbers=4),
+            "countdown4", "countdown", "countdown-tiny", 36,
+            functools.partial(_countdown_questions, numbers=4),
+            _countdown_score, _countdown_careless, _puzzle_keys,
+            functools.partial(CountdownDemonstrations, numbers=4),
         ),
         Task(
-            "telelogs", "telelogs", 24, _telelogs_questions, _telelogs_score, _telelogs_careless
+            "telelogs", "telelogs", "telelogs-tiny", 24,
+            _telelogs_questions, _telelogs_score, _telelogs_careless, lambda questions: set(),
         ),
     )
 }  # fmt: skip

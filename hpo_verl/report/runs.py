@@ -28,16 +28,16 @@ class Run:
     """One finished run.
 
     Attributes:
-        folder: where it is.
-        recipe: task and model, or verl's experiment name.
-        algorithm: estimator and, where it adds something, loss.
-        seed: of data and sampling.
-        steps: training steps.
-        before: success on held-out prompts before training, fraction; None if not measured.
-        after: the same after the last step.
-        seconds_per_step: median of verl's `timing_s/step`.
-        validations: steps and success rates (fraction) over the run.
-        settings: dotted key -> value of the configuration without seeds and places.
+        folder: Where it is.
+        recipe: Task and model, or verl's experiment name.
+        algorithm: Estimator and, where it adds something, loss.
+        seed: Of data and sampling.
+        steps: Training steps.
+        before: Success on held-out prompts before training, fraction; None if not measured.
+        after: The same after the last step.
+        seconds_per_step: Median of verl's `timing_s/step`.
+        validations: Steps and success rates (fraction) over the run.
+        settings: Dotted key -> value of the configuration without seeds and places.
     """
 
     folder: Path
@@ -57,8 +57,8 @@ class Group:
     """Runs that differ by their seed alone.
 
     Attributes:
-        runs: at least one, by seed.
-        settings: what tells the group from others of the same recipe and algorithm.
+        runs: At least one, by seed.
+        settings: What tells the group from others of the same recipe and algorithm.
     """
 
     runs: tuple[Run, ...]
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
     """Read one run.
 
     Raises:
-        DataError: the folder holds no finished run; names what it lacks.
+        DataError: The folder holds no finished run; names what it lacks.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
@@ -95,6 +95,7 @@ def read_run(folder: Path) -> Run:
             if not isinstance(summary[name], int | float | None):
                 raise TypeError(f"summary.json: {name}={summary[name]!r}")
         names = config.get("names") or {}
+        seconds = metrics.series("timing_s/step")[1]
         return Run(
             folder=folder,
             recipe="-".join(names.values()) or str(config.trainer.experiment_name),
@@ -103,7 +104,7 @@ def read_run(folder: Path) -> Run:
             steps=int(summary["steps"]),
             before=summary["success_before"],
             after=summary["success_after"],
-            seconds_per_step=_median(metrics.series("timing_s/step")[1]),
+            seconds_per_step=median(seconds) if seconds else None,
             validations=metrics.success(),
             settings=comparable_settings(config, summary["seed"]),
         )
@@ -115,7 +116,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     """Read runs; all folders that are none are named in one error.
 
     Raises:
-        DataError: a folder is no run, or is given twice.
+        DataError: A folder is no run, or is given twice.
     """
     runs: dict[Path, Run] = {}
     problems = []
@@ -135,15 +136,14 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 def comparable_settings(config: DictConfig, seed: int | None) -> dict[str, str]:
     """Flatten a configuration, without seeds and places.
 
-    Paths and names often contain the seed, so it is blotted out of strings.
+    Paths and names often contain the seed, so it is replaced in strings.
     """
     flat: dict[str, str] = {}
     # Not the digits of a word such as fsdp2.
     number = re.compile(rf"(?:(?<![A-Za-z\d])|(?<=seed)){seed}(?![A-Za-z\d])")
     for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
-        if key.rsplit(".", 1)[-1] in SEED_KEYS or key.startswith(PLACES):
-            continue
-        flat[key] = number.sub("<seed>", value) if isinstance(value, str) else repr(value)
+        if key.rsplit(".", 1)[-1] not in SEED_KEYS and not key.startswith(PLACES):
+            flat[key] = number.sub("<seed>", value) if isinstance(value, str) else repr(value)
     return flat
 
 
@@ -151,22 +151,20 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs that differ by their seed alone.
 
     Raises:
-        DataError: two runs do not even differ by their seed, and would count twice.
+        DataError: Two runs have the same settings and seed, and would count twice.
     """
-    groups: list[list[Run]] = []
+    groups: dict[str, dict[int | None, Run]] = {}
     for run in sorted(runs, key=lambda run: (run.recipe, run.algorithm, run.seed or 0)):
-        home = next((group for group in groups if group[0].settings == run.settings), None)
-        if home is None:
-            groups.append([run])
-            continue
-        twin = next((other for other in home if other.seed == run.seed), None)
-        if twin is not None:
+        by_seed = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
+        if run.seed in by_seed:
             raise DataError(
-                f"{twin.folder} and {run.folder} have the same settings and seed; give one of them"
+                f"{by_seed[run.seed].folder} and {run.folder} have the same settings and seed; "
+                "give one of them"
             )
-        home.append(run)
-    firsts = [group[0] for group in groups]
-    return [Group(tuple(group), _told_apart(group[0], firsts)) for group in groups]
+        by_seed[run.seed] = run
+    found = [tuple(by_seed.values()) for by_seed in groups.values()]
+    firsts = [group[0] for group in found]
+    return [Group(group, _told_apart(group[0], firsts)) for group in found]
 
 
 def _told_apart(run: Run, others: Sequence[Run]) -> str:
@@ -179,11 +177,5 @@ def _told_apart(run: Run, others: Sequence[Run]) -> str:
         if name != "experiment_name" and len({rival.settings.get(key) for rival in rivals}) > 1:
             # One setting often stands in several places; it is told once.
             told.setdefault(f"{name}={run.settings.get(key)}")
-    shown = list(told)[:SETTINGS_SHOWN]
-    return " ".join(
-        shown + ([f"and {len(told) - len(shown)} more"] if len(told) > SETTINGS_SHOWN else [])
-    )
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
+    more = [f"and {len(told) - SETTINGS_SHOWN} more"] if len(told) > SETTINGS_SHOWN else []
+    return " ".join([*list(told)[:SETTINGS_SHOWN], *more])

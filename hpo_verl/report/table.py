@@ -1,77 +1,50 @@
-"""The table of a comparison."""
+"""The table of a comparison of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from rich import box
-from rich.table import Table
+import pandas as pd
 
-from hpo_verl.report.intervals import bootstrap_interval
-from hpo_verl.report.runs import Group, Run
+from hpo_verl.report.runs import Group
+from hpo_verl.report.statistics import mean_interval
 
 NOT_MEASURED = "-"
+_NUMBERS = {"before": ".1%", "after": ".1%", "seconds_per_step": ".1f"}
 
 
-def runs_table(groups: Sequence[Group]) -> Table:
+def runs_table(groups: Sequence[Group]) -> str:
     """One row a run; one more for each group of several seeds, with mean and interval."""
-    table = Table(
-        title="success on held-out prompts; mean [95 % bootstrap interval over seeds]",
-        box=box.SIMPLE,
-        caption="\n".join(
-            f"group {number}: {group.settings}"
-            for number, group in enumerate(groups, 1)
-            if group.settings
-        ),
-        caption_justify="left",
-    )
-    for name in ("recipe", "algorithm"):
-        table.add_column(name, overflow="fold")
-    for name in ("group", "seed", "steps", "before", "after", "s/step"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for number, group in enumerate(groups, 1):
-        for run in group.runs:
-            table.add_row(
-                run.recipe,
-                run.algorithm,
-                str(number),
-                NOT_MEASURED if run.seed is None else str(run.seed),
-                str(run.steps),
-                _percent(run.before),
-                _percent(run.after),
-                _seconds(run.seconds_per_step),
+        values = pd.DataFrame(
+            [{name: getattr(run, name) for name in _NUMBERS} for run in group.runs], dtype=float
+        )
+        for run, (_, numbers) in zip(group.runs, values.iterrows(), strict=True):
+            rows.append(
+                [run.recipe, run.algorithm, number, _shown(run.seed, ""), run.steps]
+                + [_shown(numbers[name], template) for name, template in _NUMBERS.items()]
             )
         if len(group.runs) > 1:
-            table.add_row(
-                "",
-                f"mean of {len(group.runs)} seeds",
-                str(number),
-                *("", ""),
-                _mean(group, lambda run: run.before, _percent),
-                _mean(group, lambda run: run.after, _percent),
-                _mean(group, lambda run: run.seconds_per_step, _seconds),
-                style="bold",
-                end_section=True,
-            )
-    return table
+            # A mean over other seeds than the row says would mislead.
+            means = [
+                NOT_MEASURED
+                if values[name].isna().any()
+                else mean_interval(values[name].tolist()).shown(template)
+                for name, template in _NUMBERS.items()
+            ]
+            rows.append(["", f"mean of {len(group.runs)} seeds", number, "", "", *means])
+    names = ["recipe", "algorithm", "group", "seed", "steps", "before", "after", "s/step"]
+    captions = [f"group {n}: {group.settings}" for n, group in enumerate(groups, 1)]
+    return "\n".join(
+        [
+            "success on held-out prompts; mean [95 % bootstrap interval over seeds]",
+            pd.DataFrame(rows, columns=names).to_string(index=False),
+            *(text for text in captions if not text.endswith(": ")),
+        ]
+    )
 
 
-def _mean(
-    group: Group, pick: Callable[[Run], float | None], show: Callable[[float | None], str]
-) -> str:
-    picked = [pick(run) for run in group.runs]
-    values = [value for value in picked if value is not None]
-    if len(values) < len(picked):
-        # A mean over other seeds than the row says would mislead.
-        return NOT_MEASURED
-    text = show(sum(values) / len(values))
-    interval = bootstrap_interval(values)
-    return f"{text} [{show(interval[0])}, {show(interval[1])}]" if interval else text
-
-
-def _percent(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.1%}"
-
-
-def _seconds(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.1f}"
+def _shown(value: Any, template: str) -> str:
+    return NOT_MEASURED if value is None or pd.isna(value) else format(value, template)

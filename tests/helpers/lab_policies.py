@@ -1,15 +1,14 @@
-"""Small random policies for the lab's tests, and results without a run."""
+"""Small random policies for the lab's tests."""
 
-import math
 from types import SimpleNamespace
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from data_prep.policies.folder import save_policy
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.policy import Policy
-from hpo_verl.lab.results import Result
 from hpo_verl.lab.settings import read_study
 
 END, PAD = 0, 1
@@ -35,39 +34,26 @@ def random_model(vocabulary=32, seed=0, std=0.3):
 
 
 def random_policy(vocabulary=32, seed=0):
-    return Policy(
-        random_model(vocabulary, seed), SimpleNamespace(eos_token_id=END, pad_token_id=PAD)
-    )
+    model = random_model(vocabulary, seed)
+    model.generation_config.eos_token_id = END
+    return Policy(model, SimpleNamespace(eos_token_id=END, pad_token_id=PAD))
+
+
+def tiny_random_policy(seed=0):
+    """A random policy with the tiny policy's tokenizer."""
+    tokenizer = build_tokenizer()
+    model = random_model(len(tokenizer), seed, std=0.1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return Policy(model, tokenizer)
 
 
 def keep_warm_starts(study):
     """Put random policies where the cells of a study look for their warm starts."""
-    tokenizer = build_tokenizer()
-    policy = Policy(random_model(len(tokenizer), std=0.1), tokenizer)
+    policy = tiny_random_policy()
+    facts = {"versions": warm_start.versions(), "success": 0.05}
     for folder in {cell.start.folder for cell in study.cells()}:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        warm_start.save(policy, folder, 0.05)
-
-
-def made_up_result(cell, success, status="finished", **columns):
-    """A result with the given learning curve, one measurement per step."""
-    steps = len(success)
-    missing = [math.nan] * steps
-    names = (
-        "alpha", "solve_rate", "entropy", "response_length", "response_length_std",
-        "response_length_positive", "response_length_negative",
-    )  # fmt: skip
-    values = {name: [0.5 + 0.1 * i for i in range(steps)] for name in names}
-    values["step"] = [float(i) for i in range(steps)]
-    values["success"] = list(success)
-    values["responses_sampled"] = [math.nan, *(512.0 * i for i in range(1, steps))]
-    environment = {"commit": "abc", "versions": "{}", "machine": "test", "finished": "now"}
-    facts = {
-        "cell": cell, "status": status, "seconds": 1.0, "warm_start_success": success[0],
-        "environment": environment,
-    }  # fmt: skip
-    assert set(columns) <= {*values, *names}
-    return Result(facts, {**values, **columns} if steps else {"step": missing})
+        save_policy(folder, policy.model, policy.tokenizer, warm_start.FACTS, facts)
 
 
 def quick_study(name="alpha", *overrides):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import math
 import os
 import signal
@@ -10,25 +11,19 @@ import sys
 import time
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
 from lab_policies import QUICK, keep_warm_starts, quick_study
 
 from hpo_verl import cli
+from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 from hpo_verl.lab import study as study_module
 from hpo_verl.lab import warm_start
-from hpo_verl.lab.estimators import Batch
-from hpo_verl.lab.results import (
-    cell_path,
-    long_table,
-    read_long_table,
-    read_results,
-    write_result,
-)
-from hpo_verl.lab.study import Estimate, Finished, missing_cells, run_study
+from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.study import missing_cells, run_study
 from hpo_verl.lab.trainer import Diverged, Outcome, Trainer, run_cell
+from hpo_verl.report.studies import read_results
 from hpo_verl.runs.lock import locked
 
 
@@ -98,8 +93,15 @@ def test_variants_of_a_seed_share_their_first_batch(study, graded):
     assert other[1]["entropy"] != grpo[1]["entropy"]
 
 
-@pytest.mark.parametrize("name", ["bapo", "hapo", "aepo_advantage", "d3s", "spo"])
-def test_the_neighbours_train_and_repeat_bit_for_bit(graded, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n, a in ALGORITHMS.items()
+        if a.loss.token_fields or a.loss.mini_batch_sums or a.estimator.needs
+    ],
+)
+def test_what_needs_more_than_rewards_trains_and_repeats_bit_for_bit(graded, name):
     study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
     keep_warm_starts(study)
     first, second = (run_cell(cell_of(study, name)).rows for _ in range(2))
@@ -130,39 +132,33 @@ def test_without_any_reward_there_is_no_update(study):
 
 
 def test_momentum_alone_moves_nothing(study, graded):
-    from hpo_verl.lab.policy import Policy
-
     cell = cell_of(study, "a_hpo")
     trainer = Trainer(cell, Policy.load(cell.start.folder))
     trainer.step(1)
-    rollout = trainer._rollout()
+    (rollout,) = trainer._sample(2)
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     nothing = torch.zeros(rollout.responses.mask.shape)
-    assert trainer._mini_batch(rollout, nothing, None, torch.arange(4)) == ({}, 0.0)
+    assert trainer._mini_batch(rollout, nothing, {}, torch.arange(16)) == ({}, 0.0)
     after = trainer.parameters
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_leaving_out_groups_without_spread_changes_no_update(study, graded, monkeypatch):
+def test_leaving_out_rows_without_advantage_changes_no_update(study, graded, monkeypatch):
     """The mini-batch that the trainer makes, against the whole one."""
-    from hpo_verl.lab.policy import Policy
-
     cell = cell_of(study, "a_hpo")
     trainer = Trainer(cell, Policy.load(cell.start.folder))
-    rollout = trainer._rollout()
-    codes = torch.arange(4).repeat_interleave(4)
-    mask = rollout.responses.mask
-    batch = Batch(rollout.rewards, codes, mask, rollout.responses.entropy)
-    advantages = trainer.objective.estimate(batch).advantages
-    assert (advantages[mask] == 0).any()
-    log_prob = trainer.policy.response_log_probs(rollout.prompts, rollout.responses.tokens, mask)
-    loss, _ = trainer.objective.loss(
-        log_prob, rollout.responses.log_probs, advantages, mask,
-        trainer.objective.weights(mask),
-    )  # fmt: skip
-    expected = torch.autograd.grad(loss, trainer.parameters)
+    (rollout,) = trainer._sample(1)
+    tokens, mask, old_log_prob = rollout.responses
+    groups = torch.arange(4).repeat_interleave(4)
+    advantages, _ = trainer.objective.advantages(rollout.rewards, groups, mask, {})
+    assert (advantages == 0).all(dim=-1).any()
+    log_prob = trainer.policy.log_probs(rollout.prompts, tokens, mask)
+    slopes, _ = trainer.objective.gradient(
+        log_prob, old_log_prob, advantages, mask, {}, (int(mask.sum()), 16)
+    )
+    expected = torch.autograd.grad(log_prob, trainer.parameters, slopes)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-    trainer._mini_batch(rollout, advantages, None, torch.arange(4))
+    trainer._mini_batch(rollout, advantages, {}, torch.arange(16))
     norm = math.sqrt(sum(float(g.square().sum()) for g in expected))
     scale = min(1.0, cell.training.max_grad_norm / (norm + 1e-6))
     for parameter, gradient in zip(trainer.parameters, expected, strict=True):
@@ -180,11 +176,9 @@ def test_a_run_that_diverges_counts_as_one_without_success(study, monkeypatch):
 
 
 def test_a_weight_that_is_not_finite_is_a_divergence(study, graded):
-    from hpo_verl.lab.policy import Policy
-
     cell = cell_of(study, "grpo")
     trainer = Trainer(cell, Policy.load(cell.start.folder))
-    rollout = trainer._rollout()
+    (rollout,) = trainer._sample(1)
     with torch.no_grad():
         trainer.parameters[0].fill_(torch.nan)
     with pytest.raises(Diverged):
@@ -203,39 +197,32 @@ def outcome_of(cell):
     return Outcome(rows, {"status": "finished", "seconds": 1.0, "warm_start_success": 0.05})
 
 
-def test_results_come_back_as_they_were_written(study, tmp_path):
-    cells = study.cells()[:3]
-    for cell in cells:
-        write_result(tmp_path, cell, outcome_of(cell))
-    results = read_results(tmp_path)
-    assert {result.cell["variant"] for result in results} == {cell.variant for cell in cells}
-    assert results[0].columns["success"] == pytest.approx([0.0, 0.1, 0.2])
-    assert results[0].facts["environment"]["commit"]
-    path = tmp_path / "all.parquet"
-    pq.write_table(long_table(results), path)
-    again = read_long_table(path)
-    assert [result.facts for result in again] == [result.facts for result in results]
-    assert [r.columns["step"] for r in again] == [r.columns["step"] for r in results]
-    path.write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"all\.parquet: is no result"):
-        read_results(tmp_path)
-
-
 def test_a_result_is_there_whole_or_not_at_all(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "run_cell", outcome_of)
+    folder = tmp_path / "runs"
+
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(DataError, match="cannot write"):
-        write_result(tmp_path, study.cells()[0], outcome_of(study.cells()[0]))
-    assert list(tmp_path.glob("*.parquet*")) == []
-    assert list(tmp_path.glob(".*parquet*")) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(DataError, match="cannot write"):
+            run_study(study, folder, 1, lambda finished: None)
+    assert not [path for path in folder.iterdir() if "parquet" in path.name]
+    run_study(study, folder, 1, lambda finished: None, "the command")
+    results = read_results(folder)
+    cells = {cell.name: json.loads(json.dumps(dataclasses.asdict(cell))) for cell in study.cells()}
+    assert [result.cell for result in results] == [cells[name] for name in sorted(cells)]
+    assert list(results[0].rows["success"]) == pytest.approx([0.0, 0.1, 0.2])
+    environment = results[0].facts["environment"]
+    assert environment["commit"]
+    assert environment["command"] == "the command"
 
 
 def test_a_finished_cell_is_never_run_again(study, tmp_path, monkeypatch):
     ran = []
 
-    def run(cell, device):
+    def run(cell):
         if len(ran) == 5:
             raise KeyboardInterrupt
         ran.append(cell.name)
@@ -243,21 +230,22 @@ def test_a_finished_cell_is_never_run_again(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_module, "run_cell", run)
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, tmp_path, 1, "cpu", lambda finished: None)
+        run_study(study, tmp_path, 1, lambda finished: None)
     first = list(ran)
     ran.clear()
     monkeypatch.setattr(
-        study_module, "run_cell", lambda cell, device: ran.append(cell.name) or outcome_of(cell)
+        study_module, "run_cell", lambda cell: ran.append(cell.name) or outcome_of(cell)
     )
     reports = []
-    run_study(study, tmp_path, 1, "cpu", reports.append)
+    run_study(study, tmp_path, 1, reports.append)
     assert sorted(first + ran) == sorted(cell.name for cell in study.cells())
     assert len(reports) == len(ran)
     assert missing_cells(study, tmp_path) == []
 
 
-def test_runs_that_trained_differently_do_not_share_a_folder(study, tmp_path):
-    write_result(tmp_path, study.cells()[0], outcome_of(study.cells()[0]))
+def test_runs_that_trained_differently_do_not_share_a_folder(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "run_cell", outcome_of)
+    run_study(study, tmp_path, 1, lambda finished: None)
     other = quick_study("alpha", "training.steps=3")
     with pytest.raises(ConfigError, match=r"training.steps = 2 and 3.*--out"):
         missing_cells(other, tmp_path)
@@ -265,23 +253,7 @@ def test_runs_that_trained_differently_do_not_share_a_folder(study, tmp_path):
 
 def test_two_studies_do_not_run_in_one_folder_at_once(study, tmp_path):
     with locked(tmp_path), pytest.raises(EnvironmentCheckError, match="--out"):
-        run_study(study, tmp_path, 1, "cpu", lambda finished: None)
-
-
-def test_the_estimate_by_hand():
-    sparse = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]", "seeds=3")
-    cells = [c for c in sparse.cells() if c.variant in ("grpo", "dapo")]
-    estimate = Estimate(cells, workers=2)
-    assert estimate.seconds() is None
-    estimate.update(Finished(cells[0], 0.1, 10.0, "finished"))
-    # Two more of grpo's at 10 s, three of dapo's, not seen yet, at the slowest known; 2 at a time.
-    assert estimate.seconds() == pytest.approx(25.0)
-    estimate.update(Finished(cells[1], 0.1, 40.0, "finished"))
-    assert estimate.seconds() == pytest.approx((2 * 10 + 2 * 40) / 2)
-
-
-def hpo_verl_lab(*arguments):
-    return [sys.executable, "-c", "from hpo_verl.cli import main; main()", "lab", *arguments]
+        run_study(study, tmp_path, 1, lambda finished: None)
 
 
 @pytest.mark.timeout(300)
@@ -307,7 +279,7 @@ def test_a_killed_command_leaves_its_finished_cells_and_no_process(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert before, error[-2000:]
     assert len(missing_cells(chosen, out)) == 7 - len(before)
-    run_study(chosen, out, 1, "cpu", lambda finished: None)
+    run_study(chosen, out, 1, lambda finished: None)
     after = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(after) == 7
     assert before.items() <= after.items()
@@ -318,7 +290,7 @@ def test_a_killed_command_leaves_its_finished_cells_and_no_process(tmp_path):
     [
         (["run", "sparce"], "did you mean sparse"),
         (["run", "sparse", "sede=1"], "did you mean seeds"),
-        (["run", "sparse", "--device", "tpu"], "--device tpu"),
+        (["run", "sparse", "--only", "hpoo"], "did you mean hpo"),
         (["report", "/nowhere"], "/nowhere: no such folder"),
     ],
 )
@@ -332,8 +304,3 @@ def test_wrong_input_ends_with_two_and_one_line(arguments, message, tmp_path, mo
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_cells_file_has_its_name(study, tmp_path):
-    cell = study.cells()[0]
-    assert cell_path(tmp_path, cell).name == f"{cell.name}.parquet"

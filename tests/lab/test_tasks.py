@@ -1,15 +1,17 @@
-"""Questions, rewards, and the two authors of the warm start."""
+"""Questions, rewards, and the authors of the warm start."""
 
 import random
 
 import pytest
 import torch
-from lab_policies import random_policy
+from lab_policies import tiny_random_policy
 
+from data_prep.countdown.puzzles import puzzle_key
+from data_prep.policies.demos import encode
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab import warm_start
-from hpo_verl.lab.tasks import TASKS, find_task, puzzle_key
+from hpo_verl.lab.tasks import TASKS, find_task
 
 SIZES = (60, 30)
 
@@ -29,40 +31,37 @@ def test_questions_are_repeatable_and_the_held_out_ones_are_others(task):
         assert len(set(keys)) == len(keys)
 
 
-def test_texts_fit_the_longest_response_and_differ_in_length(task):
-    train, _ = task.questions(*SIZES, 0)
+def test_texts_fit_the_longest_response(task):
+    train, held_out = task.questions(*SIZES, 0)
     tokenizer = build_tokenizer()
     rng = random.Random(0)
-    authors = [author for author in (task.worked, task.careless) if author is not None]
-    lengths = set()
-    for author in authors:
-        for _ in range(200):
-            text = author(rng, train).response
-            lengths.add(len(tokenizer.encode(text, add_special_tokens=False)) + 1)
+    shown = [task.careless(rng, train) for _ in range(200)]
+    if task.demonstrations is not None:
+        author = task.demonstrations(0, task.keys(held_out))
+        shown += [author.draw(0.0) for _ in range(200)]
+    lengths = {len(encode(tokenizer, each)[1]) for each in shown}
     assert max(lengths) <= task.max_response_length
-    assert len(authors) == 1 or max(lengths) - min(lengths) >= 5
 
 
-def test_the_working_author_is_right_and_the_careless_one_never(task):
+def test_the_careless_author_is_never_right(task):
     train, _ = task.questions(*SIZES, 0)
     rng = random.Random(0)
     truths = {question.messages[-1]["content"]: question.ground_truth for question in train}
+    for _ in range(400):
+        shown = task.careless(rng, train)
+        assert task.score(shown.response, truths[shown.messages[-1]["content"]]) == 0.0
 
-    def success(author):
-        scores = []
-        for _ in range(400):
-            shown = author(rng, train)
-            prompt = shown.messages[-1]["content"]
-            truth = truths.get(prompt)
-            if truth is None:
-                numbers, _, target = prompt.partition("=")
-                truth = {"numbers": list(map(int, numbers.split())), "target": int(target)}
-            scores.append(task.score(shown.response, truth))
-        return sum(scores) / len(scores)
 
-    assert success(task.careless) == 0.0
-    if task.name == "countdown4":
-        assert success(task.worked) == 1.0
+def test_demonstrations_of_four_numbers_pose_no_held_out_puzzle():
+    task = find_task("countdown4")
+    _, held_out = task.questions(*SIZES, 0)
+    keys = task.keys(held_out)
+    assert len(keys) == SIZES[1]
+    assert all(len(numbers) == 4 for numbers, _ in keys)
+    author = task.demonstrations(0, keys)
+    for _ in range(200):
+        numbers, _, target = author.draw(0.0).messages[-1]["content"].partition("=")
+        assert (tuple(sorted(map(int, numbers.split()))), int(target)) not in keys
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name():
@@ -85,10 +84,16 @@ def measured(monkeypatch, values):
 
 @pytest.fixture
 def skilled(monkeypatch):
-    policy = random_policy(len(build_tokenizer()))
-    policy.tokenizer = build_tokenizer()
-    policy.end, policy.pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
-    monkeypatch.setattr(warm_start, "_skilled", lambda *arguments: policy)
+    policy = tiny_random_policy()
+    before = [weight.detach().clone() for weight in policy.model.parameters()]
+
+    def load(folder):
+        for weight, value in zip(policy.model.parameters(), before, strict=True):
+            weight.data.copy_(value)
+        return policy
+
+    monkeypatch.setattr(warm_start, "_skilled_folder", lambda *arguments: "skilled")
+    monkeypatch.setattr(warm_start.Policy, "load", load)
     return policy
 
 
@@ -128,10 +133,10 @@ def test_a_damaged_or_outdated_policy_is_made_again(start, skilled, monkeypatch)
     assert warm_start.make(start) == 0.085
 
 
-def test_imitation_lowers_the_loss(start, skilled):
-    train, _ = start.task.questions(20, 10, 0)
-    rng = random.Random(0)
-    shown = [start.task.careless(rng, train) for _ in range(8)]
-    optimizer = torch.optim.AdamW(skilled.model.parameters(), lr=1e-2)
-    losses = [warm_start.imitate(skilled, optimizer, shown) for _ in range(40)]
-    assert losses[-1] < 0.5 * losses[0]
+def test_a_policy_of_the_users_is_where_the_warm_start_begins(start, skilled, monkeypatch):
+    asked = []
+    load = warm_start.Policy.load
+    monkeypatch.setattr(warm_start.Policy, "load", lambda f: asked.append(f) or load(f))
+    measured(monkeypatch, [0.07])
+    warm_start.make(start._replace(policy="mine"))
+    assert asked == ["mine"]

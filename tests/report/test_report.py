@@ -1,18 +1,14 @@
 """Runs are read, grouped by their seed alone, averaged and drawn; what is no run is named."""
 
-import itertools
 import json
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from rich.console import Console
 from typer.testing import CliRunner
 
 from hpo_verl.cli import app
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.report.intervals import bootstrap_interval
-from hpo_verl.report.picture import draw
+from hpo_verl.report.figures import draw_runs
 from hpo_verl.report.runs import comparable_settings, group_runs, read_run, read_runs
 from hpo_verl.report.table import runs_table
 
@@ -48,12 +44,6 @@ def write_run(folder, seed=0, alpha_min=0.1, after=0.3, **summary):
     return folder
 
 
-def shown(groups):
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(runs_table(groups))
-    return console.export_text()
-
-
 def test_a_run_is_read(tmp_path):
     run = read_run(write_run(tmp_path / "a", seed=7))
     assert (run.recipe, run.algorithm, run.seed, run.steps) == ("tiny", "a_hpo", 7, 3)
@@ -85,7 +75,7 @@ def test_table_has_runs_means_and_intervals(tmp_path):
         write_run(tmp_path / str(seed), seed=seed, after=after)
         for seed, after in enumerate((0.2, 0.3, 0.4))
     ]
-    lines = shown(group_runs(read_runs(folders))).splitlines()
+    lines = runs_table(group_runs(read_runs(folders))).splitlines()
     run = next(line for line in lines if "20.0%" in line)
     assert run.split() == ["tiny", "a_hpo", "1", "0", "3", "10.0%", "20.0%", "4.0"]
     mean = next(line for line in lines if "mean of 3 seeds" in line)
@@ -96,7 +86,9 @@ def test_table_has_runs_means_and_intervals(tmp_path):
 def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
     folders = [write_run(tmp_path / str(seed), seed=seed, after=seed / 10) for seed in (1, 2)]
     mean = next(
-        line for line in shown(group_runs(read_runs(folders))).splitlines() if "mean of" in line
+        line
+        for line in runs_table(group_runs(read_runs(folders))).splitlines()
+        if "mean of" in line
     )
     assert "15.0%" in mean
     assert "[" not in mean
@@ -105,17 +97,8 @@ def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
 def test_a_run_without_validation_leaves_no_mean(tmp_path):
     folders = [write_run(tmp_path / "1", seed=1), write_run(tmp_path / "2", seed=2, after=None)]
     (folders[1] / "metrics.jsonl").write_text("")
-    text = shown(group_runs(read_runs(folders)))
+    text = runs_table(group_runs(read_runs(folders)))
     assert next(line for line in text.splitlines() if "mean of" in line).split()[-2:] == ["-", "-"]
-
-
-def test_interval_is_that_of_all_resamples():
-    values = (0.1, 0.2, 0.6)
-    means = [sum(draw) / 3 for draw in itertools.product(values, repeat=3)]
-    exact = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
-    assert bootstrap_interval(values) == pytest.approx(exact, abs=1e-12)
-    assert bootstrap_interval(values[:2]) is None
-    assert bootstrap_interval([0.5] * 5) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -123,7 +106,7 @@ def test_picture(tmp_path, suffix):
     folders = [write_run(tmp_path / str(s), seed=s, after=s / 10) for s in (1, 2, 3)]
     folders.append(write_run(tmp_path / "other", seed=1, alpha_min=0.5))
     picture = tmp_path / f"picture.{suffix}"
-    assert draw(group_runs(read_runs(folders)), picture)
+    assert draw_runs(group_runs(read_runs(folders)), picture)
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
     assert picture.read_bytes().startswith(start)
     assert not list(tmp_path.glob(".picture*"))
@@ -132,7 +115,7 @@ def test_picture(tmp_path, suffix):
 def test_nothing_validated_is_no_picture(tmp_path):
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").write_text("")
-    assert not draw(group_runs(read_runs([folder])), tmp_path / "picture.png")
+    assert not draw_runs(group_runs(read_runs([folder])), tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 
 

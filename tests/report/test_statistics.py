@@ -1,18 +1,21 @@
 """Statistics: numbers by hand, and scipy's own bootstrap."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from hpo_verl.lab.statistics import (
+from hpo_verl.report.statistics import (
     RESAMPLES,
+    Interval,
     collapsed,
     curve_bands,
     improvement_probability,
     interquartile_interval,
     interquartile_mean,
+    mean_interval,
     measures,
     paired_difference,
 )
@@ -20,29 +23,19 @@ from hpo_verl.lab.statistics import (
 
 def test_measures_by_hand():
     # Success 0.1, 0.3, 0.3, 0.7 after 0, 10, 20, 40 steps.
-    found = measures([0, 10, 20, 40], [0.1, 0.3, 0.3, 0.7], threshold=0.5)
+    found = measures([0, 10, 20, 40], [0.1, 0.3, 0.3, 0.7])
     assert found["final"] == 0.7
     # Trapezoids 2 + 3 + 10 = 15 over a budget of 40.
     assert found["area"] == pytest.approx(15 / 40)
-    # 10 %: step 4; 25 %: step 10; 50 %: step 20.
+    # 10 %: step 4; 25 %: step 10.
     assert found["at_10"] == pytest.approx(0.18)
     assert found["at_25"] == pytest.approx(0.3)
-    assert found["at_50"] == pytest.approx(0.3)
-    # Half-way between 0.3 at step 20 and 0.7 at step 40.
-    assert found["steps_to_threshold"] == pytest.approx(30.0)
-    assert found["reached"] == 1.0
 
 
 def test_final_is_the_mean_over_the_last_tenth():
     steps = list(range(0, 101, 5))
     success = [0.0] * 19 + [0.2, 0.4]
-    assert measures(steps, success, 0.9)["final"] == pytest.approx(0.3)
-
-
-def test_a_threshold_met_at_once_or_never():
-    assert measures([0, 10], [0.6, 0.7], 0.5)["steps_to_threshold"] == 0.0
-    missed = measures([0, 10], [0.1, 0.2], 0.5)
-    assert (missed["steps_to_threshold"], missed["reached"]) == (10.0, 0.0)
+    assert measures(steps, success)["final"] == pytest.approx(0.3)
 
 
 def test_collapses_by_hand():
@@ -95,7 +88,9 @@ def test_differences_are_paired():
 
 def test_the_probability_of_improvement_by_hand():
     # Pairs: 3 > 1, 3 > 2, 2 > 1, 2 = 2: (1 + 1 + 1 + 1/2) / 4.
-    found = improvement_probability([[3.0, 2.0]], [[1.0, 2.0]])
+    assert improvement_probability([[3.0, 2.0]], [[1.0, 2.0]]).point == pytest.approx(0.875)
+    # Each value twice: the same share, now with an interval.
+    found = improvement_probability([[3.0, 2.0, 3.0, 2.0]], [[1.0, 2.0, 1.0, 2.0]])
     assert found.point == pytest.approx(0.875)
     assert 0.0 <= found.low <= 0.875 <= found.high <= 1.0
     # Averaged over regimes, the second of which is lost.
@@ -124,12 +119,28 @@ def test_coverage_of_the_interval_of_a_mean_of_many_runs():
     assert hits >= 50
 
 
-def test_a_single_run_has_a_point_and_no_interval():
-    found = interquartile_interval([[0.3]])
-    assert found.point == 0.3
+def test_the_interval_of_a_mean_is_that_of_all_resamples():
+    values = (0.1, 0.2, 0.6)
+    means = [sum(draw) / 3 for draw in itertools.product(values, repeat=3)]
+    exact = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
+    found = mean_interval(values)
+    assert found.point == pytest.approx(0.3)
+    assert (found.low, found.high) == pytest.approx(tuple(exact), abs=1e-12)
+    assert mean_interval([0.5] * 5) == (0.5, 0.5, 0.5)
+
+
+def test_two_runs_have_a_point_and_no_interval():
+    found = interquartile_interval([[0.3, 0.5]])
+    assert found.point == pytest.approx(0.4)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
-    assert math.isnan(improvement_probability([[1.0]], [[0.0]]).low)
+    assert math.isnan(mean_interval([0.1, 0.2]).low)
+    assert math.isnan(improvement_probability([[1.0, 1.0]], [[0.0, 0.0]]).low)
+
+
+def test_intervals_as_text():
+    assert Interval(0.25, 0.2, 0.3).shown(".1%") == "25.0% [20.0%, 30.0%]"
+    assert Interval(0.25, math.nan, math.nan).shown(".2f") == "0.25"
 
 
 def test_bands_of_curves_by_hand():

@@ -1,0 +1,194 @@
+"""Pages with the tables and figures of studies.
+
+`python -m hpo_verl.report.publish [FOLDER ...]` (`make results`) puts the runs of the folders into
+`recipes/lab/results/STUDY.parquet`, and from all files there rewrites the manifest, the pictures,
+and the blocks of README.md that stand between `<!-- results: NAME -->` and `<!-- end -->`. What is
+written depends on the parquet files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.figures import draw_study
+from hpo_verl.report.statistics import (
+    COLLAPSE_FRACTION,
+    FINAL_SHARE,
+    RESAMPLES,
+    Interval,
+)
+from hpo_verl.report.studies import (
+    COMPARED,
+    Comparison,
+    Regime,
+    Result,
+    read_results,
+    write_results,
+)
+from hpo_verl.runs.files import write_atomically
+
+PAGE = "report.md"
+RESULTS = "results.parquet"
+PICTURES = "pictures"
+_HEADINGS = {"at_10": "after 10 %", "at_25": "after 25 %", "final": "final", "area": "area"}
+_PREFACE = f"""# Comparison of algorithms
+
+Interquartile means over seeds with 95 % percentile bootstrap intervals ({RESAMPLES} resamples,
+stratified by regime), paired differences from the baseline by seed, and probability of improvement
+(arXiv 2108.13264), computed with scipy. Final: mean over the last {FINAL_SHARE:.0%} of the budget.
+Area: under the success curve, divided by the budget. Collapsed: final success below
+{COLLAPSE_FRACTION:.0%} of the first one, or diverged; such runs are in every number. Responses:
+sampled per step. Small policies and synthetic tasks: nothing here is a statement about large
+models."""
+
+
+def results_directory() -> Path:
+    """Where results are kept."""
+    return recipes_directory() / "lab" / "results"
+
+
+def comparisons(sources: Sequence[Path]) -> list[Comparison]:
+    """Read finished runs and sort them by study.
+
+    Args:
+        sources: Folders of `hpo-verl lab run`, or parquet files of runs.
+
+    Raises:
+        ConfigError: A source holds nothing, or runs that cannot be compared.
+        DataError: A file is damaged or holds no runs.
+    """
+    by_study: dict[str, list[Result]] = {}
+    for source in sources:
+        results = read_results(source)
+        if not results:
+            raise ConfigError(f"{source}: holds no finished run; hpo-verl lab run makes them")
+        for result in results:
+            by_study.setdefault(result.cell["study"], []).append(result)
+    return [Comparison(study, results) for study, results in by_study.items()]
+
+
+def write_report(sources: Sequence[Path], out: Path) -> Path:
+    """Write one Markdown page, its pictures, and the runs in one parquet file.
+
+    Args:
+        sources: See `comparisons`, which also says what is refused.
+        out: Folder for `report.md`, `results.parquet` and `pictures/`.
+
+    Returns:
+        The page.
+    """
+    studies = comparisons(sources)
+    parts = [_PREFACE]
+    try:
+        for study in studies:
+            parts += [f"## {study.study}", tables(study)[study.study]]
+            if len(study.regimes) > 1:
+                parts += ["### All regimes, pooled", _table(study, study.regimes)]
+            parts += [
+                f"![{caption}]({PICTURES}/{path.name})\n\n{caption}"
+                for path, caption in draw_study(study, out / PICTURES)
+            ]
+        every = [result for study in studies for result in study.results]
+        write_results(out / RESULTS, every)
+        parts += ["## How it was made", f"```json\n{json.dumps(manifest(every), indent=2)}\n```"]
+        write_atomically(out / PAGE, "\n\n".join(parts) + "\n")
+    except OSError as error:
+        raise DataError(f"{out}: cannot write the report: {error}") from error
+    return out / PAGE
+
+
+def publish(folders: Sequence[Path], kept: Path) -> None:
+    """Keep runs, one file per study; rewrite manifest, pictures, and the blocks of README.md.
+
+    Args:
+        folders: Of `hpo-verl lab run`, may be empty; an earlier file of a study is replaced.
+        kept: Where the files of studies are.
+    """
+    for study in comparisons(folders):
+        write_results(kept / f"{study.study}.parquet", study.results)
+    studies = comparisons(sorted(kept.glob("*.parquet")))
+    facts = {study.study: manifest(study.results) for study in studies}
+    write_atomically(kept / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    blocks = {name: text for study in studies for name, text in tables(study).items()}
+    page = kept / "README.md"
+    write_atomically(page, fill(page.read_text(encoding="utf-8"), blocks, page))
+    shutil.rmtree(kept / PICTURES, ignore_errors=True)
+    for study in studies:
+        draw_study(study, kept / PICTURES)
+
+
+def manifest(results: Sequence[Result]) -> dict[str, Any]:
+    """What some runs were made with: number, seeds, hours, commits, versions, machine, command."""
+    environments = {
+        json.dumps({k: v for k, v in result.facts["environment"].items() if k != "finished"})
+        for result in results
+    }
+    return {
+        "runs": len(results),
+        "diverged": sum(result.facts["status"] == "diverged" for result in results),
+        "seeds": sorted({result.cell["seed"] for result in results}),
+        "hours": round(sum(result.facts["seconds"] for result in results) / 3600, 2),
+        "environments": [json.loads(text) for text in sorted(environments)],
+    }
+
+
+def tables(comparison: Comparison) -> dict[str, str]:
+    """Markdown by block: `STUDY` for every regime with a heading, `STUDY/REGIME` for one alone."""
+    blocks, parts = {}, [comparison.setting]
+    for regime in comparison.regimes:
+        table = _table(comparison, [regime])
+        blocks[f"{comparison.study}/{regime.task}-{regime.warm_start:g}"] = table
+        parts += [f"### {regime.title}", comparison.beginning(regime), table]
+    return {**blocks, comparison.study: "\n\n".join(parts)}
+
+
+def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
+    """Replace the content of every block of a text.
+
+    Raises:
+        DataError: A block is not closed, or there is nothing for it.
+    """
+    begin, end = "<!-- results: ", "<!-- end -->"
+    head, *parts = text.split(begin)
+    filled = [head]
+    for part in parts:
+        name, closed, rest = part.partition(" -->")
+        _, ended, after = rest.partition(end)
+        if not (closed and ended):
+            raise DataError(f"{page}: the block {begin}{name} is not closed by {end}")
+        if name not in blocks:
+            raise DataError(f"{page}: no results for the block {name!r}: {', '.join(blocks)}")
+        filled.append(f"{begin}{name} -->\n{blocks[name]}\n{end}{after}")
+    return "".join(filled)
+
+
+def _table(comparison: Comparison, regimes: Sequence[Regime]) -> str:
+    def text(interval: Interval | None, template: str) -> str:
+        return "" if interval is None else interval.shown(template)
+
+    lines = [
+        {
+            "method": f"`{row.variant}`",
+            "lr": f"{row.learning_rate:g}",
+            "runs": str(row.runs),
+            "collapsed": str(row.collapses),
+            "responses": f"{row.responses:.0f}",
+            **{title: text(row.measures[name], ".3f") for name, title in _HEADINGS.items()},
+            f"{COMPARED} - {comparison.baseline}": text(row.difference, ".3f"),
+            f"P(better {COMPARED})": text(row.improvement, ".2f"),
+        }
+        for row in comparison.rows(regimes)
+    ]
+    cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+if __name__ == "__main__":
+    publish([Path(name) for name in sys.argv[1:]], results_directory())

@@ -1,0 +1,324 @@
+"""Studies of the lab: their runs in parquet files, and the numbers that compare them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+
+from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.statistics import (
+    MEASURES,
+    Interval,
+    collapsed,
+    improvement_probability,
+    interquartile_interval,
+    measures,
+    paired_difference,
+)
+from hpo_verl.runs.files import write_atomically
+
+COMPARED = "area"
+"""Measure whose difference from the baseline is reported."""
+_KEY = b"hpo_verl_lab"
+_SETTINGS = ("training", "evaluation")
+_IDENTITY = ("study", "task", "warm_start", "variant", "algorithm", "learning_rate", "seed")
+
+
+class Result(NamedTuple):
+    """A finished run of the lab.
+
+    Attributes:
+        facts: The run's settings (`cell`), `status`, `seconds`, `warm_start_success`, and
+            `environment`: commit, versions, machine, command, time.
+        rows: A row per step: `step`, `success` (NaN where not measured), statistics of the batch.
+    """
+
+    facts: dict[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """Settings of the run, by the names of `hpo_verl.lab.settings.Cell`."""
+        return self.facts["cell"]
+
+    @property
+    def measured(self) -> pd.DataFrame:
+        """The rows in which success was measured."""
+        return self.rows.dropna(subset="success")
+
+    def thinned(self) -> Result:
+        """Keep the measured steps and the first one, in single precision.
+
+        What lies between repeats itself; a file that is kept in the repository must be small.
+        """
+        kept = self.rows[self.rows["success"].notna() | (self.rows["step"] <= 1)]
+        return Result(self.facts, kept.astype("float32").astype(float).reset_index(drop=True))
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Write runs as one parquet file, a row per run and step; there whole or not at all.
+
+    Metadata `hpo_verl_lab` holds `cells`, the facts of each run, and `shared`: what many runs
+    have in common, to which the facts refer by place.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    shared: list[dict[str, Any]] = []
+    cells, frames = [], []
+
+    def place(facts: dict[str, Any]) -> int:
+        if facts not in shared:
+            shared.append(facts)
+        return shared.index(facts)
+
+    for result in results:
+        environment = dict(result.facts["environment"])
+        finished = environment.pop("finished", "")
+        cell = {k: place(v) if k in _SETTINGS else v for k, v in result.cell.items()}
+        common = {"cell": cell, "environment": place(environment), "finished": finished}
+        cells.append({**result.facts, **common, "rows": len(result.rows)})
+        identity = {key: result.cell[key] for key in _IDENTITY}
+        statistics = result.rows.astype("float32")
+        frames.append(statistics.assign(**identity, status=result.facts["status"]))
+    table = pa.Table.from_pandas(pd.concat(frames), preserve_index=False)
+    manifest = json.dumps({"shared": shared, "cells": cells})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: manifest}), buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue().to_pybytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot write: {error}") from error
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read the runs of a file, or of all files of a folder in order of their names.
+
+    Raises:
+        DataError: A file is damaged or holds no runs.
+    """
+    if not path.is_file():
+        return [result for file in sorted(path.glob("*.parquet")) for result in read_results(file)]
+    try:
+        table = pq.read_table(path)
+        manifest = json.loads((table.schema.metadata or {})[_KEY])
+        shared, cells = manifest["shared"], manifest["cells"]
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise DataError(f"{path}: is no result of hpo-verl lab; remove it") from error
+    rows = table.drop_columns([*_IDENTITY, "status"]).to_pandas().astype(float)
+    results, start = [], 0
+    for facts in cells:
+        end = start + facts.pop("rows")
+        environment = {**shared[facts["environment"]], "finished": facts.pop("finished")}
+        cell = {k: shared[v] if k in _SETTINGS else v for k, v in facts["cell"].items()}
+        facts = {**facts, "cell": cell, "environment": environment}
+        results.append(Result(facts, rows.iloc[start:end].reset_index(drop=True)))
+        start = end
+    return results
+
+
+def require_same_settings(folder: Path, cells: Iterable[dict[str, Any]]) -> None:
+    """Refuse to compare runs that trained or were measured differently.
+
+    Args:
+        folder: For the message.
+        cells: Settings of runs; `training` and `evaluation` must be the same in all.
+
+    Raises:
+        ConfigError: Names the first setting that differs, and its values.
+    """
+    first: dict[str, Any] | None = None
+    for cell in cells:
+        first = first or cell
+        for section in _SETTINGS:
+            for key, value in cell[section].items():
+                # The run's own learning rate counts, not the study's default.
+                if key != "learning_rate" and value != first[section][key]:
+                    raise ConfigError(
+                        f"{folder}: holds runs with {section}.{key} = {first[section][key]} and "
+                        f"{value}, which cannot be compared; give one of them a folder of its own "
+                        "with --out"
+                    )
+
+
+class Regime(NamedTuple):
+    """A task and the success that its runs begin with."""
+
+    task: str
+    warm_start: float
+
+    @property
+    def title(self) -> str:
+        """For headings."""
+        return f"{self.task}, warm start {self.warm_start:.0%}"
+
+
+class Row(NamedTuple):
+    """What is reported of one variant.
+
+    Attributes:
+        variant: Name of the method.
+        learning_rate: Of its runs.
+        runs: How many.
+        collapses: How many of them lost what they began with.
+        responses: Responses sampled per step.
+        measures: Interval of every measure.
+        difference: Paired difference of `COMPARED` from the baseline; None for it.
+        improvement: Probability of improvement over the baseline; None for it.
+    """
+
+    variant: str
+    learning_rate: float
+    runs: int
+    collapses: int
+    responses: float
+    measures: dict[str, Interval]
+    difference: Interval | None
+    improvement: Interval | None
+
+
+class Comparison:
+    """The runs of one study.
+
+    Args:
+        study: Its name; `recipes/lab/<study>.yaml` says baseline and order of the variants.
+        results: Its finished runs, thinned here.
+
+    Attributes:
+        baseline: Variant that the others are compared with.
+        regimes: In order of task and level.
+        variants: In order of the study's file.
+        rates: Learning rate of every variant; with several, the one whose mean area on
+            the first quarter of the seeds was largest.
+        tuned: Seeds that chose the rates, and are left out of every comparison.
+        runs: A row per compared run: its identity, measures, `collapsed`, `responses` per step,
+            and the `result` itself; by seed.
+    """
+
+    def __init__(self, study: str, results: Sequence[Result]) -> None:
+        require_same_settings(Path(study), [result.cell for result in results])
+        self.study = study
+        self._rows: dict[tuple[Regime, ...], list[Row]] = {}
+        self.results = [result.thinned() for result in results]
+        self.baseline, order = _study_file(study)
+        # pandas cannot say which of its types an index gives.
+        runs: Any = pd.DataFrame([_reduced(result) for result in self.results])
+        names = set(runs["variant"])
+        self.variants = [name for name in order if name in names]
+        self.variants += sorted(names - set(order))
+        self.regimes = sorted(
+            {Regime(*pair) for pair in zip(runs["task"], runs["warm_start"], strict=True)}
+        )
+        seeds = sorted(set(runs["seed"]))
+        several = runs.groupby("variant")["learning_rate"].nunique().max() > 1
+        self.tuned = set(seeds[: max(1, len(seeds) // 4)]) if several and len(seeds) > 1 else set()
+        tuning = runs[runs["seed"].isin(self.tuned)] if self.tuned else runs
+        areas = tuning.groupby(["variant", "learning_rate"])["area"].mean()
+        self.rates = {
+            name: float(areas[name].idxmax())
+            if name in areas
+            else float(runs[runs["variant"] == name]["learning_rate"].iloc[0])
+            for name in self.variants
+        }
+        chosen = runs["learning_rate"] == runs["variant"].map(self.rates)
+        self.runs: Any = runs[chosen & ~runs["seed"].isin(self.tuned)].sort_values("seed")
+
+    def of(self, regime: Regime, variant: str) -> pd.DataFrame:
+        """Runs of a variant in a regime, by seed; empty if there are none."""
+        runs = self.runs
+        found = (runs["task"] == regime.task) & (runs["warm_start"] == regime.warm_start)
+        return runs[found & (runs["variant"] == variant)]
+
+    def present(self, regime: Regime) -> list[str]:
+        """Variants that have a run in a regime."""
+        return [name for name in self.variants if len(self.of(regime, name))]
+
+    @property
+    def setting(self) -> str:
+        """How the runs trained and were measured, in a sentence."""
+        cell = self.results[0].cell
+        training, evaluation = cell["training"], cell["evaluation"]
+        rates = sorted({result.cell["learning_rate"] for result in self.results})
+        seeds = {result.cell["seed"] for result in self.results}
+        return (
+            f"{len(self.results)} runs, {len(seeds)} seeds, {training['steps']} steps of "
+            f"{training['prompts_per_step']} x {training['responses_per_prompt']} responses in "
+            f"{training['mini_batches']} mini-batches, AdamW at "
+            f"{', '.join(f'{rate:g}' for rate in rates)}; success on {evaluation['questions']} "
+            f"held-out questions every {evaluation['every']} steps."
+        )
+
+    def beginning(self, regime: Regime) -> str:
+        """What was measured before training, in a sentence."""
+        results = [r for name in self.variants for r in self.of(regime, name)["result"]]
+        success = [result.measured["success"].iloc[0] for result in results]
+        length = np.mean([result.rows["response_length"][1] for result in results])
+        spread = np.mean([result.rows["response_length_std"][1] for result in results])
+        return (
+            f"Measured before training: success {min(success):.1%} to {max(success):.1%} by seed; "
+            f"responses of the first batch {length:.1f} tokens on average, standard "
+            f"deviation {spread:.1f}."
+        )
+
+    def rows(self, regimes: Sequence[Regime]) -> list[Row]:
+        """Table over regimes, several pooled as strata; variants without a run are left out."""
+        key = tuple(regimes)
+        if key not in self._rows:
+            self._rows[key] = [
+                self._row(variant, regimes)
+                for variant in self.variants
+                if any(len(self.of(regime, variant)) for regime in regimes)
+            ]
+        return self._rows[key]
+
+    def _row(self, variant: str, regimes: Sequence[Regime]) -> Row:
+        strata = [runs for regime in regimes if len(runs := self.of(regime, variant))]
+        every = pd.concat(strata)
+        ours, theirs = [], []
+        for regime in regimes if variant != self.baseline else ():
+            mine, base = self.of(regime, variant), self.of(regime, self.baseline)
+            shared = set(mine["seed"]) & set(base["seed"])
+            if shared:
+                ours.append(mine[mine["seed"].isin(shared)][COMPARED])
+                theirs.append(base[base["seed"].isin(shared)][COMPARED])
+        return Row(
+            variant,
+            self.rates[variant],
+            len(every),
+            int(every["collapsed"].sum()),
+            float(every["responses"].mean()),
+            {name: interquartile_interval([runs[name] for runs in strata]) for name in MEASURES},
+            paired_difference(ours, theirs) if ours else None,
+            improvement_probability(ours, theirs) if ours else None,
+        )
+
+
+def _reduced(result: Result) -> dict[str, Any]:
+    measured = result.measured
+    found = measures(measured["step"], measured["success"])
+    sampled = result.rows.dropna(subset="responses_sampled").iloc[-1:]
+    return {
+        **{key: result.cell[key] for key in _IDENTITY},
+        **found,
+        "collapsed": collapsed(measured["success"], found["final"], result.facts["status"]),
+        "responses": float((sampled["responses_sampled"] / sampled["step"]).sum()),
+        "result": result,
+    }
+
+
+def _study_file(study: str) -> tuple[str, list[str]]:
+    """Baseline and variants that `recipes/lab` names; no variants where the study is unknown."""
+    folder = recipes_directory() / "lab"
+    base, own = OmegaConf.load(folder / "base.yaml"), folder / f"{study}.yaml"
+    content: Any = OmegaConf.merge(base, OmegaConf.load(own)) if own.is_file() else base
+    return str(content["baseline"]), [str(name) for name in content["variants"]]
