@@ -21,7 +21,7 @@ from hpo_verl.checks.finding import demand
 from hpo_verl.checks.subject import Subject
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import quoted, recipes_directory
-from hpo_verl.config.secrets import secret_mask
+from hpo_verl.config.redaction import secret_mask
 from hpo_verl.errors import TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
 from hpo_verl.launch.export import make_policy

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from run_files import make_run_files
 
 from data_prep.policies import hub as hub_policy
-from hpo_verl.config.secrets import masked
+from hpo_verl.config.redaction import masked
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
 from hpo_verl.runs.checkpoints import TRACKER

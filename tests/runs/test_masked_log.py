@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hpo_verl.checks.subject import Subject
-from hpo_verl.config.secrets import secret_mask
+from hpo_verl.config.redaction import secret_mask
 from hpo_verl.launch import train
 from hpo_verl.runs.process import BLOCK_BYTES, LINE_BYTES, ChildProcess, copy_masked
 
