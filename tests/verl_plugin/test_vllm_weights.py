@@ -1,88 +1,86 @@
-"""The sockets of vLLM's weights: one name on both sides, and another in every Ray cluster."""
+"""The sockets of vLLM's weights: both ends agree, and no two Ray clusters do."""
 
+import asyncio
 import os
-from types import SimpleNamespace
+import threading
+from concurrent.futures import Future
 
 import pytest
+import torch
 
-from hpo_verl.errors import EnvironmentCheckError
+from hpo_verl.errors import EnvironmentCheckError, WeightSyncError
 
 pytestmark = pytest.mark.vllm
 
-JOB = "01000000"
+NODE = "3a306a23dfa436b3660241e9de80799a4086128940ef5efe292a188f"
+HANDLE = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-1.sock"
 
 
 @pytest.fixture
-def weights():
-    import verl.workers.rollout.vllm_rollout  # noqa: F401
+def ends(monkeypatch):
+    """verl's two ends of a transfer, as verl finds them."""
+    from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_rollout
 
-    from hpo_verl.verl_plugin.rollout import vllm_weights
-
-    return vllm_weights
-
-
-@pytest.fixture
-def both_sides(weights, monkeypatch):
-    """What actor and vLLM worker call their socket, in a cluster of a given name."""
-    from verl.workers.config import RolloutConfig
-    from verl.workers.rollout import get_rollout_class
-    from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
-
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("RAY_LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("VERL_REPLICA_RANK", "1")
-    monkeypatch.setenv("VERL_RAY_JOB_ID", JOB)
-
-    def both_sides(session, job=JOB):
-        context = SimpleNamespace(get_session_name=lambda: session, get_job_id=lambda: job)
-        monkeypatch.setattr(weights.ray, "get_runtime_context", lambda: context)
-        config = RolloutConfig(name="vllm", tensor_model_parallel_size=2)
-        actor = get_rollout_class("vllm")(config, None, None)
-
-        class Server:
-            def _post_init(self, cuda_visible_devices):
-                os.environ["VERL_RAY_JOB_ID"] = job
-
-        weights.name_sockets(SimpleNamespace(vLLMHttpServer=Server))
-        Server()._post_init("0")
-        worker = SimpleNamespace(model_runner=SimpleNamespace(), local_rank=1)
-        return actor.zmq_handle, vLLMColocateWorkerExtension._get_zmq_handle(worker)
-
-    return both_sides
+    monkeypatch.setenv("RAY_NODE_ID", NODE)
+    return vllm_rollout.BucketedWeightSender, bucketed_weight_transfer.BucketedWeightReceiver
 
 
-def test_both_sides_agree_and_no_two_clusters_do(both_sides):
-    one, same = both_sides("session_2026-11-25_12-48-28_123456_1234567")
-    assert one == same
-    assert one == (
-        "ipc:///tmp/rl-colocate-zmq-session_2026-11-25_12-48-28_123456_1234567-01000000"
-        "-replica-1-rank-1.sock"
-    )
+def test_both_ends_agree_and_no_two_clusters_do(ends, monkeypatch):
+    sender, receiver = ends
+    one = sender(HANDLE).zmq_handle
+    assert one == receiver(HANDLE, torch.device("cpu")).zmq_handle
+    assert one == HANDLE.replace(".sock", "-3a306a23dfa436b3.sock")
     # Linux takes 107 bytes, and replicas and ranks may have more digits.
     assert len(one.removeprefix("ipc://")) < 100
-    other, same = both_sides("session_2026-11-25_12-48-28_123457_1234568")
-    assert other == same != one
+    monkeypatch.setenv("RAY_NODE_ID", NODE[::-1])
+    assert sender(HANDLE).zmq_handle == receiver(HANDLE, torch.device("cpu")).zmq_handle != one
 
 
-def test_jobs_of_one_cluster_differ(both_sides):
-    assert both_sides("session_a", "01000000") != both_sides("session_a", "02000000")
+def test_jobs_of_one_cluster_differ(ends):
+    sender, _ = ends
+    other = HANDLE.replace("01000000", "02000000")
+    assert sender(HANDLE).zmq_handle != sender(other).zmq_handle
 
 
-def test_a_server_that_names_its_sockets_otherwise_is_refused(weights, both_sides):
-    class Server:
-        def _post_init(self, cuda_visible_devices):
-            os.environ["VERL_RAY_JOB_ID"] = "a name of its own"
-
-    both_sides("session_a")
-    weights.name_sockets(SimpleNamespace(vLLMHttpServer=Server))
-    with pytest.raises(EnvironmentCheckError, match=r"need verl 0\.9\.1"):
-        Server()._post_init("0")
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_ray_that_does_not_name_its_nodes_is_refused(ends, end, monkeypatch):
+    monkeypatch.delenv("RAY_NODE_ID")
+    with pytest.raises(EnvironmentCheckError, match="RAY_NODE_ID is not set"):
+        ends[end](HANDLE)
 
 
-def test_an_adapter_that_names_its_sockets_otherwise_is_refused(weights, both_sides, monkeypatch):
-    def init(self, *arguments):
-        self.zmq_handle = "ipc:///tmp/a-name-of-its-own.sock"
+@pytest.fixture
+def handle(tmp_path):
+    return f"ipc://{tmp_path}/weights.sock"
 
-    monkeypatch.setattr(weights.ServerAdapter, "__init__", init)
-    with pytest.raises(EnvironmentCheckError, match=r"need verl 0\.9\.1"):
-        both_sides("session_a")
+
+def test_weights_arrive_and_the_reply_is_awaited(ends, handle):
+    sender, receiver = ends
+    sender.seconds, sender.reply = 60.0, Future()
+    arrived = {}
+
+    def receive():
+        def take(weights, is_last):
+            arrived.update({name: tensor.clone() for name, tensor in weights})
+
+        receiver(handle, torch.device("cpu"), use_shm=True).receive_weights(take)
+        sender.reply.set_result(None)
+
+    server = threading.Thread(target=receive)
+    server.start()
+    weights = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    sending = sender(handle, bucket_size_mb=1, use_shm=True)
+    asyncio.run(sending.async_send_weights(iter(weights.items())))
+    assert sender.reply.done()
+    server.join()
+    assert arrived.keys() == weights.keys()
+    assert all(torch.equal(arrived[name], weights[name]) for name in weights)
+    assert os.listdir(os.path.dirname(handle.removeprefix("ipc://"))) == []
+
+
+def test_an_error_of_the_server_ends_the_transfer(ends, handle):
+    sender, _ = ends
+    sender.seconds, sender.reply = 60.0, Future()
+    sender.reply.set_exception(RuntimeError("no such weight"))
+    with pytest.raises(WeightSyncError, match="no such weight"):
+        asyncio.run(sender(handle, 1, use_shm=True).async_send_weights(iter([])))

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import zmq
+from ray.exceptions import RayActorError
 
 from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.rollout.weight_update import (
     DEFAULT_SECONDS,
     KEY,
-    Transfer,
     WatchedSocket,
     server_failed,
     weight_update_timeout,
@@ -42,7 +42,7 @@ def watched(context, file):
     def watched(seconds, reply=None):
         socket = context.socket(zmq.REQ)
         socket.bind(f"ipc://{file}")
-        return WatchedSocket(socket, file, Transfer(seconds, reply))
+        return WatchedSocket(socket, file, seconds, reply)
 
     return watched
 
@@ -107,6 +107,14 @@ def test_a_reply_that_does_not_come_ends_the_wait():
 
     with pytest.raises(WeightSyncError, match=r"of weights within 0\.05 s"):
         asyncio.run(wait())
+
+
+def test_a_reply_with_an_error_of_the_servers_is_told():
+    async def fail():
+        raise RayActorError(error_msg="in a worker\nno such weight")
+
+    with pytest.raises(WeightSyncError, match="failed to take the weights: no such weight"):
+        asyncio.run(within(fail(), LONG, "the last bucket of weights"))
 
 
 def test_an_error_without_a_text_is_named():

@@ -1,99 +1,95 @@
-"""verl's transfer of weights to vLLM, with sockets of its own for every run and waits that end.
+"""verl's transfer of weights to vLLM, on sockets of its own and with waits that end.
 
-verl sends the weights through `/tmp/rl-colocate-zmq-<Ray job>-replica-<n>-rank-<n>.sock`, and
-removes that file first. Every Ray cluster that a run starts for itself calls its first job
-01000000, so two such runs on one machine could load each other's weights. Here Ray's session
-name, which is unique for each cluster, stands before the job's on both sides.
+verl sends through `/tmp/rl-colocate-zmq-<Ray job>-replica-<n>-rank-<n>.sock`, and removes that
+file first. Every Ray cluster calls its first job 01000000, so two runs on one machine, each
+with a cluster of its own, could load each other's weights. Here both ends add the id of their
+Ray node, which is unique; vLLM's workers inherit it from their server, a Ray actor.
 
-verl's sender waits inside ZeroMQ for the server, and looks at the server's reply only
+verl's sender waits inside ZeroMQ for the server and looks at the server's reply only
 afterwards, so it never sees an error of the server. Here it watches the reply while it waits.
-
-verl imports both sides; `verl_plugin` calls `watch` and `name_sockets` when it has.
 """
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import os
-from collections.abc import Awaitable, Generator
-from contextvars import ContextVar
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import ray
-from ray.exceptions import RayError
-from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import (
+    BucketedWeightReceiver,
+    BucketedWeightSender,
+)
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.verl_plugin.rollout.weight_update import (
-    Transfer,
     WatchedSocket,
-    server_failed,
     weight_update_timeout,
     within,
 )
 
-# verl names the sockets of vLLM's workers by it.
-JOB_VARIABLE = "VERL_RAY_JOB_ID"
-
-_transfer: ContextVar[Transfer | None] = ContextVar("transfer", default=None)
-
-
-def run_name() -> str:
-    """A name of this run that no other run on this machine has."""
-    context = ray.get_runtime_context()
-    return f"{context.get_session_name()}-{context.get_job_id()}"
+NODE_VARIABLE = "RAY_NODE_ID"
+# Linux takes 107 bytes of a path; verl's own name has about 55.
+NODE_DIGITS = 16
 
 
-class WatchedSender(BucketedWeightSender):
-    """verl's sender, on a watched socket."""
+class OwnSocket:
+    """One end of a transfer, on a socket that no other Ray node of this machine has.
+
+    Args:
+        zmq_handle: verl's address of the socket; other arguments are verl's.
+
+    Raises:
+        EnvironmentCheckError: the process and its parents are no Ray workers.
+    """
+
+    def __init__(self, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
+        if not (node := os.environ.get(NODE_VARIABLE)):
+            raise EnvironmentCheckError(
+                f"actor_rollout_ref.rollout.name=vllm: {NODE_VARIABLE} is not set, so runs on "
+                "one machine might share the socket of their weights; need a Ray that sets it"
+            )
+        own = f"{zmq_handle.removesuffix('.sock')}-{node[:NODE_DIGITS]}.sock"
+        super().__init__(own, *args, **kwargs)
+
+
+class OwnReceiver(OwnSocket, BucketedWeightReceiver):
+    """verl's receiver, on a socket of its own."""
+
+
+class WatchedSender(OwnSocket, BucketedWeightSender):
+    """verl's sender, whose waits end with the server's error or after a time.
+
+    verl makes the sender; the adapter therefore leaves its time limit and the server's reply
+    with the class. A process sends one set of weights at a time.
+    """
+
+    seconds: ClassVar[float]
+    reply: ClassVar[Future[Any] | None]
 
     def _init_socket(self) -> None:
         super()._init_socket()
         socket: Any = self.socket
-        if transfer := _transfer.get():
-            file = Path(self.zmq_handle.removeprefix("ipc://"))
-            self.socket = WatchedSocket(socket, file, transfer)
+        file = Path(self.zmq_handle.removeprefix("ipc://"))
+        self.socket = WatchedSocket(socket, file, self.seconds, self.reply)
 
+    async def async_send_weights(self, weights: Any) -> None:
+        """Send all weights, and wait until the server has loaded them.
 
-class WatchedReply:
-    """The server's reply to a whole transfer, bounded from when it is awaited.
-
-    Args:
-        reply: of the server.
-        seconds: the limit.
-    """
-
-    def __init__(self, reply: Awaitable[Any], seconds: float) -> None:
-        self._reply = reply
-        self._seconds = seconds
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._result().__await__()
-
-    async def _result(self) -> Any:
-        try:
-            return await within(self._reply, self._seconds, "the last bucket of weights")
-        except RayError as error:
-            raise server_failed(error) from error
+        Raises:
+            WeightSyncError: the server failed, or took too long.
+        """
+        await super().async_send_weights(weights)
+        if self.reply is not None:
+            loaded = asyncio.wrap_future(self.reply)
+            await within(loaded, self.seconds, "the last bucket of weights")
 
 
 class WatchedServerAdapter(ServerAdapter):
-    """verl's adapter of a vLLM server, with sockets of this run alone.
-
-    Takes verl's arguments.
-
-    Raises:
-        EnvironmentCheckError: a verl that names its sockets in another way.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        job = ray.get_runtime_context().get_job_id()
-        if job not in self.zmq_handle:
-            raise unknown_sockets()
-        self.zmq_handle = self.zmq_handle.replace(job, run_name())
+    """verl's adapter of a vLLM server, which tells the sender of the server's reply."""
 
     async def update_weights(self, *args: Any, **kwargs: Any) -> None:
         """Send all weights to the server.
@@ -102,66 +98,25 @@ class WatchedServerAdapter(ServerAdapter):
             WeightSyncError: the server failed, or took longer over a bucket than
                 `weight_update_timeout` permits.
         """
-        token = _transfer.set(Transfer(weight_update_timeout(self.config)))
-        try:
-            await super().update_weights(*args, **kwargs)
-        finally:
-            _transfer.reset(token)
+        WatchedSender.seconds = weight_update_timeout(self.config)
+        WatchedSender.reply = None
+        await super().update_weights(*args, **kwargs)
 
     async def _execute_method(
-        self,
-        method: str,
-        non_block: bool = False,
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, method: str, non_block: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        reply = await super()._execute_method(method, non_block, timeout, args, kwargs)
-        transfer = _transfer.get()
-        if not non_block or reply is None or transfer is None:
-            return reply
-        transfer.reply = reply.future()
-        return WatchedReply(reply, transfer.seconds)
+        reply = await super()._execute_method(method, non_block, *args, **kwargs)
+        if non_block and reply is not None:
+            WatchedSender.reply = reply.future()
+        return reply
 
 
 def watch(adapters: Any) -> None:
-    """Put our adapter and sender into verl's module, where verl looks for its own.
+    """Put our classes where verl looks for its own.
 
     Args:
         adapters: verl's module of the adapter, before anything else has imported from it.
     """
     adapters.ServerAdapter = WatchedServerAdapter
     adapters.BucketedWeightSender = WatchedSender
-
-
-def name_sockets(servers: Any) -> None:
-    """Make vLLM's workers, which inherit their server's environment, use this run's sockets.
-
-    Args:
-        servers: verl's module of the vLLM server.
-    """
-    post_init = servers.vLLMHttpServer._post_init
-
-    @functools.wraps(post_init)
-    def named(self: Any, *args: Any, **kwargs: Any) -> None:
-        post_init(self, *args, **kwargs)
-        job = ray.get_runtime_context().get_job_id()
-        if os.environ.get(JOB_VARIABLE) != job or not _adapter_is_watched():
-            raise unknown_sockets()
-        os.environ[JOB_VARIABLE] = run_name()
-
-    servers.vLLMHttpServer._post_init = named
-
-
-def _adapter_is_watched() -> bool:
-    from verl.workers.rollout import get_rollout_class
-
-    return issubclass(get_rollout_class("vllm"), WatchedServerAdapter)
-
-
-def unknown_sockets() -> EnvironmentCheckError:
-    """The error of a verl whose two sides cannot be given the same names."""
-    return EnvironmentCheckError(
-        "actor_rollout_ref.rollout.name=vllm: this verl names the sockets of its weights in a way "
-        "that is not known here, and runs on one machine might share them; need verl 0.9.1"
-    )
+    bucketed_weight_transfer.BucketedWeightReceiver = OwnReceiver

@@ -10,11 +10,11 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import zmq
+from ray.exceptions import RayError
 
 from hpo_verl.core.settings import require_number
 from hpo_verl.errors import WeightSyncError
@@ -23,8 +23,6 @@ KEY = "actor_rollout_ref.rollout.custom.weight_update_timeout"
 DEFAULT_SECONDS = 300.0
 # How often a waiting sender looks at the server's reply.
 POLL_MILLISECONDS = 100
-
-ReplyT = TypeVar("ReplyT")
 
 
 def weight_update_timeout(rollout: Any) -> float:
@@ -48,7 +46,15 @@ def too_late(what: str, seconds: float) -> WeightSyncError:
     )
 
 
-async def within(reply: Awaitable[ReplyT], seconds: float, what: str) -> ReplyT:
+def server_failed(error: BaseException) -> WeightSyncError:
+    """The error of a transfer that failed on the server's side."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return WeightSyncError(
+        f"the rollout server failed to take the weights: {lines[-1] if lines else repr(error)}"
+    )
+
+
+async def within(reply: Awaitable[Any], seconds: float, what: str) -> None:
     """Wait for the server's reply.
 
     Args:
@@ -57,40 +63,33 @@ async def within(reply: Awaitable[ReplyT], seconds: float, what: str) -> ReplyT:
         what: the server takes, for the message.
 
     Raises:
-        WeightSyncError: no reply in time.
+        WeightSyncError: the server failed, or did not reply in time.
     """
     try:
-        return await asyncio.wait_for(reply, seconds)
+        await asyncio.wait_for(reply, seconds)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise too_late(what, seconds) from error
+    except RayError as error:
+        raise server_failed(error) from error
 
 
-@dataclass
-class Transfer:
-    """One transfer of weights.
+class WatchedSocket:
+    """A socket whose waits end with the server's error, or after a time.
 
-    Attributes:
+    Args:
+        socket: the sender's, bound to a file.
+        file: that file.
         seconds: that the server may take over one bucket.
         reply: of the server to the whole transfer; None for a rank that another one speaks for.
     """
 
-    seconds: float
-    reply: Future[Any] | None = None
-
-
-class WatchedSocket:
-    """A socket whose waits end with the server's error, or after the transfer's time.
-
-    Args:
-        socket: the sender's, bound to a file.
-        file: that.
-        transfer: what it belongs to.
-    """
-
-    def __init__(self, socket: zmq.Socket[bytes], file: Path, transfer: Transfer) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], file: Path, seconds: float, reply: Future[Any] | None
+    ) -> None:
         self._socket = socket
         self._file = file
-        self._transfer = transfer
+        self._seconds = seconds
+        self._reply = reply
 
     def send_pyobj(self, message: Any) -> None:
         """Send, once the server is connected."""
@@ -109,20 +108,11 @@ class WatchedSocket:
         self._socket.close(linger=0)
 
     def _wait(self, event: int) -> None:
-        reply, seconds = self._transfer.reply, self._transfer.seconds
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._seconds
         while not self._socket.poll(POLL_MILLISECONDS, event):
             # A reply without an error comes after the last answer, which is then here too.
-            error = reply.exception() if reply is not None and reply.done() else None
-            if error is not None:
-                raise server_failed(error) from error
+            if self._reply is not None and self._reply.done():
+                if (error := self._reply.exception()) is not None:
+                    raise server_failed(error) from error
             if time.monotonic() > deadline:
-                raise too_late("a bucket of weights", seconds)
-
-
-def server_failed(error: BaseException) -> WeightSyncError:
-    """The error of a transfer that failed on the server's side."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return WeightSyncError(
-        f"the rollout server failed to take the weights: {lines[-1] if lines else repr(error)}"
-    )
+                raise too_late("a bucket of weights", self._seconds)
