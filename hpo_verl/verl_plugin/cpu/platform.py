@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -37,65 +37,42 @@ def cpu_is_selected() -> bool:
 
 
 class CpuDeviceModule(ModuleType):
-    """`torch.cpu`, with the memory and random-number functions that `torch.cuda` has.
+    """`torch.cpu`, with what verl also asks of `torch.cuda`.
 
     Memory figures are those of the process (resident set, bytes).
     """
 
-    memory = SimpleNamespace(_set_allocator_settings=lambda settings: None)
+    get_rng_state = staticmethod(torch.get_rng_state)
+    set_rng_state = staticmethod(torch.set_rng_state)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     @staticmethod
-    def is_initialized() -> bool:
-        return True
-
-    @staticmethod
     def empty_cache() -> None:
         return None
 
-    ipc_collect = empty_cache
-
     @staticmethod
-    def memory_allocated(device: Any = None) -> int:
+    def memory_allocated() -> int:
         return psutil.Process().memory_info().rss
 
     memory_reserved = memory_allocated
 
     @staticmethod
-    def max_memory_allocated(device: Any = None) -> int:
+    def max_memory_allocated() -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     max_memory_reserved = max_memory_allocated
 
     @staticmethod
-    def reset_peak_memory_stats(device: Any = None) -> None:
-        return None
-
-    @staticmethod
-    def mem_get_info(device: Any = None) -> tuple[int, int]:
+    def mem_get_info() -> tuple[int, int]:
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
     @staticmethod
-    def get_device_name(device: Any = None) -> str:
+    def get_device_name() -> str:
         return "cpu"
-
-    @staticmethod
-    def manual_seed(seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-
-    manual_seed_all = manual_seed
-
-    @staticmethod
-    def get_rng_state(device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    @staticmethod
-    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
 
 
 class PlatformCpu(PlatformBase):
@@ -107,9 +84,7 @@ class PlatformCpu(PlatformBase):
     def device_name(self) -> str:
         return "cpu"
 
-    @property
-    def vendor_name(self) -> str:
-        return "cpu"
+    vendor_name = device_name
 
     @property
     def device_module(self) -> ModuleType:
@@ -128,22 +103,10 @@ class PlatformCpu(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        return None
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        return None
-
     def manual_seed(self, seed: int) -> None:
-        self._device_module.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
 
     manual_seed_all = manual_seed
-
-    def set_allocator_settings(self, settings: str) -> None:
-        return None
-
-    def empty_cache(self) -> None:
-        return None
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
@@ -153,16 +116,6 @@ class PlatformCpu(PlatformBase):
 
     def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"
-
-    @contextlib.contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        yield
-
-    def profiler_start(self) -> None:
-        return None
-
-    def profiler_stop(self) -> None:
-        return None
 
     def ray_resource_name(self) -> str:
         # verl counts Ray's "GPU" on each node before it places workers; the
@@ -175,8 +128,15 @@ class PlatformCpu(PlatformBase):
     def is_ipc_supported(self) -> bool:
         return False
 
-    def cudart(self) -> Any:
-        return None
+    @contextlib.contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        yield
+
+    def nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
+        """What concerns an accelerator only."""
+
+    set_device = synchronize = set_allocator_settings = empty_cache = nothing_to_do
+    profiler_start = profiler_stop = cudart = nothing_to_do
 
 
 def register() -> None:

@@ -8,7 +8,6 @@ server and sends it the actor's weights after every step.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import zlib
 from collections.abc import Iterable
@@ -25,24 +24,13 @@ from verl.workers.rollout.utils import ensure_async_iterator
 
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
+from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout, within
-
-logger = logging.getLogger(__name__)
 
 # How long the server waits for further requests before it starts a batch.
 ARRIVAL_PAUSE_SECONDS = 0.02
-SAMPLING_KEYS = frozenset(
-    {
-        "temperature",
-        "top_p",
-        "top_k",
-        "max_tokens",
-        "max_new_tokens",
-        "seed",
-        "logprobs",
-        "repetition_penalty",
-    }
-)
+SAMPLING_KEYS = {"temperature", "top_p", "top_k", "max_tokens", "max_new_tokens", "seed"}
+SAMPLING_KEYS |= {"logprobs", "repetition_penalty"}
 
 
 def server_name(config: RolloutConfig, replica_rank: int) -> str:
@@ -101,7 +89,7 @@ class HFServer:
             model_config, dataclass_type=HFModelConfig
         )
         options = dict((self.config.engine_kwargs or {}).get("hf") or {})
-        threads = options.pop("num_threads", None)
+        threads = options.pop("num_threads", None) or max(1, (os.cpu_count() or 1) // replicas)
         if options:
             raise ConfigError(f"rollout.engine_kwargs.hf.{next(iter(options))}: unknown key")
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -112,49 +100,39 @@ class HFServer:
         ).eval()
         tokenizer = self.model_config.tokenizer
         eos = self.model.generation_config.eos_token_id
-        eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+        eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         self.generator = BatchGenerator(
             self.model,
             eos_token_ids=[] if self.config.ignore_eos else [*eos_ids, tokenizer.eos_token_id],
             pad_token_id=tokenizer.pad_token_id,
             block_rows=self.config.max_num_seqs,
-            num_threads=threads or max(1, (os.cpu_count() or 1) // replicas),
+            num_threads=threads,
         )
         self._global_steps: int | None = None
-        self._pending: list[tuple[GenerationRequest, asyncio.Future[TokenOutput]]] = []
-        self._drain_task: asyncio.Task[None] | None = None
+        self._requests: Coalescer[GenerationRequest, TokenOutput] = Coalescer(
+            self._generate_together, ARRIVAL_PAUSE_SECONDS
+        )
         self._admit = asyncio.Event()
         self._admit.set()
         self._abort = False
-        self._names_expected = set(self.model.state_dict())
-        self._names_received: set[str] = set()
-        self._sync_incomplete = False
-
-    async def ready(self) -> bool:
-        """Answer once the model is loaded."""
-        return True
+        # Names of the weights that an update has brought so far; None where none is going on.
+        self._received: set[str] | None = None
 
     async def generate(
         self,
         prompt_ids: list[int],
         sampling_params: dict[str, Any],
         request_id: str,
-        image_data: Any = None,
-        video_data: Any = None,
         **kwargs: Any,
     ) -> TokenOutput:
         """Continue one prompt; answered together with the requests that arrive with it."""
-        if image_data or video_data:
-            raise ConfigError("rollout hf: images and videos are not supported")
+        if any(kwargs.get(f"{kind}_data") for kind in ("image", "video", "audio")):
+            raise ConfigError("rollout hf: images, videos and audio are not supported")
         request = request_from_sampling_params(prompt_ids, sampling_params, request_id, self.config)
         await self._admit.wait()
-        if self._sync_incomplete:
+        if self._received is not None:
             raise WeightSyncError("the rollout server holds a partly updated model")
-        future: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
-        self._pending.append((request, future))
-        if self._drain_task is None or self._drain_task.done():
-            self._drain_task = asyncio.create_task(self._drain())
-        return await future
+        return await self._requests.submit(request)
 
     async def generate_batch(
         self, requests: list[dict[str, Any]]
@@ -164,34 +142,22 @@ class HFServer:
             *(self.generate(**request) for request in requests), return_exceptions=True
         )
 
-    async def _drain(self) -> None:
-        while self._pending:
-            arrived = 0
-            while arrived != len(self._pending):
-                arrived = len(self._pending)
-                await asyncio.sleep(ARRIVAL_PAUSE_SECONDS)
-            batch, self._pending = self._pending, []
-            try:
-                results = await asyncio.to_thread(
-                    self.generator.generate,
-                    [request for request, _ in batch],
-                    lambda: self._abort,
-                )
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(
-                        TokenOutput(
-                            token_ids=result.token_ids,
-                            log_probs=result.log_probs,
-                            stop_reason="completed" if result.finished else "aborted",
-                            extra_fields={"global_steps": self._global_steps},
-                        )
-                    )
+    async def _generate_together(self, requests: list[GenerationRequest]) -> list[TokenOutput]:
+        results = await asyncio.to_thread(
+            self.generator.generate, requests, should_stop=lambda: self._abort
+        )
+        steps = dict.fromkeys(
+            ("global_steps", "min_global_steps", "max_global_steps"), self._global_steps
+        )
+        return [
+            TokenOutput(
+                token_ids=result.token_ids,
+                log_probs=result.log_probs,
+                stop_reason="completed" if result.finished else "aborted",
+                extra_fields=dict(steps),
+            )
+            for result in results
+        ]
 
     async def load_weights(self, named_tensors: dict[str, torch.Tensor]) -> None:
         """Copy one bucket of the actor's weights into the model.
@@ -199,7 +165,8 @@ class HFServer:
         Raises:
             WeightSyncError: a name is unknown, a shape differs or a value is not finite.
         """
-        self._sync_incomplete = True
+        if self._received is None:
+            self._received = set()
         current = self.model.state_dict()
         for name, tensor in named_tensors.items():
             if name not in current:
@@ -212,7 +179,7 @@ class HFServer:
             if not bool(torch.isfinite(tensor).all()):
                 raise WeightSyncError(f"weight {name!r} holds a value that is not finite")
             current[name].copy_(tensor)
-            self._names_received.add(name)
+            self._received.add(name)
 
     async def finish_weight_update(self, global_steps: int | None) -> None:
         """Check that every weight has arrived, and count them as those of `global_steps`.
@@ -220,24 +187,19 @@ class HFServer:
         Raises:
             WeightSyncError: a weight is missing.
         """
-        missing = sorted(self._names_expected - self._names_received)
-        self._names_received.clear()
+        missing = sorted(self.model.state_dict().keys() - (self._received or set()))
         if missing:
+            self._received = set()
             raise WeightSyncError(f"{len(missing)} weights were not sent, {missing[0]!r} first")
-        self._sync_incomplete = False
+        self._received = None
         if global_steps is not None:
             self._global_steps = global_steps
-
-    async def set_global_steps(self, global_steps: int) -> None:
-        """Name the step whose weights the model holds."""
-        self._global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
         """End running requests with what they have; hold new ones until resumed."""
         self._admit.clear()
         self._abort = True
-        if self._drain_task is not None:
-            await self._drain_task
+        await self._requests.idle()
         self._abort = False
 
     async def resume_generation(self) -> None:
@@ -266,7 +228,7 @@ class HFReplica(RolloutReplica):
             name=server_name(self.config, self.replica_rank),
             max_concurrency=self.max_concurrency,
         ).remote(self.config, self.model_config, self.gpus_per_node)
-        await server.ready.remote()
+        await server.__ray_ready__.remote()
         self.servers = [server]
         self._server_handle = server
         self._server_address = f"hf:{self.replica_rank}"
@@ -331,8 +293,5 @@ class HFServerAdapter(BaseRollout):
             bucket[name] = tensor.detach().to("cpu", torch.float32)
             size += bucket[name].nbytes
         await within(server.load_weights.remote(bucket), seconds, "the last bucket of weights")
-        await within(
-            server.finish_weight_update.remote(global_steps),
-            seconds,
-            "the end of the weight update",
-        )
+        end = server.finish_weight_update.remote(global_steps)
+        await within(end, seconds, "the end of the weight update")

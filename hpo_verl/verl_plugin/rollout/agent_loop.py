@@ -14,6 +14,7 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
+NAME = "seeded_single_turn_agent"
 SEED_BITS = 63
 PROMPTS_KEPT = 4096
 
@@ -38,7 +39,7 @@ def sample_seed(
     return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
-@register("seeded_single_turn_agent")
+@register(NAME)
 class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn loop with a seed per sample."""
 
@@ -47,27 +48,17 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         self._prompts: dict[str, asyncio.Task[list[int]]] = {}
 
     async def ct_build_initial_tokens(
-        self,
-        messages: list[dict[str, Any]],
-        tools: Any = None,
-        images: Any = None,
-        videos: Any = None,
-        audios: Any = None,
-        mm_inputs_out: Any = None,
+        self, messages: list[dict[str, Any]], tools: Any = None, **media: Any
     ) -> list[int]:
         """Tokenise a prompt once for all of its samples."""
-        build = super().ct_build_initial_tokens(
-            messages, tools, images, videos, audios, mm_inputs_out
-        )
-        if tools or images or videos or audios:
-            return await build
+        build = super().ct_build_initial_tokens
+        if tools or any(media.values()):
+            return await build(messages, tools, **media)
         name = repr(messages)
-        if name in self._prompts:
-            build.close()
-        else:
+        if name not in self._prompts:
             if len(self._prompts) >= PROMPTS_KEPT:
                 self._prompts.clear()
-            self._prompts[name] = asyncio.create_task(build)
+            self._prompts[name] = asyncio.create_task(build(messages))
         return list(await self._prompts[name])
 
     async def run(

@@ -15,7 +15,7 @@ class Coalescer(Generic[Item, Result]):
 
     Args:
         process: called with the items, returns one result or exception for each.
-        pause: seconds that a batch stays open for items that come at about the same time.
+        pause: seconds that a batch stays open after the last item has come.
     """
 
     def __init__(
@@ -54,3 +54,8 @@ class Coalescer(Generic[Item, Result]):
                     future.set_exception(result)
                 else:
                     future.set_result(result)
+
+    async def idle(self) -> None:
+        """Wait until every item that was submitted has its result."""
+        if self._task is not None:
+            await self._task

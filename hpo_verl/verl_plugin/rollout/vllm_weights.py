@@ -36,32 +36,32 @@ NODE_VARIABLE = "RAY_NODE_ID"
 NODE_DIGITS = 16
 
 
-class OwnSocket:
-    """One end of a transfer, on a socket that no other Ray node of this machine has.
+def own_socket(zmq_handle: str) -> str:
+    """Address of a socket that no other Ray node of this machine has.
 
     Args:
-        zmq_handle: verl's address of the socket; other arguments are verl's.
+        zmq_handle: verl's address.
 
     Raises:
-        EnvironmentCheckError: the process and its parents are no Ray workers.
+        EnvironmentCheckError: neither this process nor one of its parents is a Ray worker.
     """
-
-    def __init__(self, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
-        if not (node := os.environ.get(NODE_VARIABLE)):
-            raise EnvironmentCheckError(
-                f"actor_rollout_ref.rollout.name=vllm: {NODE_VARIABLE} is not set, so runs on "
-                "one machine might share the socket of their weights; need a Ray that sets it"
-            )
-        own = f"{zmq_handle.removesuffix('.sock')}-{node[:NODE_DIGITS]}.sock"
-        super().__init__(own, *args, **kwargs)
+    if not (node := os.environ.get(NODE_VARIABLE)):
+        raise EnvironmentCheckError(
+            f"actor_rollout_ref.rollout.name=vllm: {NODE_VARIABLE} is not set, so runs on one "
+            "machine might share the socket of their weights; need a Ray that sets it"
+        )
+    return f"{zmq_handle.removesuffix('.sock')}-{node[:NODE_DIGITS]}.sock"
 
 
-class OwnReceiver(OwnSocket, BucketedWeightReceiver):
+class OwnReceiver(BucketedWeightReceiver):
     """verl's receiver, on a socket of its own."""
 
+    def __init__(self, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(own_socket(zmq_handle), *args, **kwargs)
 
-class WatchedSender(OwnSocket, BucketedWeightSender):
-    """verl's sender, whose waits end with the server's error or after a time.
+
+class WatchedSender(BucketedWeightSender):
+    """verl's sender, on a socket of its own; its waits end with the server's error or in time.
 
     verl makes the sender; the adapter therefore leaves its time limit and the server's reply
     with the class. A process sends one set of weights at a time.
@@ -69,6 +69,9 @@ class WatchedSender(OwnSocket, BucketedWeightSender):
 
     seconds: ClassVar[float]
     reply: ClassVar[Future[Any] | None]
+
+    def __init__(self, zmq_handle: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(own_socket(zmq_handle), *args, **kwargs)
 
     def _init_socket(self) -> None:
         super()._init_socket()

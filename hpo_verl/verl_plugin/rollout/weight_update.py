@@ -111,8 +111,8 @@ class WatchedSocket:
         deadline = time.monotonic() + self._seconds
         while not self._socket.poll(POLL_MILLISECONDS, event):
             # A reply without an error comes after the last answer, which is then here too.
-            if self._reply is not None and self._reply.done():
-                if (error := self._reply.exception()) is not None:
-                    raise server_failed(error) from error
+            reply = self._reply
+            if reply is not None and reply.done() and (error := reply.exception()) is not None:
+                raise server_failed(error) from error
             if time.monotonic() > deadline:
                 raise too_late("a bucket of weights", self._seconds)

@@ -10,35 +10,39 @@ verl's own setting `actor_rollout_ref.rollout.agent.agent_loop_manager_class`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
-import hydra
 import numpy as np
 import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch.nn.utils.rnn import pad_sequence
-from verl.experimental.agent_loop.agent_loop import (
-    AgentLoopOutput,
-    DictConfigWrap,
-    ToolListWrap,
-    _agent_loop_registry,
-)
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap, ToolListWrap
 from verl.protocol import DataProto
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.rollout.agent_loop import NAME, SeededSingleTurnAgentLoop
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 
-SINGLE_TURN = "seeded_single_turn_agent"
 # Of the data set's columns, those that verl's trainer reads after the reward; the
 # others would be copied to every worker at every pass.
 COLUMNS_READ_LATER = ("uid", "data_source", "reward_model")
+
+Item = TypeVar("Item")
+Scored = tuple[AgentLoopOutput, dict[str, Any]]
+"""A response, and the fields of the data set that belong to it."""
+
+
+def shares(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+    """Items in at most `count` parts of about one size, in their order."""
+    share = -(-len(items) // count)
+    return [items[start : start + share] for start in range(0, len(items), share)]
 
 
 class CoalescingClient(LLMServerClient):
@@ -54,53 +58,29 @@ class CoalescingClient(LLMServerClient):
         self._servers = servers
         self._requests: Coalescer[dict[str, Any], TokenOutput] = Coalescer(self._generate_together)
 
-    async def generate(
-        self,
-        request_id: str,
-        *,
-        prompt_ids: list[int],
-        sampling_params: dict[str, Any],
-        image_data: Any = None,
-        video_data: Any = None,
-        audio_data: Any = None,
-        **kwargs: Any,
-    ) -> TokenOutput:
+    async def generate(self, request_id: str, **request: Any) -> TokenOutput:
         """Continue one prompt, together with the requests made at the same time."""
-        if image_data or video_data or audio_data:
-            raise ConfigError("rollout hf: images, videos and audio are not supported")
-        return await self._requests.submit(
-            {
-                "request_id": request_id,
-                "prompt_ids": prompt_ids,
-                "sampling_params": sampling_params,
-            }
-        )
+        return await self._requests.submit({"request_id": request_id, **request})
 
     async def _generate_together(
         self, requests: list[dict[str, Any]]
     ) -> list[TokenOutput | BaseException]:
-        share = -(-len(requests) // self._servers)
-        parts = [requests[start : start + share] for start in range(0, len(requests), share)]
+        parts = shares(requests, self._servers)
         answers = await asyncio.gather(*(self._generate_on_one_server(part) for part in parts))
         return [answer for part in answers for answer in part]
 
     async def _generate_on_one_server(
-        self, requests: list[dict[str, Any]]
-    ) -> Sequence[TokenOutput | BaseException]:
+        self, requests: Sequence[dict[str, Any]]
+    ) -> list[TokenOutput | BaseException]:
         request_id = requests[0]["request_id"]
         server_id, server = await self._acquire_server(request_id)
         try:
-            outputs = await server.generate_batch.remote(requests)
+            return await server.generate_batch.remote(requests)
         finally:
             self._release_server(server_id, request_id=request_id)
-        for output in outputs:
-            if isinstance(output, TokenOutput):
-                steps = output.extra_fields.get("global_steps")
-                output.extra_fields |= {"min_global_steps": steps, "max_global_steps": steps}
-        return outputs
 
 
-def reward_batch(items: Sequence[tuple[AgentLoopOutput, dict[str, Any]]]) -> DataProto:
+def reward_batch(items: Sequence[Scored]) -> DataProto:
     """What verl's reward workers read, for many responses at once.
 
     Args:
@@ -128,16 +108,9 @@ def reward_batch(items: Sequence[tuple[AgentLoopOutput, dict[str, Any]]]) -> Dat
             },
             batch_size=len(items),
         ),
-        non_tensor_batch={key: _object_array(values) for key, values in columns.items()},
+        # np.array() would turn equally long lists into a matrix.
+        non_tensor_batch={key: np.fromiter(column, object) for key, column in columns.items()},
     )
-
-
-def _object_array(values: Sequence[Any]) -> np.ndarray:
-    # np.array() would turn equally long lists into a matrix.
-    array = np.empty(len(values), dtype=object)
-    for position, value in enumerate(values):
-        array[position] = value
-    return array
 
 
 # Ray wraps verl's class; the plain one is what can be subclassed.
@@ -150,19 +123,27 @@ class CoalescingAgentLoopWorker(_VerlWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._scores: Coalescer[tuple[AgentLoopOutput, dict[str, Any]], dict[str, Any]] = Coalescer(
-            self._score_together
-        )
-        self._stores = {
-            partition_id: Coalescer(self._store_into(partition_id))
-            for partition_id in ("train", "val")
-        }
-        self._single_turn_loop: Any = None
+        self._scores: Coalescer[Scored, dict[str, Any]] = Coalescer(self._score_together)
+        self._stores = {name: Coalescer(partial(self._store, name)) for name in ("train", "val")}
         if self.rollout_config.name == "hf":
             trainer = self.config.trainer
             self.llm_client = CoalescingClient(
                 self.llm_client, servers=trainer.n_gpus_per_node * trainer.nnodes
             )
+
+    @cached_property
+    def _single_turn_loop(self) -> SeededSingleTurnAgentLoop:
+        """One loop for all responses: it keeps no state between them, and takes 5 ms to make."""
+        return SeededSingleTurnAgentLoop(
+            trainer_config=DictConfigWrap(self.config),
+            server_manager=self.llm_client,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            hf_model_type=self.hf_model_type,
+            dataset_cls=self.dataset_cls,
+            data_config=DictConfigWrap(self.config.data),
+            tools=ToolListWrap(self.tools),
+        )
 
     async def _run_agent_loop(
         self,
@@ -173,22 +154,9 @@ class CoalescingAgentLoopWorker(_VerlWorker):
         trace: bool = True,
         **kwargs: Any,
     ) -> Any:
-        if agent_name != SINGLE_TURN or trace:
+        if agent_name != NAME or trace:
             return await super()._run_agent_loop(
                 sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
-            )
-        if self._single_turn_loop is None:
-            # verl makes one a response; this loop keeps no state between responses.
-            self._single_turn_loop = hydra.utils.instantiate(
-                _agent_loop_registry[agent_name],
-                trainer_config=DictConfigWrap(config=self.config),
-                server_manager=self.llm_client,
-                tokenizer=self.tokenizer,
-                processor=self.processor,
-                hf_model_type=self.hf_model_type,
-                dataset_cls=self.dataset_cls,
-                data_config=DictConfigWrap(self.config.data),
-                tools=ToolListWrap(self.tools),
             )
         output = await self._single_turn_loop.run(sampling_params, **kwargs)
         return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
@@ -201,20 +169,15 @@ class CoalescingAgentLoopWorker(_VerlWorker):
         final.reward_score = result["reward_score"]
         final.extra_fields["reward_extra_info"] = result["reward_extra_info"]
 
-    async def _score_together(
-        self, items: list[tuple[AgentLoopOutput, dict[str, Any]]]
-    ) -> list[dict[str, Any] | BaseException]:
+    async def _score_together(self, items: list[Scored]) -> list[dict[str, Any] | BaseException]:
         workers = self.reward_loop_worker_handles
-        share = -(-len(items) // len(workers))
-        parts = [items[start : start + share] for start in range(0, len(items), share)]
-        answers = await asyncio.gather(
-            *(self._score_with(worker, part) for worker, part in zip(workers, parts, strict=False))
-        )
+        parts = zip(workers, shares(items, len(workers)), strict=False)
+        answers = await asyncio.gather(*(self._score_with(worker, part) for worker, part in parts))
         return [answer for part in answers for answer in part]
 
     async def _score_with(
-        self, worker: Any, items: list[tuple[AgentLoopOutput, dict[str, Any]]]
-    ) -> Sequence[dict[str, Any] | BaseException]:
+        self, worker: Any, items: Sequence[Scored]
+    ) -> list[dict[str, Any] | BaseException]:
         try:
             return await worker.compute_score_batch.remote(reward_batch(items))
         except Exception:
@@ -227,14 +190,15 @@ class CoalescingAgentLoopWorker(_VerlWorker):
     async def _agent_loop_postprocess(
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
     ) -> None:
-        plain = self.reward_loop_worker_handles is not None and self.processor is None
-        if isinstance(output, list) or not plain or self.distillation_enabled:
+        scored_here = self.reward_loop_worker_handles is not None
+        more_than_text = self.processor is not None or self.distillation_enabled
+        if isinstance(output, list) or not scored_here or more_than_text:
             await super()._agent_loop_postprocess(output, validate, **kwargs)
             return
         await self._compute_score([output], kwargs=kwargs)
         field = output.as_dict()
         field.pop("metrics", None)
-        field.update({name: kwargs[name] for name in COLUMNS_READ_LATER if name in kwargs})
+        field |= {name: kwargs[name] for name in COLUMNS_READ_LATER if name in kwargs}
         input_ids = torch.cat([field["prompts"], field["responses"]])
         field["loss_mask"] = field["response_mask"]
         field["input_ids"] = input_ids
@@ -251,18 +215,17 @@ class CoalescingAgentLoopWorker(_VerlWorker):
         key = f"{kwargs['uid']}_{kwargs['session_id']}_0"
         await self._stores["val" if validate else "train"].submit((key, field, tag))
 
-    def _store_into(self, partition_id: str) -> Callable[[list[Any]], Awaitable[list[None]]]:
-        async def store(items: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[None]:
-            keys, fields, tags = zip(*items, strict=True)
-            await tq.async_kv_batch_put(
-                keys=list(keys),
-                fields=list_of_dict_to_tensordict(list(fields)),
-                tags=list(tags),
-                partition_id=partition_id,
-            )
-            return [None] * len(items)
-
-        return store
+    async def _store(
+        self, partition_id: str, items: list[tuple[str, dict[str, Any], dict[str, Any]]]
+    ) -> list[None]:
+        keys, fields, tags = zip(*items, strict=True)
+        await tq.async_kv_batch_put(
+            keys=list(keys),
+            fields=list_of_dict_to_tensordict(list(fields)),
+            tags=list(tags),
+            partition_id=partition_id,
+        )
+        return [None] * len(items)
 
 
 class CoalescingAgentLoopManager(AgentLoopManagerTQ):

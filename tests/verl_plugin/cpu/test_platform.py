@@ -31,20 +31,21 @@ def test_when_the_cpu_is_chosen(monkeypatch, requested, cuda_build, smi, chosen)
 
 
 def test_device_module_answers_what_verl_asks_of_torch_cuda():
-    module = platform.PlatformCpu().device_module
+    device = platform.PlatformCpu()
+    module = device.device_module
     assert module.memory_allocated() > 0
     # The kernel updates its peak less often than the current size.
     assert module.max_memory_allocated() > 0.9 * module.memory_allocated()
     available, total = module.mem_get_info()
     assert 0 < available <= total
-    module.manual_seed(3)
+    device.manual_seed(3)
     state = module.get_rng_state()
     first = torch.rand(4)
     module.set_rng_state(state)
     assert torch.equal(torch.rand(4), first)
     assert module.is_available()
     module.empty_cache()
-    module.memory._set_allocator_settings("expandable_segments:True")
+    device.set_allocator_settings("expandable_segments:True")
 
 
 def test_an_unchecked_verl_is_refused(monkeypatch):

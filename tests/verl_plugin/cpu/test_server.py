@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator
 from hpo_verl.verl_plugin.cpu.server import HFServer, request_from_sampling_params
+from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 
 CONFIG = OmegaConf.create(
     {"seed": 0, "max_model_len": None, "prompt_length": 16, "response_length": 8}
@@ -34,12 +35,11 @@ def make_server():
     ).eval()
     server.generator = BatchGenerator(server.model, [], 0, block_rows=8)
     server._global_steps = None
-    server._pending, server._drain_task = [], None
+    server._requests = Coalescer(server._generate_together)
     server._admit = asyncio.Event()
     server._admit.set()
-    server._abort = server._sync_incomplete = False
-    server._names_expected = set(server.model.state_dict())
-    server._names_received = set()
+    server._abort = False
+    server._received = None
     return server
 
 
@@ -93,6 +93,10 @@ def test_an_update_needs_every_weight_and_changes_the_answers():
             await server.generate([1, 2], {"temperature": 0.0}, "a")
         with pytest.raises(WeightSyncError, match=f"{len(names) - 3} weights were not sent"):
             await server.finish_weight_update(1)
+        # What came before does not count: it may be of another step.
+        await server.load_weights({name: weights[name] for name in names[3:]})
+        with pytest.raises(WeightSyncError, match="3 weights were not sent"):
+            await server.finish_weight_update(1)
         await server.load_weights({name: weights[name] for name in names[:3]})
         await server.load_weights({name: weights[name] for name in names[3:]})
         await server.finish_weight_update(7)
@@ -102,7 +106,7 @@ def test_an_update_needs_every_weight_and_changes_the_answers():
 
     before, after = asyncio.run(update())
     assert before.log_probs != after.log_probs
-    assert after.extra_fields["global_steps"] == 7
+    assert {after.extra_fields[f"{end}global_steps"] for end in ("", "min_", "max_")} == {7}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,12 @@ def test_abort_returns_what_there_is_and_holds_new_requests():
     stopped, resumed = asyncio.run(abort())
     assert stopped.stop_reason in ("aborted", "completed")
     assert len(resumed.token_ids) == 2
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+def test_what_is_no_text_is_refused(kind):
+    with pytest.raises(ConfigError, match="images"):
+        asyncio.run(make_server().generate([1], {}, "a", **{f"{kind}_data": [b""]}))
 
 
 @pytest.mark.parametrize(
