@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from typing import Any
 
 from hpo_verl.core.settings import parse_settings, require_number
@@ -46,11 +46,7 @@ class RewardGuardSettings:
 
 
 def guard_section(section: Mapping[str, Any] | None) -> RewardGuardSettings:
-    """Read and check the section `reward.guard`.
-
-    Raises:
-        ConfigError: names the setting, its value and what is permitted.
-    """
+    """The section `reward.guard`; a bad one raises a `ConfigError`."""
     return parse_settings(RewardGuardSettings, section, SECTION)
 
 
@@ -72,8 +68,6 @@ class GuardedFunction:
         self.path, self.name = path, name
         self.time_limit = time_limit
         self.max_error_fraction = max_error_fraction
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
         if problem := self._start():
             raise DataError(f"{name} of {path} cannot be loaded: {problem}")
 
@@ -90,9 +84,11 @@ class GuardedFunction:
         errors = hangs = 0
         while len(answers) < len(calls):
             try:
-                self._send(calls[len(answers) :])
+                self._connection.send([_pickled(call) for call in calls[len(answers) :]])
                 while len(answers) < len(calls):
-                    answers.append(self._receive())
+                    if not self._connection.poll(self.time_limit):
+                        raise TimeoutError
+                    answers.append(pickle.loads(self._connection.recv_bytes()))  # noqa: S301
                     errors += bool(answers[-1][1])
                 break
             except TimeoutError:
@@ -103,6 +99,7 @@ class GuardedFunction:
             # What was sent after the call that went wrong is sent again.
             answers.append(({}, problem))
             errors += 1
+            self.close()
             problem = self._start()
             if hangs >= FREE_HANGS and errors > self.max_error_fraction * len(calls):
                 problem = f"not called: {hangs} responses of its batch ran into the time limit"
@@ -110,44 +107,21 @@ class GuardedFunction:
                 answers += [({}, problem)] * (len(calls) - len(answers))
         return answers
 
-    def _send(self, calls: Sequence[Mapping[str, Any]]) -> None:
-        if self._connection is None:
-            raise EOFError
-        self._connection.send([_pickled(call) for call in calls])
-
-    def _receive(self) -> Answer:
-        """The next answer.
-
-        Raises:
-            TimeoutError: none within the time limit.
-            EOFError: the process has ended.
-        """
-        if self._connection is None:
-            raise EOFError
-        if not self._connection.poll(self.time_limit):
-            raise TimeoutError
-        return pickle.loads(self._connection.recv_bytes())  # noqa: S301
-
     def _start(self) -> str:
-        """Start a new process; return what keeps the function from being loaded, or ""."""
-        self.close()
-        ours, its = Pipe()
-        try:
+        """Start a process; return what keeps the function from being loaded, or ""."""
+        self._connection, its = Pipe()
+        with its:
+            descriptor = str(its.fileno())
+            module = "hpo_verl.rewards.scoring_process"
             self._process = subprocess.Popen(  # noqa: S603
-                [
-                    *(sys.executable, "-m", "hpo_verl.rewards.scoring_process"),
-                    *(str(its.fileno()), self.path, self.name),
-                ],
+                [sys.executable, "-m", module, descriptor, self.path, self.name],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        finally:
-            its.close()
-        self._connection = ours
         try:
-            if ours.poll(START_SECONDS):
-                return ours.recv()[1]
+            if self._connection.poll(START_SECONDS):
+                return self._connection.recv()[1]
             problem = f"not loaded within {START_SECONDS:g} s"
         except (EOFError, OSError):
             problem = "its process ended while loading it"
@@ -156,12 +130,9 @@ class GuardedFunction:
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        if self._connection is not None:
-            self._connection.close()
-        self._process = self._connection = None
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
 
 
 def _pickled(call: Mapping[str, Any]) -> bytes | str:

@@ -29,7 +29,6 @@ from typing import Any
 
 PACKAGE_PREFIX, FILE_PREFIX = "pkg://", "file://"
 ERROR_CHARACTERS = 500
-READY = ({}, "")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,20 +41,15 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     """
     if path.startswith(PACKAGE_PREFIX):
         module = importlib.import_module(path.removeprefix(PACKAGE_PREFIX).replace("/", "."))
-        return _function(module, name)
-    path = path.removeprefix(FILE_PREFIX)
-    spec = importlib.util.spec_from_file_location("custom_reward_function", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return _function(module, name)
-
-
-def _function(module: Any, name: str) -> Callable[..., Any]:
-    found = getattr(module, name, None)
-    if callable(found):
+    else:
+        file = path.removeprefix(FILE_PREFIX)
+        spec = importlib.util.spec_from_file_location("custom_reward_function", file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{file} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    if callable(found := getattr(module, name, None)):
         return found
     own = [
         key
@@ -78,19 +72,13 @@ def checked_result(value: object) -> dict[str, Any]:
         TypeError, ValueError: it is anything else.
     """
     if not isinstance(value, Mapping):
-        return {"acc": finite_number(value)}
+        return {"acc": _finite(value)}
     if "score" not in value:
         raise ValueError("the reward's dict has no key 'score'")
-    score = finite_number(value["score"])
-    return {**{str(key): entry for key, entry in value.items()}, "score": score}
+    return {**{str(key): entry for key, entry in value.items()}, "score": _finite(value["score"])}
 
 
-def finite_number(value: object) -> float:
-    """The value as a float.
-
-    Raises:
-        TypeError, ValueError: it is no number, or NaN or infinite.
-    """
+def _finite(value: object) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"the reward is of type {type(value).__name__}, not a number")
     if not math.isfinite(number := float(value)):
@@ -131,17 +119,11 @@ def answer(function: Callable[..., Any], arguments: bytes | str) -> bytes:
         return pickle.dumps(({}, describe(error)))
 
 
-def serve(connection: Connection, function: Callable[..., Any]) -> None:
-    """Answer batches until the parent hangs up."""
-    connection.send(READY)
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            for arguments in connection.recv():
-                connection.send_bytes(answer(function, arguments))
-
-
 def main(descriptor: str, path: str, name: str) -> None:
-    """Load the function and serve; what fails to load is the first answer."""
+    """Load the function and answer batches until the parent hangs up.
+
+    The first answer says whether the function was loaded.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ctrl-C reaches the whole terminal; the parent decides what ends.
@@ -152,7 +134,11 @@ def main(descriptor: str, path: str, name: str) -> None:
     except BaseException as error:
         connection.send(({}, describe_loading(error, path)))
         return
-    serve(connection, function)
+    connection.send(({}, ""))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            for arguments in connection.recv():
+                connection.send_bytes(answer(function, arguments))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import gc
 import subprocess
 import sys
 
-from hpo_verl.launch import worker_setup
+from hpo_verl.runs import worker_setup
 
 
 def test_the_collector_walks_all_objects_seldom():
@@ -17,5 +17,5 @@ def test_the_collector_walks_all_objects_seldom():
 
 
 def test_the_hook_leaves_torch_to_be_imported_after_ray_has_set_the_threads():
-    code = "import hpo_verl.launch.worker_setup, sys; sys.exit('torch' in sys.modules)"
+    code = "import hpo_verl.runs.worker_setup, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

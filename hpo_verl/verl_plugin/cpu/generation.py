@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hpo_verl.core.settings import require_number
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.cpu.sampling import SamplingSettings, sample_tokens
 
@@ -44,14 +45,11 @@ class GenerationRequest:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, valid, permitted in (
-            ("prompt_ids", len(self.prompt_ids), len(self.prompt_ids) >= 1, "at least one token"),
-            ("max_tokens", self.max_tokens, self.max_tokens >= 0, "an integer >= 0"),
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "[0, inf)"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "(0, 1]"),
-        ):
-            if not valid:
-                raise ConfigError(f"sampling parameter {name}={value}: must be in {permitted}")
+        require_number("sampling parameter max_tokens", self.max_tokens, 0)
+        require_number("sampling parameter temperature", self.temperature, 0)
+        require_number("sampling parameter top_p", self.top_p, 0, 1, open_low=True)
+        if not self.prompt_ids:
+            raise ConfigError("sampling parameter prompt_ids: must be at least one token")
 
     @property
     def padded_prompt_length(self) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from verl import DataProto
@@ -90,7 +89,6 @@ class GuardedRewardManager(NaiveRewardManager):
             self._function = GuardedFunction(
                 path, name, self.settings.time_limit, self.settings.max_error_fraction
             )
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last sequence of one response, as verl's `naive` does."""
@@ -102,14 +100,10 @@ class GuardedRewardManager(NaiveRewardManager):
             calls = [self._arguments(row) for row in rows]
             answers = await asyncio.gather(*(self._await_score(call) for call in calls))
         else:
-            answers = await self.loop.run_in_executor(
-                self._thread, self._score_in_process, self._function, rows
-            )
+            answers = await asyncio.to_thread(self._score_in_process, self._function, rows)
         return self._outputs(answers)
 
-    def _score_in_process(
-        self, function: GuardedFunction, rows: Sequence[DataProto]
-    ) -> list[Answer]:
+    def _score_in_process(self, function: GuardedFunction, rows: list[DataProto]) -> list[Answer]:
         return function.score([self._arguments(row) for row in rows])
 
     async def _await_score(self, arguments: dict[str, Any]) -> Answer:
