@@ -3,11 +3,18 @@
 import asyncio
 from types import SimpleNamespace
 
+import pytest
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.workers.rollout.replica import TokenOutput
 
+from hpo_verl.verl_plugin.rollout import worker
 from hpo_verl.verl_plugin.rollout.agent_loop import sample_seed
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
-from hpo_verl.verl_plugin.rollout.worker import CoalescingClient, reward_batch
+from hpo_verl.verl_plugin.rollout.worker import (
+    CoalescingAgentLoopWorker,
+    CoalescingClient,
+    reward_batch,
+)
 from hpo_verl.verl_plugin.trainer.batches import response_order
 
 
@@ -120,6 +127,59 @@ def test_reward_batch_pads_and_keeps_lists_whole():
     assert batch.batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
     assert batch.non_tensor_batch["reward_model"][0] == {"ground_truth": [7, 8]}
     assert len(batch[1:2]) == 1
+
+
+@pytest.mark.parametrize("bad", [(), (1,), (0, 1, 2)])
+def test_a_response_that_cannot_be_scored_costs_no_other(monkeypatch, bad):
+    stored, alone = {}, []
+
+    def score(row):
+        number = row.non_tensor_batch["uid"][0]
+        if number in bad:
+            raise ValueError(f"no score for {number}")
+        return {"reward_score": float(number), "reward_extra_info": {"acc": float(number)}}
+
+    def score_alone(row):
+        alone.append(len(row))
+        return score(row)
+
+    async def put(keys, fields, tags, partition_id):
+        assert partition_id == "train"
+        stored.update(zip(keys, zip(fields["rm_scores"], tags, strict=True), strict=True))
+
+    monkeypatch.setattr(worker.tq, "async_kv_batch_put", put)
+    ours = object.__new__(CoalescingAgentLoopWorker)
+    ours.reward_loop_worker_handles = [
+        SimpleNamespace(
+            compute_score_batch=Remote(lambda rows: [score(rows[i : i + 1]) for i in range(3)]),
+            compute_score=Remote(score_alone),
+        )
+    ]
+    responses = [
+        (
+            AgentLoopOutput(
+                prompt_ids=[1, 2],
+                response_ids=[3] * (number + 1),
+                response_mask=[1] * (number + 1),
+                metrics={},
+                extra_fields={"min_global_steps": 4, "max_global_steps": 4},
+            ),
+            {"uid": number, "session_id": 7, "global_steps": 4, "data_source": "countdown"},
+        )
+        for number in range(3)
+    ]
+    answers = asyncio.run(ours._score_and_store("train", responses))
+    assert [isinstance(answer, ValueError) for answer in answers] == [i in bad for i in range(3)]
+    assert alone == ([1] * 3 if bad else [])
+    assert set(stored) == {f"{number}_7_0" for number in range(3) if number not in bad}
+    for key, (scores, tag) in stored.items():
+        number = int(key[0])
+        assert scores.tolist() == [0.0] * number + [number]
+        assert (tag["prompt_len"], tag["response_len"], tag["seq_len"]) == (
+            2,
+            number + 1,
+            number + 3,
+        )
 
 
 def test_every_part_of_a_samples_name_changes_its_seed():

@@ -241,11 +241,7 @@ class HFReplica(RolloutReplica):
 class HFServerAdapter(BaseRollout):
     """The actor's side of an `HFServer`: sends the weights.
 
-    Args:
-        config: verl's rollout configuration.
-        model_config: verl's model configuration.
-        device_mesh: not used; the model is not split.
-        replica_rank: which server is ours; -1 means that of this rank.
+    Takes verl's arguments; a `replica_rank` of -1 means the server of this rank.
     """
 
     def __init__(

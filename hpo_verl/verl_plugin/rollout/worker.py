@@ -35,7 +35,7 @@ from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 COLUMNS_READ_LATER = ("uid", "data_source", "reward_model")
 
 Item = TypeVar("Item")
-Scored = tuple[AgentLoopOutput, dict[str, Any]]
+Response = tuple[AgentLoopOutput, dict[str, Any]]
 """A response, and the fields of the data set that belong to it."""
 
 
@@ -80,7 +80,7 @@ class CoalescingClient(LLMServerClient):
             self._release_server(server_id, request_id=request_id)
 
 
-def reward_batch(items: Sequence[Scored]) -> DataProto:
+def reward_batch(items: Sequence[Response]) -> DataProto:
     """What verl's reward workers read, for many responses at once.
 
     Args:
@@ -123,8 +123,10 @@ class CoalescingAgentLoopWorker(_VerlWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._scores: Coalescer[Scored, dict[str, Any]] = Coalescer(self._score_together)
-        self._stores = {name: Coalescer(partial(self._store, name)) for name in ("train", "val")}
+        self._finished: dict[str, Coalescer[Response, dict[str, Any]]] = {
+            partition: Coalescer(partial(self._score_and_store, partition))
+            for partition in ("train", "val")
+        }
         if self.rollout_config.name == "hf":
             trainer = self.config.trainer
             self.llm_client = CoalescingClient(
@@ -161,71 +163,76 @@ class CoalescingAgentLoopWorker(_VerlWorker):
         output = await self._single_turn_loop.run(sampling_params, **kwargs)
         return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
 
-    async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
-        final = outputs[-1]
-        if final.reward_score is not None or self.reward_loop_worker_handles is None:
-            return
-        result = await self._scores.submit((final, kwargs))
-        final.reward_score = result["reward_score"]
-        final.extra_fields["reward_extra_info"] = result["reward_extra_info"]
-
-    async def _score_together(self, items: list[Scored]) -> list[dict[str, Any] | BaseException]:
-        workers = self.reward_loop_worker_handles
-        parts = zip(workers, shares(items, len(workers)), strict=False)
-        answers = await asyncio.gather(*(self._score_with(worker, part) for worker, part in parts))
-        return [answer for part in answers for answer in part]
-
-    async def _score_with(
-        self, worker: Any, items: Sequence[Scored]
-    ) -> list[dict[str, Any] | BaseException]:
-        try:
-            return await worker.compute_score_batch.remote(reward_batch(items))
-        except Exception:
-            # One bad response must not cost the others their scores.
-            return await asyncio.gather(
-                *(worker.compute_score.remote(reward_batch([item])) for item in items),
-                return_exceptions=True,
-            )
-
     async def _agent_loop_postprocess(
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
     ) -> None:
-        scored_here = self.reward_loop_worker_handles is not None
-        more_than_text = self.processor is not None or self.distillation_enabled
-        if isinstance(output, list) or not scored_here or more_than_text:
+        only_text = self.processor is None and not self.distillation_enabled
+        scored_here = only_text and self.reward_loop_worker_handles is not None
+        if isinstance(output, list) or output.reward_score is not None or not scored_here:
             await super()._agent_loop_postprocess(output, validate, **kwargs)
-            return
-        await self._compute_score([output], kwargs=kwargs)
-        field = output.as_dict()
-        field.pop("metrics", None)
-        field |= {name: kwargs[name] for name in COLUMNS_READ_LATER if name in kwargs}
-        input_ids = torch.cat([field["prompts"], field["responses"]])
-        field["loss_mask"] = field["response_mask"]
-        field["input_ids"] = input_ids
-        field["position_ids"] = torch.arange(len(input_ids))
-        tag = {
-            "status": "success",
-            "prompt_len": len(field["prompts"]),
-            "response_len": len(field["responses"]),
-            "seq_len": len(input_ids),
-            "global_steps": kwargs["global_steps"],
-            "min_global_steps": output.extra_fields.get("min_global_steps"),
-            "max_global_steps": output.extra_fields.get("max_global_steps"),
-        }
-        key = f"{kwargs['uid']}_{kwargs['session_id']}_0"
-        await self._stores["val" if validate else "train"].submit((key, field, tag))
+        else:
+            await self._finished["val" if validate else "train"].submit((output, kwargs))
 
-    async def _store(
-        self, partition_id: str, items: list[tuple[str, dict[str, Any], dict[str, Any]]]
-    ) -> list[None]:
-        keys, fields, tags = zip(*items, strict=True)
-        await tq.async_kv_batch_put(
-            keys=list(keys),
-            fields=list_of_dict_to_tensordict(list(fields)),
-            tags=list(tags),
-            partition_id=partition_id,
+    async def _score_and_store(
+        self, partition_id: str, responses: list[Response]
+    ) -> list[dict[str, Any] | BaseException]:
+        workers = self.reward_loop_worker_handles
+        parts = zip(workers, shares(responses, len(workers)), strict=False)
+        answers = await asyncio.gather(*(scores_of(worker, part) for worker, part in parts))
+        scores = [score for part in answers for score in part]
+        rows = [
+            _stored(*response, score)
+            for response, score in zip(responses, scores, strict=True)
+            if not isinstance(score, BaseException)
+        ]
+        if rows:
+            keys, fields, tags = map(list, zip(*rows, strict=True))
+            await tq.async_kv_batch_put(
+                keys=keys,
+                fields=list_of_dict_to_tensordict(fields),
+                tags=tags,
+                partition_id=partition_id,
+            )
+        return scores
+
+
+async def scores_of(
+    worker: Any, responses: Sequence[Response]
+) -> list[dict[str, Any] | BaseException]:
+    """Let a reward worker score responses; one that fails is answered by its error."""
+    try:
+        return await worker.compute_score_batch.remote(reward_batch(responses))
+    except Exception:
+        # One bad response must not cost the others their scores.
+        return await asyncio.gather(
+            *(worker.compute_score.remote(reward_batch([response])) for response in responses),
+            return_exceptions=True,
         )
-        return [None] * len(items)
+
+
+def _stored(
+    output: AgentLoopOutput, kwargs: dict[str, Any], score: dict[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Key, fields and tag of a response in TransferQueue, as verl's worker names them."""
+    output.reward_score = score["reward_score"]
+    output.extra_fields["reward_extra_info"] = score["reward_extra_info"]
+    field = output.as_dict()
+    field.pop("metrics", None)
+    field |= {name: kwargs[name] for name in COLUMNS_READ_LATER if name in kwargs}
+    input_ids = torch.cat([field["prompts"], field["responses"]])
+    field["loss_mask"] = field["response_mask"]
+    field["input_ids"] = input_ids
+    field["position_ids"] = torch.arange(len(input_ids))
+    tag = {
+        "status": "success",
+        "prompt_len": len(field["prompts"]),
+        "response_len": len(field["responses"]),
+        "seq_len": len(input_ids),
+        "global_steps": kwargs["global_steps"],
+        "min_global_steps": output.extra_fields.get("min_global_steps"),
+        "max_global_steps": output.extra_fields.get("max_global_steps"),
+    }
+    return f"{kwargs['uid']}_{kwargs['session_id']}_0", field, tag
 
 
 class CoalescingAgentLoopManager(AgentLoopManagerTQ):
