@@ -41,10 +41,7 @@ def is_guarded(config: Mapping[str, Any]) -> bool:
 
 
 def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
-    """Read and check what concerns this reward manager.
-
-    Args:
-        config: verl's whole configuration.
+    """Read and check what concerns this reward manager in verl's whole configuration.
 
     Raises:
         ConfigError: names the setting, its value and what is permitted.
@@ -96,15 +93,15 @@ class GuardedRewardManager(NaiveRewardManager):
         return await self._batches.submit(last)
 
     async def _score_batch(self, rows: list[DataProto]) -> list[dict[str, Any]]:
-        if self._function is None:
+        if (function := self._function) is None:
             calls = [self._arguments(row) for row in rows]
             answers = await asyncio.gather(*(self._await_score(call) for call in calls))
         else:
-            answers = await asyncio.to_thread(self._score_in_process, self._function, rows)
+            # verl decodes each response in a thread of its own, which takes 0.03 s for 512.
+            answers = await asyncio.to_thread(
+                lambda: function.score([self._arguments(row) for row in rows])
+            )
         return self._outputs(answers)
-
-    def _score_in_process(self, function: GuardedFunction, rows: list[DataProto]) -> list[Answer]:
-        return function.score([self._arguments(row) for row in rows])
 
     async def _await_score(self, arguments: dict[str, Any]) -> Answer:
         try:
