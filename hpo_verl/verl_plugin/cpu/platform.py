@@ -80,7 +80,9 @@ class PlatformCpu(PlatformBase):
     def device_name(self) -> str:
         return "cpu"
 
-    vendor_name = device_name
+    @property
+    def vendor_name(self) -> str:
+        return "cpu"
 
     @property
     def device_module(self) -> ModuleType:

@@ -146,7 +146,7 @@ class HFServer:
         results = await asyncio.to_thread(
             self.generator.generate, requests, should_stop=lambda: self._abort
         )
-        steps = dict.fromkeys(
+        steps: dict[str, Any] = dict.fromkeys(
             ("global_steps", "min_global_steps", "max_global_steps"), self._global_steps
         )
         return [

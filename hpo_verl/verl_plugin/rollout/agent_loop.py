@@ -47,7 +47,7 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         super().__init__(*args, **kwargs)
         self._prompts: dict[str, asyncio.Task[list[int]]] = {}
 
-    async def ct_build_initial_tokens(
+    async def ct_build_initial_tokens(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, messages: list[dict[str, Any]], tools: Any = None, **media: Any
     ) -> list[int]:
         """Tokenise a prompt once for all of its samples."""
