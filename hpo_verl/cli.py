@@ -255,10 +255,9 @@ def doctor(
 
       hpo-verl doctor --quick
     """
-    from hpo_verl.checks import report
     from hpo_verl.config.recipes import recipe_names
     from hpo_verl.errors import ConfigError
-    from hpo_verl.launch.doctor import examine, examine_installation, has_error
+    from hpo_verl.launch.doctor import as_json, as_text, examine, examine_installation, has_error
     from hpo_verl.runs.quiet import stdout_reserved
 
     arguments = overrides or []
@@ -269,10 +268,7 @@ def doctor(
     # Libraries print what they like; stdout is for the findings.
     with stdout_reserved():
         findings = examine(recipe, arguments, address) if recipe else examine_installation()
-    text = (
-        report.as_json(recipe, arguments, address, findings) if json else report.as_text(findings)
-    )
-    print(text)
+    print(as_json(recipe, arguments, address, findings) if json else as_text(findings))
     if has_error(findings):
         raise typer.Exit(EXIT_BAD_INPUT)
 

@@ -1,46 +1,111 @@
-"""Whether Ray's workers can run the plugin, here or on a cluster."""
+"""Whether a Ray cluster answers, and whether Ray's workers, here or there, can run the plugin."""
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
 
 from hpo_verl.checks.finding import Finding, error, ok, warning
 from hpo_verl.checks.machine import Card, Node, check_machines
-from hpo_verl.checks.plugin import judge
+from hpo_verl.checks.packages import plugin_finding
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.probe import LOCAL, find_answer, process_versions
-from hpo_verl.checks.subject import Subject
+from hpo_verl.config.recipes import nearest
+from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.runs.process import ChildProcess, last_line
 
 NAME = "plugin in Ray"
 PROBE_SECONDS = 180.0
+CONNECT_SECONDS = 5.0
+AUTO = "auto"
+FORMS = "auto, HOST:PORT of the head (6379) or http://HOST:PORT of its dashboard (8265)"
+SCHEMES = ("http", "https")
+HOW_TO_ANSWER = (
+    "install hpo-verl in the environment of Ray's processes; where a cluster asks for a token, "
+    "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; see `ray status`"
+)
 
 
-def environment(subject: Subject) -> dict[str, str]:
-    """Environment variables of the probe's processes."""
-    variables = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    if subject.address is None:
-        # Ray's own switch for one node with every server on loopback.
-        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    if subject.on_cpu:
-        variables["VERL_PLATFORM"] = "cpu"
-    return variables
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of an address.
+
+    Raises:
+        ConfigError: not of a permitted form.
+    """
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme not in SCHEMES:
+        hint = nearest(scheme, SCHEMES)
+        text = f"--address={address}: {scheme}:// is not permitted; {hint} Need {FORMS}"
+        raise ConfigError(text)
+    try:
+        parts = urlsplit(address if separator else f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError as problem:
+        raise ConfigError(f"--address={address}: {problem}; need {FORMS}") from problem
+    if not host or not port or parts.path not in ("", "/"):
+        hint = "" if separator or ":" in address else f"; {nearest(address, [AUTO])}"
+        raise ConfigError(f"--address={address}: must be {FORMS}{hint}")
+    return host, port
 
 
-def read_paths(subject: Subject) -> list[str]:
-    """Files and folders that every machine of a cluster must see."""
-    data = [str(path) for _, path in subject.data_files]
-    return [*data, str(subject.policy_folder)]
+def is_elsewhere(address: str | None) -> bool:
+    """Whether an address is that of another machine than this one."""
+    if address is None or address == AUTO:
+        return False
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    try:
+        return socket.gethostbyname(split_address(address)[0]) not in own
+    except (ConfigError, OSError):
+        return True
 
 
-def ask(subject: Subject) -> dict[str, Any]:
+def check_address(address: str | None) -> list[Finding]:
+    """Whether an address is one, and somebody listens there; nothing without an address.
+
+    Raises:
+        ConfigError: not of a permitted form.
+        EnvironmentCheckError: nobody listens there.
+    """
+    if address is None:
+        return []
+    if address == AUTO:
+        # Ray leaves the address of a cluster's node in a file of its temporary folder.
+        folder = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray"
+        if not os.environ.get("RAY_ADDRESS") and not (folder / "ray_current_cluster").is_file():
+            raise EnvironmentCheckError(
+                f"--address={AUTO}: no Ray cluster runs on this machine; need HOST:PORT of the "
+                "head, or start one with `ray start --head`"
+            )
+        return [ok(f"{address} answers")]
+    host, port = split_address(address)
+    try:
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
+    except OSError as problem:
+        text = f"--address={address}: nobody answers at {host} port {port} ({problem})"
+        raise EnvironmentCheckError(f"{text}; need {FORMS}") from problem
+    return [ok(f"{address} answers")]
+
+
+def ask(run: PlannedRun) -> dict[str, Any]:
     """Run the probe and return its answer; `failure` says why there is none."""
-    arguments = ["-m", "hpo_verl.checks.probe", "--address", subject.address or LOCAL]
-    if subject.address:
-        arguments += [part for path in read_paths(subject) for part in ("--path", path)]
+    arguments = ["-m", "hpo_verl.checks.probe", "--address", run.address or LOCAL]
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    if run.address:
+        for path in read_paths(run):
+            arguments += ["--path", path]
+    else:
+        # Ray's own switch for one node with every server on loopback.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if run.on_cpu:
+        environment["VERL_PLATFORM"] = "cpu"
     deadline = time.monotonic() + PROBE_SECONDS
 
     def watch() -> None:
@@ -51,70 +116,56 @@ def ask(subject: Subject) -> dict[str, Any]:
         log = Path(folder) / "probe.log"
         try:
             with ChildProcess(
-                lambda own: [*arguments, "--temp-dir", str(own)], lambda _: environment(subject)
+                lambda own: [*arguments, "--temp-dir", str(own)], lambda _: environment
             ) as process:
                 process.go(log)
                 process.wait(watch)
         except TimeoutError:
             return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(log)}"}
-        answer = find_answer(log.read_text(errors="replace"))
-        return answer or {"failure": last_line(log)}
+        return find_answer(log.read_text(errors="replace")) or {"failure": last_line(log)}
 
 
-def check_cluster(subject: Subject) -> list[Finding]:
+def read_paths(run: PlannedRun) -> list[str]:
+    """Files and folders that every machine of a cluster must see."""
+    return [*(str(path) for _, path in run.data_files), str(run.policy_folder)]
+
+
+def check_cluster(run: PlannedRun) -> list[Finding]:
     """The plugin in a worker of every node; on a cluster also files, versions and machines."""
-    answer = ask(subject)
+    answer = ask(run)
     if "failure" in answer:
-        where = f"at {subject.address}" if subject.address else "on this machine"
-        return [
-            error(
-                NAME,
-                f"Ray {where}: {answer['failure']}",
-                "install hpo-verl in the environment of Ray's processes; where a cluster asks for "
-                "a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; see `ray status`",
-            )
-        ]
+        where = f"at {run.address}" if run.address else "on this machine"
+        return [error(f"Ray {where}: {answer['failure']}", HOW_TO_ANSWER, NAME)]
     nodes: Mapping[str, Any] = answer["nodes"]
-    findings = list(_plugin(nodes))
-    if subject.address and not any(finding.status == "error" for finding in findings):
-        findings += [check_files(nodes), check_versions(subject, nodes)]
-        findings += check_machines(subject, [_node(state) for state in nodes.values()])
+    findings = []
+    for address, state in nodes.items():
+        fault = state.get("plugin")
+        if "failure" in state:
+            fault = (state["failure"], "install this version of hpo-verl on that machine")
+        findings.append(plugin_finding(fault, NAME, f"node {address}: "))
+    if run.address and all(finding.status == "ok" for finding in findings):
+        findings += [_files(nodes), _versions(run, nodes)]
+        findings += check_machines(run, [_node(state) for state in nodes.values()])
     return findings
 
 
-def _plugin(nodes: Mapping[str, Any]) -> Iterator[Finding]:
-    for address, state in nodes.items():
-        if "failure" in state:
-            yield error(
-                NAME,
-                f"node {address}: {state['failure']}",
-                "install this version of hpo-verl on that machine",
-            )
-            continue
-        found = judge(NAME, state["plugin"])
-        yield Finding(NAME, found.status, f"node {address}: {found.detail}", found.fix)
-
-
-def check_files(nodes: Mapping[str, Any]) -> Finding:
+def _files(nodes: Mapping[str, Any]) -> Finding:
     """Whether every node sees the data and the model."""
+    name = "files on the nodes"
     missing = [f"{address}: {path}" for address, s in nodes.items() for path in s["missing"]]
     if missing:
-        return error(
-            "files on the nodes",
-            f"not there: {'; '.join(missing)}",
-            "put them on a disk that all machines see, at this absolute path",
-        )
-    return ok("files on the nodes", f"data and model are there on all {len(nodes)}")
+        fix = "put them on a disk that all machines see, at this absolute path"
+        return error(f"not there: {'; '.join(missing)}", fix, name)
+    return ok(f"data and model are there on all {len(nodes)}", name)
 
 
-def check_versions(subject: Subject, nodes: Mapping[str, Any]) -> Finding:
+def _versions(run: PlannedRun, nodes: Mapping[str, Any]) -> Finding:
     """Whether the nodes have vLLM where the run needs it, and else the packages of this process."""
     name = "versions on the nodes"
-    if subject.needs_vllm:
-        without = [address for address, s in nodes.items() if "vllm" not in s["versions"]]
-        if without:
-            fix = "pip install --constraint constraints-gpu.txt '.[gpu]' on these machines"
-            return error(name, f"vllm is not installed on {', '.join(without)}", fix)
+    without = [address for address, s in nodes.items() if "vllm" not in s["versions"]]
+    if run.needs_vllm and without:
+        fix = "pip install --constraint constraints-gpu.txt '.[gpu]' on these machines"
+        return error(f"vllm is not installed on {', '.join(without)}", fix, name)
     here = process_versions()
     other = [
         f"{address}: {package} {state['versions'].get(package, 'absent')}, here {version}"
@@ -123,8 +174,8 @@ def check_versions(subject: Subject, nodes: Mapping[str, Any]) -> Finding:
         if state["versions"].get(package) != version
     ]
     if other:
-        return warning(name, "; ".join(other), "the same environment on every machine")
-    return ok(name, ", ".join(f"{package} {version}" for package, version in here.items()))
+        return warning("; ".join(other), "the same environment on every machine", name)
+    return ok(", ".join(f"{package} {version}" for package, version in here.items()), name)
 
 
 def _node(state: Mapping[str, Any]) -> Node:

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
+from omegaconf import OmegaConf
 
-from hpo_verl.checks.finding import Finding, attempt, error, ok, skipped, warning
-from hpo_verl.checks.imports import MODULES
-from hpo_verl.checks.subject import Subject
-from hpo_verl.config.recipes import nearest
+from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
+from hpo_verl.checks.machine import ACTOR, ROLLOUT
+from hpo_verl.checks.packages import MODULES
+from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.config.recipes import group_options, nearest, recipes_directory
 from hpo_verl.errors import ConfigError
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.quiet import quiet_imports
 
-ACTOR = "actor_rollout_ref.actor"
-ROLLOUT = "actor_rollout_ref.rollout"
-# Estimators of verl that compare the responses to one prompt.
+# Estimators of verl that compare the responses to one prompt, and of which there is no recipe.
 GROUP_RELATIVE = (
-    *("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo", "gpg"),
+    *("grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo", "gpg"),
     *("reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
 )
+MINI_BATCH = f"{ACTOR}.ppo_mini_batch_size"
 # Dotted key -> (type, lowest, highest). Whether those not REQUIRED may be null is verl's business.
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "data.train_batch_size": (int, 1, math.inf),
     "data.max_prompt_length": (int, 1, math.inf),
     "data.max_response_length": (int, 1, math.inf),
-    "actor_rollout_ref.actor.optim.lr": (float, 0, 1),
-    "actor_rollout_ref.actor.optim.weight_decay": (float, 0, math.inf),
-    "actor_rollout_ref.actor.grad_clip": (float, 0, math.inf),
-    "actor_rollout_ref.actor.ppo_mini_batch_size": (int, 1, math.inf),
-    "actor_rollout_ref.actor.ppo_epochs": (int, 1, math.inf),
-    "actor_rollout_ref.actor.entropy_coeff": (float, 0, math.inf),
-    "actor_rollout_ref.rollout.n": (int, 1, math.inf),
-    "actor_rollout_ref.rollout.temperature": (float, 0, 100),
-    "actor_rollout_ref.rollout.top_p": (float, 0, 1),
-    "actor_rollout_ref.rollout.max_num_seqs": (int, 1, math.inf),
+    f"{ACTOR}.optim.lr": (float, 0, 1),
+    f"{ACTOR}.optim.weight_decay": (float, 0, math.inf),
+    f"{ACTOR}.grad_clip": (float, 0, math.inf),
+    MINI_BATCH: (int, 1, math.inf),
+    f"{ACTOR}.ppo_epochs": (int, 1, math.inf),
+    f"{ACTOR}.entropy_coeff": (float, 0, math.inf),
+    f"{ROLLOUT}.n": (int, 1, math.inf),
+    f"{ROLLOUT}.temperature": (float, 0, 100),
+    f"{ROLLOUT}.top_p": (float, 0, 1),
+    f"{ROLLOUT}.max_num_seqs": (int, 1, math.inf),
     "trainer.n_gpus_per_node": (int, 1, 1024),
     "trainer.nnodes": (int, 1, 4096),
     "trainer.total_epochs": (int, 1, math.inf),
@@ -49,226 +51,185 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 }
 REQUIRED = (
     *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
-    *("actor_rollout_ref.rollout.n", "trainer.n_gpus_per_node", "trainer.nnodes"),
+    *(f"{ROLLOUT}.n", "trainer.n_gpus_per_node", "trainer.nnodes"),
 )
-MINI_BATCH = f"{ACTOR}.ppo_mini_batch_size"
 
 
-def check_settings(subject: Subject) -> Finding:
+def check_recipe(run: PlannedRun) -> Finding:
+    """Whether the recipe composes and resolves."""
+    if run.on_cpu:
+        # Before verl is imported.
+        os.environ["VERL_PLATFORM"] = "cpu"
+    return ok("it composes")
+
+
+def check_settings(run: PlannedRun) -> Finding:
     """Type and range of the settings that a user changes most."""
-
-    def look() -> str:
-        for key, bounds in NUMBERS.items():
-            value = subject.get(key)
-            if value is not None or key in REQUIRED:
-                _check_number(key, value, *bounds)
-        batch, mini = subject.get("data.train_batch_size"), subject.get(MINI_BATCH)
-        if mini is not None and (mini > batch or batch % mini):
-            raise ConfigError(f"{MINI_BATCH}={mini}: must divide data.train_batch_size={batch}")
-        return "types and ranges of the settings that are changed most"
-
-    return attempt("settings", look, "correct the override")
+    for key, bounds in NUMBERS.items():
+        value = run.get(key)
+        if value is not None or key in REQUIRED:
+            _check_number(key, value, *bounds)
+    batch, mini = run.get("data.train_batch_size"), run.get(MINI_BATCH)
+    if mini is not None and batch % mini:
+        raise ConfigError(f"{MINI_BATCH}={mini}: must divide data.train_batch_size={batch}")
+    return ok("types and ranges of the settings that are changed most")
 
 
 def _check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    fits = whole if kind is int else whole or isinstance(value, float)
+    fits = whole or (kind is float and isinstance(value, float))
     if not fits or not math.isfinite(value) or not low <= value <= high:
         word = "an integer" if kind is int else "a number"
         bounds = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise ConfigError(f"{key}={value!r}: must be {word} {bounds}")
 
 
-def check_names(subject: Subject) -> Finding:
+def check_names(run: PlannedRun) -> Finding:
     """Whether verl knows the estimator, loss, trainer mode, reward manager and rollout."""
     with quiet_imports():
         from hpo_verl.verl_plugin.registered import selected
 
-        chosen = selected(subject.config)
-    # What verl knows and could not import here is the finding of another check.
+        chosen = selected(run.config)
     unknown = [
-        (key, name, known)
+        f"{key}={name}: not registered with verl; {nearest(name, known)}"
         for key, name, known in chosen
+        # What verl knows and could not import here is the finding of another check.
         if name not in known and name not in MODULES.get(key, ())
     ]
     if unknown:
-        return error(
-            "names",
-            "; ".join(
-                f"{key}={name}: not registered with verl; {nearest(name, known)}"
-                for key, name, known in unknown
-            ),
-            "correct the override, or load the package that registers it",
-        )
-    return ok("names", ", ".join(f"{key.rsplit('.', 1)[-1]} {name}" for key, name, _ in chosen))
+        fix = "correct the override, or load the package that registers it"
+        return error("; ".join(unknown), fix)
+    return ok(", ".join(f"{key.rsplit('.', 1)[-1]} {name}" for key, name, _ in chosen))
 
 
-def check_algorithm(subject: Subject) -> Finding:
+def check_algorithm(run: PlannedRun) -> Finding:
     """Whether estimator, loss and aggregation go together, with their settings."""
     with quiet_imports():
-        from hpo_verl.verl_plugin import validation as checks
+        from hpo_verl.verl_plugin import validation
 
-    remarks: list[str] = []
-
-    def look() -> str:
-        remarks.extend(checks.check_algorithm(subject.config))
-        checks.check_trainer_mode(subject.config)
-        return (
-            f"estimator {subject.get('algorithm.adv_estimator')}, "
-            f"loss {subject.get(f'{ACTOR}.policy_loss.loss_mode')}, "
-            f"{subject.get(f'{ACTOR}.loss_agg_mode')}"
-        )
-
-    fix = "see docs/pages/algorithms.md for what goes together"
-    found = attempt("algorithm", look, fix)
-    return warning("algorithm", "; ".join(remarks), fix) if remarks and found.ok else found
-
-
-def check_with_verl(subject: Subject) -> Finding:
-    """What verl's own validation says, and the sections of the guards."""
-    with quiet_imports():
-        from hpo_verl.verl_plugin import validation as checks
-
-    def look() -> str:
-        with quiet_imports():
-            checks.check_guards(subject.config)
-            checks.check_with_verl(subject.config)
-        return "verl's own validation passes"
-
-    return attempt("verl's checks", look, "correct the override it names")
-
-
-def check_learnable(subject: Subject) -> Finding:
-    """Whether an update would change the policy."""
-    problems = list(_obstacles(subject))
-    if problems:
-        return _joined("learning", problems)
-    batch, n = subject.get("data.train_batch_size"), subject.get(f"{ROLLOUT}.n")
-    updates = batch // subject.get(MINI_BATCH, batch)
-    return ok("learning", f"a step is {batch} prompts x {n} responses, {updates} updates")
-
-
-def _joined(name: str, problems: list[tuple[str, str]]) -> Finding:
-    return error(
-        name,
-        "; ".join(text for text, _ in problems),
-        "; ".join(dict.fromkeys(fix for _, fix in problems)),
+    remarks = validation.check_algorithm(run.config)
+    validation.check_trainer_mode(run.config)
+    if remarks:
+        return warning("; ".join(remarks), "see docs/pages/algorithms.md")
+    return ok(
+        f"estimator {run.get('algorithm.adv_estimator')}, "
+        f"loss {run.get(f'{ACTOR}.policy_loss.loss_mode')}, {run.get(f'{ACTOR}.loss_agg_mode')}"
     )
 
 
-def _compares_responses(estimator: str) -> bool:
-    """Whether an estimator compares the responses to one prompt."""
-    if estimator in GROUP_RELATIVE:
-        return True
-    from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+def check_with_verl(run: PlannedRun) -> Finding:
+    """What verl's own validation says, and the sections of the guards."""
+    with quiet_imports():
+        from hpo_verl.verl_plugin import validation
 
-    ours = OUR_ESTIMATORS.get(estimator)
-    return ours is not None and ours.history is None
+        validation.check_guards(run.config)
+        validation.check_with_verl(run.config)
+    return ok("verl's own validation passes")
 
 
-def _obstacles(subject: Subject) -> Iterator[tuple[str, str]]:
+def _joined(problems: list[tuple[str, str]]) -> Finding:
+    """One error of several texts with their fixes."""
+    texts, fixes = zip(*problems, strict=True)
+    return error("; ".join(texts), "; ".join(dict.fromkeys(fixes)))
+
+
+def check_learnable(run: PlannedRun) -> Finding:
+    """Whether an update would change the policy."""
+    if problems := list(_obstacles(run)):
+        return _joined(problems)
+    batch, n = run.get("data.train_batch_size"), run.get(f"{ROLLOUT}.n")
+    updates = batch // run.get(MINI_BATCH, batch)
+    return ok(f"a step is {batch} prompts x {n} responses, {updates} updates")
+
+
+def _obstacles(run: PlannedRun) -> Iterator[tuple[str, str]]:
     """Text and fix of everything that keeps the policy as it is."""
-    estimator, n = subject.get("algorithm.adv_estimator"), subject.get(f"{ROLLOUT}.n", 1)
-    greedy = list(_greedy(subject))
-    # Only then, since the records load torch.
-    if (n < 2 or greedy) and _compares_responses(estimator):
+    estimator, n = run.get("algorithm.adv_estimator"), run.get(f"{ROLLOUT}.n", 1)
+    if is_group_relative(estimator):
         if n < 2:
-            yield (
-                f"{ROLLOUT}.n={n}: the estimator {estimator} compares the responses to one prompt",
-                f"{ROLLOUT}.n=8",
-            )
-        for key in greedy:
-            yield (
-                f"{key}: sampling is greedy, so the responses to one prompt are equal",
-                f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1",
-            )
+            text = f"{ROLLOUT}.n={n}: the estimator {estimator} compares the responses to one"
+            yield f"{text} prompt", f"{ROLLOUT}.n=8"
+        for key, greedy in (("temperature", 0), ("top_k", 1), ("top_p", 0)):
+            if (value := run.get(f"{ROLLOUT}.{key}")) == greedy:
+                yield (
+                    f"{ROLLOUT}.{key}={value}: sampling is greedy, so the responses to one prompt "
+                    "are equal",
+                    f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1",
+                )
     for key in (f"{ACTOR}.optim.lr", f"{ACTOR}.grad_clip"):
-        if subject.get(key) == 0:
+        if run.get(key) == 0:
             yield f"{key}=0: no update changes the policy", f"a {key} above 0"
 
 
-def _greedy(subject: Subject) -> Iterator[str]:
-    for key, greedy in (("temperature", 0), ("top_k", 1), ("top_p", 0)):
-        value = subject.get(f"{ROLLOUT}.{key}")
-        if value == greedy:
-            yield f"{ROLLOUT}.{key}={value}"
+def is_group_relative(estimator: str) -> bool:
+    """Whether an estimator compares the responses to one prompt; False where nobody knows.
+
+    The recipe of an algorithm that does not sets `rollout.n` to 1. Its record would need torch.
+    """
+    for name in group_options("algo"):
+        recipe = OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml")
+        if OmegaConf.select(recipe, "algorithm.adv_estimator") == estimator:
+            return OmegaConf.select(recipe, f"{ROLLOUT}.n") != 1
+    return estimator in GROUP_RELATIVE
 
 
-def check_steps(subject: Subject) -> Finding:
+def check_steps(run: PlannedRun) -> Finding:
     """Whether the run has a step in which the policy is updated."""
-    steps = planned_steps(subject)
+    steps = planned_steps(run)
     if steps is None:
-        return skipped("steps", "trainer.total_training_steps is not set; the data say how many")
+        return skipped("trainer.total_training_steps is not set; the data say how many")
     problems = []
-    warmup = subject.get("trainer.critic_warmup", 0)
+    warmup, done = run.get("trainer.critic_warmup", 0), steps_done(run)
     if warmup > steps:
-        problems.append(
-            (
-                f"trainer.critic_warmup={warmup}: the policy is first updated after it, and the "
-                f"run has {steps} steps",
-                "trainer.critic_warmup=0",
-            )
+        text = (
+            f"trainer.critic_warmup={warmup}: the policy is first updated after it, and the run "
+            f"has {steps} steps"
         )
-    done = steps_done(subject)
-    if done is not None and done >= steps:
-        problems.append(
-            (
-                f"{subject.checkpoint_folder}: its checkpoint is of step {done} of {steps}, so no "
-                "step is left",
-                "a larger trainer.total_training_steps, or trainer.resume_mode=disable",
-            )
+        problems.append((text, "trainer.critic_warmup=0"))
+    if done and done >= steps:
+        text = (
+            f"{run.checkpoint_folder}: its checkpoint is of step {done} of {steps}, so no step is "
+            "left"
         )
-    return _joined("steps", problems) if problems else ok("steps", f"{steps} steps")
+        fix = "a larger trainer.total_training_steps, or trainer.resume_mode=disable"
+        problems.append((text, fix))
+    return _joined(problems) if problems else ok(f"{steps} steps")
 
 
-def planned_steps(subject: Subject) -> int | None:
+def planned_steps(run: PlannedRun) -> int | None:
     """Steps of the run; None where that depends on data that are not there."""
-    given = subject.get("trainer.total_training_steps")
-    if given is not None:
+    if given := run.get("trainer.total_training_steps"):
         return given
-    files = [path for key, path in subject.data_files if key == "data.train_files"]
+    files = [path for key, path in run.data_files if key == "data.train_files"]
     try:
         rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     except (OSError, ValueError):
         # The check of the files says why.
         return None
-    return rows // subject.get("data.train_batch_size") * subject.get("trainer.total_epochs", 1)
+    return rows // run.get("data.train_batch_size") * run.get("trainer.total_epochs", 1)
 
 
-def steps_done(subject: Subject) -> int | None:
-    """Step of the checkpoint that the run would go on from; None without one."""
-    if subject.get("trainer.resume_mode") != "auto":
-        return None
-    tracker = subject.checkpoint_folder / TRACKER
+def steps_done(run: PlannedRun) -> int:
+    """Step of the checkpoint that the run would continue from; 0 without one."""
     try:
-        text = tracker.read_text().strip()
+        text = (run.checkpoint_folder / TRACKER).read_text().strip()
     except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
+        text = ""
+    found = run.get("trainer.resume_mode") == "auto" and text.isdecimal()
+    return int(text) if found else 0
 
 
-def check_lengths(subject: Subject) -> Finding:
+def check_lengths(run: PlannedRun) -> Finding:
     """Whether one response fits into what a card or a micro-batch may hold."""
-    prompt, response = (
-        subject.get("data.max_prompt_length"),
-        subject.get("data.max_response_length"),
-    )
-    longest = prompt + response
-    shown = f"{prompt} + {response} = {longest} tokens"
-    key = f"{ACTOR}.ppo_max_token_len_per_gpu"
-    limit = subject.get(key, 0) * subject.get(f"{ACTOR}.ulysses_sequence_parallel_size", 1)
-    if subject.get(f"{ACTOR}.use_dynamic_bsz", False) and limit < longest:
-        return error(
-            "lengths",
-            f"{key}={limit}: a prompt and its response may have {shown}",
-            f"{key}={longest} or more",
-        )
-    key = f"{ROLLOUT}.max_model_len"
-    limit = subject.get(key)
-    if limit is not None and limit < longest:
-        return error(
-            "lengths",
-            f"{key}={limit}: a prompt and its response may have {shown}",
-            f"{key}={longest}, or null",
-        )
-    return ok("lengths", f"{shown} at most")
+    prompt, response = run.get("data.max_prompt_length"), run.get("data.max_response_length")
+    shown = f"{prompt} + {response} = {run.longest} tokens"
+    budget = run.get(f"{ACTOR}.ppo_max_token_len_per_gpu", 0)
+    limits = {f"{ROLLOUT}.max_model_len": (run.get(f"{ROLLOUT}.max_model_len"), "null")}
+    if run.get(f"{ACTOR}.use_dynamic_bsz", False):
+        budget *= run.get(f"{ACTOR}.ulysses_sequence_parallel_size", 1)
+        limits = {f"{ACTOR}.ppo_max_token_len_per_gpu": (budget, "more"), **limits}
+    for key, (limit, other) in limits.items():
+        if limit is not None and limit < run.longest:
+            text = f"{key}={limit}: a prompt and its response may have {shown}"
+            return error(text, f"{key}={run.longest} or {other}")
+    return ok(f"{shown} at most")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from hpo_verl.errors import CheckFailedError, HpoVerlError
+from hpo_verl.errors import CheckFailedError
 
 Status = Literal["ok", "warning", "error", "skipped"]
 
@@ -16,7 +16,7 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        name: what was checked.
+        name: what was checked; empty until the list of checks names it.
         status: `ok`; `warning`, the run starts but may not do what is meant; `error`, it
             would fail or learn nothing; `skipped`, the check could not be made.
         detail: what was seen, with its figures; for `skipped`, the reason.
@@ -29,49 +29,30 @@ class Finding:
     fix: str = ""
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing wrong was found."""
-        return self.status == "ok"
-
-    @property
     def line(self) -> str:
         """The finding on one line."""
         text = f"{self.name}: {self.detail}"
         return f"{text}; {self.fix}" if self.fix else text
 
 
-def ok(name: str, detail: str) -> Finding:
+def ok(detail: str, name: str = "") -> Finding:
     """A check that found nothing wrong."""
     return Finding(name, "ok", detail)
 
 
-def warning(name: str, detail: str, fix: str) -> Finding:
+def warning(detail: str, fix: str, name: str = "") -> Finding:
     """Something that runs but may not do what is meant."""
     return Finding(name, "warning", detail, fix)
 
 
-def error(name: str, detail: str, fix: str) -> Finding:
+def error(detail: str, fix: str, name: str = "") -> Finding:
     """Something with which the run fails or learns nothing."""
     return Finding(name, "error", detail, fix)
 
 
-def skipped(name: str, reason: str, fix: str = "") -> Finding:
+def skipped(reason: str, name: str = "") -> Finding:
     """A check that could not be made."""
-    return Finding(name, "skipped", reason, fix)
-
-
-def attempt(name: str, check: Callable[[], str], fix: str) -> Finding:
-    """Run a check that raises what it finds.
-
-    Args:
-        name: what is checked.
-        check: returns the detail of `ok`, or raises an `HpoVerlError`.
-        fix: what to do if it raises.
-    """
-    try:
-        return ok(name, check())
-    except HpoVerlError as problem:
-        return error(name, str(problem), fix)
+    return Finding(name, "skipped", reason)
 
 
 def first_line(problem: BaseException) -> str:
@@ -80,8 +61,8 @@ def first_line(problem: BaseException) -> str:
     return text if len(text) <= 500 else text[:497] + "..."
 
 
-def demand(findings: Iterable[Finding]) -> list[str]:
-    """Take what was found for granted, or say what forbids it.
+def raise_first_error(findings: Iterable[Finding]) -> list[str]:
+    """Stop at the first error; no later finding is asked for.
 
     Returns:
         A line for each warning.

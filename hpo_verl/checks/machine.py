@@ -6,29 +6,23 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import psutil
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
-from hpo_verl.checks.memory import (
-    ACTOR,
-    CPUS_PER_RANK,
-    GIB,
-    RECIPE_CARD_GIB,
-    ROLLOUT,
-    arithmetic,
-    card_memory,
-    cpu_slots,
-    host_memory,
-)
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.memory import GIB, RECIPE_CARD_GIB, card_memory, host_memory
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.errors import EnvironmentCheckError
 
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+UNKNOWN_SIZE = "the policy's folder does not tell its dimensions"
 SMI = "nvidia-smi"
 SMI_SECONDS = 20
+# What verl reserves of Ray's CPUs for a rank (max_colocate_count).
+CPUS_PER_RANK = 3
 # What the processes of a run on the CPU take beside the model.
-FREE_MEMORY_BYTES = 3 << 30
+PROCESSES_GIB = 3.0
 # A card on which more is taken belongs to somebody else just now.
 IDLE_GIB = 2.0
 
@@ -66,10 +60,6 @@ class Node:
         available = psutil.virtual_memory().available / GIB
         return cls(tuple(find_cards()), os.cpu_count() or 1, available)
 
-    def plain(self) -> dict[str, object]:
-        """The same as plain values, to be sent between processes."""
-        return asdict(self)
-
 
 def find_cards() -> list[Card]:
     """NVIDIA's GPUs on this machine, whatever this process may use of them.
@@ -77,10 +67,15 @@ def find_cards() -> list[Card]:
     Raises:
         EnvironmentCheckError: nvidia-smi is there and fails.
     """
-    try:
-        return [_card(line) for line in _query("name,memory.total,memory.used")]
-    except ValueError as problem:
-        raise EnvironmentCheckError(f"{SMI} fails: {problem}") from problem
+    cards = []
+    # Lines such as `NVIDIA H100 80GB HBM3, 81559, 4`, memory in MiB.
+    for line in _query("name,memory.total,memory.used"):
+        name, *memory = (part.strip() for part in line.rsplit(",", 2))
+        try:
+            cards.append(Card(name, *(float(mib) / 1024 for mib in memory)))
+        except (TypeError, ValueError) as problem:
+            raise EnvironmentCheckError(f"{SMI} fails: {problem}") from problem
+    return cards
 
 
 def driver_version() -> str | None:
@@ -89,7 +84,7 @@ def driver_version() -> str | None:
     Raises:
         EnvironmentCheckError: nvidia-smi is there and fails.
     """
-    return next(iter(_query("driver_version")), "").strip() or None
+    return next(iter(_query("driver_version")), None)
 
 
 def _query(fields: str) -> list[str]:
@@ -97,131 +92,116 @@ def _query(fields: str) -> list[str]:
     program = shutil.which(SMI)
     if program is None:
         return []
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         printed = subprocess.run(  # noqa: S603
-            [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=SMI_SECONDS,
+            command, check=True, capture_output=True, text=True, timeout=SMI_SECONDS
         ).stdout
     except (OSError, subprocess.SubprocessError) as problem:
         raise EnvironmentCheckError(f"{SMI} fails: {problem}") from problem
-    return [line for line in printed.splitlines() if line.strip()]
+    return [line.strip() for line in printed.splitlines() if line.strip()]
 
 
-def _card(line: str) -> Card:
-    """Read a line such as `NVIDIA H100 80GB HBM3, 81559, 4`, memory in MiB."""
-    name, total, used = (part.strip() for part in line.rsplit(",", 2))
-    return Card(name, float(total) / 1024, float(used) / 1024)
-
-
-def check_here(subject: Subject) -> list[Finding]:
+def check_here(run: PlannedRun) -> list[Finding]:
     """All checks of what this machine has, which a Ray of the run's own would offer."""
     try:
-        nodes = [Node.here()]
+        return check_machines(run, [Node.here()])
     except EnvironmentCheckError as problem:
-        return [error("cards", str(problem), "repair the driver, or ask the machine's owner")]
-    return check_machines(subject, nodes)
+        return [error(str(problem), "repair the driver, or ask the machine's owner", "cards")]
 
 
-def check_machines(subject: Subject, nodes: Sequence[Node]) -> list[Finding]:
-    """All checks of what machines have.
-
-    Args:
-        subject: what is examined.
-        nodes: the machines.
-    """
-    cards = [] if subject.on_cpu else [check_cards(subject, nodes)]
-    memory = [] if subject.on_cpu else [check_card_memory(subject, nodes)]
-    return [*cards, check_cpus(subject, nodes), *memory, check_host_memory(subject, nodes)]
+def check_machines(run: PlannedRun, nodes: Sequence[Node]) -> list[Finding]:
+    """All checks of what the machines of a run have."""
+    if run.on_cpu:
+        return [check_cpus(run, nodes), check_host_memory(run, nodes)]
+    cards = [check_cards(run, nodes), check_cpus(run, nodes)]
+    return [*cards, check_card_memory(run, nodes), check_host_memory(run, nodes)]
 
 
-def check_cards(subject: Subject, nodes: Sequence[Node]) -> Finding:
+def check_cards(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
     """Whether as many machines as the recipe wants have as many GPUs as it wants."""
-    machines, each = subject.get("trainer.nnodes"), subject.get("trainer.n_gpus_per_node")
+    machines, each = run.get("trainer.nnodes"), run.get("trainer.n_gpus_per_node")
     fitting = [node for node in nodes if len(node.cards) >= each]
     shown = " + ".join(str(len(node.cards)) for node in nodes) or "none"
     wanted = f"trainer.nnodes={machines} trainer.n_gpus_per_node={each}"
     if len(fitting) < machines:
         return error(
-            "cards",
-            f"{wanted}: this {'cluster' if subject.address else 'machine'} has {shown}",
+            f"{wanted}: this {'cluster' if run.address else 'machine'} has {shown}",
             "hardware=1gpu, 8gpu, 2x8gpu or cpu, as there are; --address for a cluster",
-        )
-    busy = [c for node in fitting for c in node.cards if c.used > IDLE_GIB]
-    if busy:
-        return warning(
             "cards",
-            f"{len(busy)} cards are in use, up to {max(c.used for c in busy):.1f} GiB",
-            "wait, or end the other programs; see nvidia-smi",
         )
-    return ok("cards", f"{wanted}; there are {shown}: {fitting[0].cards[0].name}")
+    busy = [card.used for node in fitting for card in node.cards if card.used > IDLE_GIB]
+    if busy:
+        text = f"{len(busy)} cards are in use, up to {max(busy):.1f} GiB"
+        return warning(text, "wait, or end the other programs; see nvidia-smi", "cards")
+    return ok(f"{wanted}; there are {shown}: {fitting[0].cards[0].name}", "cards")
 
 
-def check_card_memory(subject: Subject, nodes: Sequence[Node]) -> Finding:
+def check_card_memory(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
     """Compare the estimate of each phase with the smallest card."""
-    size = subject.size
-    if size is None:
-        return skipped("card memory", "the dimensions of the policy are unknown")
-    if not subject.needs_vllm:
-        return skipped("card memory", f"no arithmetic for {ROLLOUT}.name other than vllm")
+    name = "card memory"
+    if run.size is None:
+        return skipped(UNKNOWN_SIZE, name)
+    if not run.needs_vllm:
+        return skipped(f"no arithmetic for {ROLLOUT}.name other than vllm", name)
     there = [card.total for node in nodes for card in node.cards]
     card = min(there, default=RECIPE_CARD_GIB)
-    memory = card_memory(size, subject.config, card)
-    text = arithmetic(memory, size, subject.config)
+    memory = card_memory(run.size, run.config, card)
+    text = memory.arithmetic
     if not there:
-        return skipped(
-            "card memory", f"no card here to compare with; on one of {card:g} GiB: {text}"
-        )
+        return skipped(f"no card here to compare with; on one of {card:g} GiB: {text}", name)
     text += f"; the smallest card has {card:.1f}"
-    longest = subject.get("data.max_prompt_length") + subject.get("data.max_response_length")
-    if memory.cache_tokens < longest:
+    if memory.cache_tokens < run.longest:
         return error(
-            "card memory",
-            f"vLLM's share leaves no room for one response of {longest} tokens; {text}",
+            f"vLLM's share leaves no room for one response of {run.longest} tokens; {text}",
             f"a larger {ROLLOUT}.gpu_memory_utilization or tensor_model_parallel_size",
+            name,
         )
     if memory.update > card:
-        return error("card memory", text, f"halve {ACTOR}.ppo_max_token_len_per_gpu")
+        return error(text, f"halve {ACTOR}.ppo_max_token_len_per_gpu", name)
     if memory.sampling > card:
-        return error("card memory", text, f"lower {ROLLOUT}.gpu_memory_utilization")
-    return ok("card memory", text)
+        return error(text, f"lower {ROLLOUT}.gpu_memory_utilization", name)
+    return ok(text, name)
 
 
-def check_cpus(subject: Subject, nodes: Sequence[Node]) -> Finding:
-    """Whether Ray has as many CPUs as verl reserves, on each machine and together."""
-    slots, text = cpu_slots(subject.config)
-    ranks, machines = subject.get("trainer.n_gpus_per_node"), subject.get("trainer.nnodes")
-    nominal = None if subject.address else subject.get("ray_kwargs.ray_init.num_cpus")
-    each = [float(nominal)] if nominal is not None else [node.cpus for node in nodes]
+def check_cpus(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
+    """Whether Ray has as many CPUs as verl reserves, on each machine and together.
+
+    With fewer it waits without a word. Read in verl 0.9.1: three a card, one for each of
+    TransferQueue's storage units and one for its controller, one for the driver.
+    """
+    ranks, machines = run.get("trainer.n_gpus_per_node"), run.get("trainer.nnodes")
+    units = run.get("transfer_queue.backend.SimpleStorage.num_data_storage_units")
+    slots, key = CPUS_PER_RANK * ranks * machines + units + 2, "ray_kwargs.ray_init.num_cpus"
+    nominal = None if run.address else run.get(key)
+    each = [node.cpus for node in nodes] if nominal is None else [float(nominal)]
     with_cards = [node.cpus for node in nodes if len(node.cards) >= ranks]
-    source = "ray_kwargs.ray_init.num_cpus" if nominal is not None else "there are"
-    shown = f"{text}; {source} {' + '.join(f'{cpus:g}' for cpus in each) or 'none'}"
-    placed = each if nominal is not None or not with_cards else with_cards
+    placed = with_cards if nominal is None and with_cards else each
+    text = (
+        f"{CPUS_PER_RANK} x {ranks * machines} + TransferQueue {units} + 1 + driver 1 = {slots}; "
+        f"{'there are' if nominal is None else key} "
+        f"{' + '.join(f'{cpus:g}' for cpus in each) or 'none'}"
+    )
     large = [cpus for cpus in placed if cpus >= CPUS_PER_RANK * ranks]
     if sum(each) < slots or len(large) < machines:
         on_each = f"{CPUS_PER_RANK * ranks} of them on each of {machines} machines"
         return error(
-            "cpus",
-            f"{shown}, with which Ray waits without a word; {on_each}",
+            f"{text}, with which Ray waits without a word; {on_each}",
             "more CPUs, or transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+            "cpus",
         )
-    return ok("cpus", shown)
+    return ok(text, "cpus")
 
 
-def check_host_memory(subject: Subject, nodes: Sequence[Node]) -> Finding:
+def check_host_memory(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
     """Compare the estimate for a machine's own memory with what is available."""
-    least, size = min((node.memory for node in nodes), default=0.0), subject.size
-    if size is None:
-        return skipped("host memory", "the dimensions of the policy are unknown")
-    needed, text = host_memory(size, subject.config)
-    if subject.on_cpu:
-        base = FREE_MEMORY_BYTES / GIB
-        needed, text = needed + base, f"{text}; processes {base:.1f}"
+    name, least = "host memory", min((node.memory for node in nodes), default=0.0)
+    if run.size is None:
+        return skipped(UNKNOWN_SIZE, name)
+    needed, text = host_memory(run.size, run.config)
+    if run.on_cpu:
+        needed, text = needed + PROCESSES_GIB, f"{text}; processes {PROCESSES_GIB:g}"
     text = f"{needed:.1f} GiB: {text}; {least:.1f} available"
     if needed > least:
-        return error(
-            "host memory", text, "a machine with more memory, a smaller model, or no offloading"
-        )
-    return ok("host memory", text)
+        return error(text, "a machine with more memory, a smaller model, or no offloading", name)
+    return ok(text, name)

@@ -12,23 +12,106 @@ OVERHEAD_GIB, vLLM's cache and the host's memory. Nothing was run on a GPU.
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from hpo_verl.checks.model_size import ModelSize
 from hpo_verl.config.settings import cards_a_copy
+from hpo_verl.errors import DataError
 
 GIB = 1 << 30
 # CUDA, NCCL, a sleeping vLLM and fragments; likewise beside vLLM's share. GiB.
 OVERHEAD_GIB = 4.0
 # The cards that the recipes are written for.
 RECIPE_CARD_GIB = 80.0
-# What verl reserves of Ray's CPUs for a rank (max_colocate_count).
-CPUS_PER_RANK = 3
-ACTOR = "actor_rollout_ref.actor"
-ROLLOUT = "actor_rollout_ref.rollout"
+OUTPUT_EMBEDDING = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Dimensions of a dense decoder.
+
+    Attributes:
+        parameters: number of them, shared matrices once.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the feed-forward layer.
+        layers: number of decoder layers.
+        key_value_heads: per layer.
+        head_size: width of an attention head.
+        vocabulary: rows of the embedding.
+        tied: whether input and output embedding are one matrix.
+    """
+
+    parameters: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def layer_parameters(self) -> float:
+        """Parameters of one decoder layer, the last norm shared out."""
+        embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden_size
+        return (self.parameters - embeddings) / self.layers
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values in bfloat16 that one token takes in the cache."""
+        return 2 * 2 * self.layers * self.key_value_heads * self.head_size
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name and shape of every tensor of a model, from the headers of its safetensors files.
+
+    Raises:
+        DataError: a file is damaged or cut off, or there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file} is not a whole safetensors file ({error})") from error
+    if not shapes:
+        raise DataError(f"{folder} holds no weights (*.safetensors)")
+    return shapes
+
+
+def read_model_size(folder: Path) -> ModelSize:
+    """Read a model's dimensions from its `config.json` and the headers of its weights.
+
+    Raises:
+        DataError: names the file and what it lacks.
+    """
+    path, shapes = folder / "config.json", weight_shapes(folder)
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return ModelSize(
+            parameters=sum(map(math.prod, shapes.values())),
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            key_value_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or hidden // heads,
+            vocabulary=config["vocab_size"],
+            # A shared matrix is stored once; config.json may leave its default out.
+            tied=OUTPUT_EMBEDDING not in shapes,
+        )
+    except KeyError as error:
+        raise DataError(f"{path}: has no {error.args[0]}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 class Moment(NamedTuple):
@@ -38,8 +121,13 @@ class Moment(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class CardMemory:
+def _moment(width: int, tokens: int, values: int, more: float) -> Moment:
+    """So many values a token, and values that do not depend on tokens."""
+    text = f"{width} x ({tokens} tokens x {values:,} + {more:,.0f})"
+    return Moment(width * (tokens * values + more) / GIB, text)
+
+
+class CardMemory(NamedTuple):
     """Memory of one card in the phases of a step, GiB.
 
     Attributes:
@@ -78,6 +166,20 @@ class CardMemory:
         """What is taken while vLLM samples, GiB."""
         return self.rollout + self.resident + OVERHEAD_GIB
 
+    @property
+    def arithmetic(self) -> str:
+        """The estimate as a text with every term."""
+        names = ("loss", "layer", "AdamW's step", "scoring, without gradients,")
+        moments = zip(names, (self.loss, self.layer, self.step, self.scoring), strict=True)
+        shown = ", ".join(f"{name} {moment.size:.1f} ({moment.text})" for name, moment in moments)
+        return (
+            f"update {self.update:.1f} GiB = weights {self.weights:.1f} + gradients "
+            f"{self.gradients:.1f} + Adam {self.adam:.1f} + {OVERHEAD_GIB:g} + the largest of "
+            f"{shown}; sampling {self.sampling:.1f} GiB = vLLM {self.rollout:.1f} + resident "
+            f"{self.resident:.1f} + {OVERHEAD_GIB:g}; vLLM's cache "
+            f"{self.cache_tokens / 1e6:.1f} M tokens"
+        )
+
 
 def tokens_at_once(config: DictConfig) -> int:
     """Tokens that one rank holds in the update: its budget, or its micro-batch at full length."""
@@ -97,28 +199,23 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
         card: memory of one card, GiB.
     """
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
-    host = bool(fsdp.offload_policy)
-    gpus, parameters = cards_a_copy(config), size.parameters
-    weights, gradients, adam = (
-        0.0 if host else bytes_each * parameters / gpus / GIB for bytes_each in (4, 4, 8)
-    )
-    if fsdp.use_no_sync_for_gradient_accumulation:
-        gradients = 4 * parameters / GIB
-    share = card * rollout.gpu_memory_utilization
-    tensor_parallel = rollout.tensor_model_parallel_size
-    cache = share * GIB - 2 * parameters / tensor_parallel - OVERHEAD_GIB * GIB
+    cards, parameters = cards_a_copy(config), size.parameters
+    weights = 0.0 if fsdp.offload_policy else 4 * parameters / cards / GIB
+    whole = fsdp.use_no_sync_for_gradient_accumulation
+    share, parallel = card * rollout.gpu_memory_utilization, rollout.tensor_model_parallel_size
+    cache = (share - OVERHEAD_GIB) * GIB - 2 * parameters / parallel
     loss, layer = _backward_moments(size, config, 2)
     return CardMemory(
         weights=weights,
-        gradients=gradients,
-        adam=adam,
+        gradients=4 * parameters / GIB if whole else weights,
+        adam=2 * weights,
         loss=loss,
         layer=layer,
-        step=Moment(weights, f"4 x {parameters:,} / {gpus}" if weights else "on the host"),
+        step=Moment(weights, f"4 x {parameters:,} / {cards}" if weights else "on the host"),
         scoring=_scoring(size, config),
-        resident=weights * (not fsdp.param_offload) + adam * (not fsdp.optimizer_offload),
+        resident=weights * (not fsdp.param_offload) + 2 * weights * (not fsdp.optimizer_offload),
         rollout=share,
-        cache_tokens=cache / (size.cache_bytes_per_token / tensor_parallel),
+        cache_tokens=cache / (size.cache_bytes_per_token / parallel),
     )
 
 
@@ -143,20 +240,11 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
     kept, work = saved, 2 * middle + hidden
     if config.actor_rollout_ref.model.enable_gradient_checkpointing:
         kept, work = hidden, work + saved
-
-    def moment(values: int, text: str, whole: float, whole_text: str) -> Moment:
-        return Moment(
-            width * (tokens * (kept * size.layers + values) + whole) / GIB,
-            f"{width} x ({tokens} tokens x ({kept} x {size.layers} + {text}) + {whole_text})",
-        )
-
-    layer = size.layer_parameters
-    matrix, matrix_text = 2 * vocabulary * hidden, f"2 x {vocabulary} x {hidden}"
-    ahead = (matrix + layer, f"{matrix_text} + {layer:,.0f}")
-    more = ((copies - 1) * tokens * vocabulary, f"{copies - 1} x {tokens} x {vocabulary}")
+    kept, matrix, layer = kept * size.layers, 2 * vocabulary * hidden, size.layer_parameters
+    more = max(matrix + layer, (copies - 1) * tokens * vocabulary)
     return (
-        moment(5 * hidden + vocabulary, f"5 x {hidden} + {vocabulary}", *max(ahead, more)),
-        moment(work, str(work), matrix + 3 * layer, f"{matrix_text} + 3 x {layer:,.0f}"),
+        _moment(width, tokens, kept + 5 * hidden + vocabulary, more),
+        _moment(width, tokens, kept + work, matrix + 3 * layer),
     )
 
 
@@ -186,10 +274,7 @@ def _scoring(size: ModelSize, config: DictConfig) -> Moment:
     if fsdp.entropy_from_logits_with_chunking:
         chunk = min(tokens, fsdp.entropy_from_logits_chunk_size)
     copies = 1 if config.actor_rollout_ref.rollout.temperature == 1 else 2
-    return Moment(
-        (2 * copies * tokens + 12 * chunk) * size.vocabulary / GIB,
-        f"(2 x {copies} x {tokens} + 12 x {chunk} tokens) x {size.vocabulary}",
-    )
+    return _moment(2, tokens, copies * size.vocabulary, 6 * chunk * size.vocabulary)
 
 
 def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
@@ -198,70 +283,22 @@ def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     Returns:
         GiB, and the arithmetic.
     """
-    parameters, ranks = size.parameters, config.trainer.n_gpus_per_node
+    weights, ranks = 4 * size.parameters / GIB, config.trainer.n_gpus_per_node
     if config.trainer.device == "cpu":
         loss, layer = _backward_moments(size, config, 4)
-        shared = 16 * parameters / GIB
-        copies = ranks * (4 * parameters / GIB + max(loss.size, layer.size))
         text = (
-            f"weights, gradients and Adam 16 P = {shared:.1f}; a rank's rollout 4 P and the larger "
-            f"of loss {loss.size:.1f} and layer {layer.size:.1f}, times {ranks} = {copies:.1f}"
+            f"weights, gradients and Adam 16 P, and {ranks} times a rollout's 4 P with the larger "
+            f"of loss {loss.size:.1f} and layer {layer.size:.1f}; 4 P = {weights:.1f}"
         )
-        return shared + copies, f"{text}; P = {parameters:,}"
-    fsdp = config.actor_rollout_ref.actor.fsdp_config
+        return 4 * weights + ranks * (weights + max(loss.size, layer.size)), text
+    actor = config.actor_rollout_ref.actor
+    fsdp = actor.fsdp_config
     # Tied embeddings keep FSDP from loading on one rank only.
-    readers = ranks if size.tied else 1
-    loading = readers * 4 * parameters / GIB
-    here = ranks / cards_a_copy(config)
-    kept, text = 0.0, f"loading {readers} x 4 P = {loading:.1f}"
-    if fsdp.offload_policy:
-        kept = 16 * parameters * here / GIB
-        text += f"; weights, gradients and Adam kept there 16 P x {here:g} = {kept:.1f}"
-    elif fsdp.param_offload or fsdp.optimizer_offload:
-        each = 4 * bool(fsdp.param_offload) + 8 * bool(fsdp.optimizer_offload)
-        kept = each * parameters * here / GIB
-        text += f"; waiting there while sampling {each} P x {here:g} = {kept:.1f}"
-    if config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward:
-        # verl's engines keep a policy that is never trained there.
-        reference = 4 * parameters * here / GIB
-        kept += reference
-        text += f"; the reference policy 4 P x {here:g} = {reference:.1f}"
-    return max(loading, kept), f"{text}; P = {parameters:,}"
-
-
-def cpu_slots(config: DictConfig) -> tuple[int, str]:
-    """CPUs that Ray must have for the run to start; with fewer it waits without a word.
-
-    Read in verl 0.9.1: three a card, one for each of TransferQueue's storage
-    units and one for its controller, one for the driver.
-
-    Returns:
-        The number, and the arithmetic.
-    """
-    gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
-    slots = CPUS_PER_RANK * gpus + units + 1 + 1
-    return slots, f"{CPUS_PER_RANK} x {gpus} + TransferQueue {units} + 1 + driver 1 = {slots}"
-
-
-def arithmetic(memory: CardMemory, size: ModelSize, config: DictConfig) -> str:
-    """The estimate as a text with every term."""
-    state = f"{size.parameters:,} / {cards_a_copy(config)}"
-    moments = [
-        f"{name} {moment.size:.1f} ({moment.text})"
-        for name, moment in (
-            ("loss", memory.loss),
-            ("layer", memory.layer),
-            ("AdamW's step", memory.step),
-            ("scoring, without gradients,", memory.scoring),
-        )
-    ]
-    share = config.actor_rollout_ref.rollout.gpu_memory_utilization
-    return (
-        f"update {memory.update:.1f} GiB = weights {memory.weights:.1f} (4 x {state}) + gradients "
-        f"{memory.gradients:.1f} + Adam {memory.adam:.1f} (8 x {state}) + {OVERHEAD_GIB:g} + the "
-        f"largest of {', '.join(moments)}; "
-        f"sampling {memory.sampling:.1f} GiB = vLLM {memory.rollout:.1f} ({share:g} of the card) + "
-        f"resident {memory.resident:.1f} + {OVERHEAD_GIB:g}; vLLM's cache "
-        f"{memory.cache_tokens / 1e6:.1f} M tokens"
-    )
+    loading = ranks if size.tied else 1
+    # Weights, gradients and Adam live there, or wait there while vLLM samples.
+    kept = 4 if fsdp.offload_policy else bool(fsdp.param_offload) + 2 * bool(fsdp.optimizer_offload)
+    # verl's engines keep a policy that is never trained there.
+    kept += bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward)
+    kept *= ranks / cards_a_copy(config)
+    text = f"the larger of loading, {loading} x 4 P, and keeping, {kept:g} x 4 P; 4 P"
+    return max(loading, kept) * weights, f"{text} = {weights:.1f}"

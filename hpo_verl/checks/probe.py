@@ -13,17 +13,16 @@ import json
 import os
 import platform
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpo_verl.checks.address import AUTO
 from hpo_verl.checks.finding import first_line
 from hpo_verl.checks.machine import Node
-from hpo_verl.checks.plugin import plugin_state
+from hpo_verl.checks.packages import plugin_fault
 from hpo_verl.config.cluster import job_runtime_env
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.installed import package_versions
@@ -32,6 +31,8 @@ MARK = "hpo_verl.checks.probe: "
 LOCAL = "local"
 ANSWER_SECONDS = 120.0
 POLL_SECONDS = 0.5
+# What a cluster says of a job while the agent of its head is still starting.
+NOT_YET = "try again later"
 
 
 def process_versions() -> dict[str, str]:
@@ -46,16 +47,15 @@ def node_state(paths: Sequence[str]) -> dict[str, Any]:
         paths: files and folders that a run reads.
 
     Returns:
-        Plain values: `host`, `plugin` (see `plugin_state`), `node` (see `Node`; null where it
-        cannot be told), `versions`, and `missing`, those of the paths that are not there.
+        Plain values: `plugin` (see `plugin_fault`), `node` (see `Node`; null where it cannot be
+        told), `versions`, and `missing`, those of the paths that are not there.
     """
     try:
-        node = Node.here().plain()
+        node = asdict(Node.here())
     except EnvironmentCheckError:
         node = None
     return {
-        "host": socket.gethostname(),
-        "plugin": plugin_state(),
+        "plugin": plugin_fault(),
         "node": node,
         "versions": process_versions(),
         "missing": [path for path in paths if not Path(path).expanduser().exists()],
@@ -78,65 +78,61 @@ def ask_nodes(address: str, temporary: str | None, paths: Sequence[str]) -> dict
 
     options: dict[str, Any] = {"log_to_driver": False}
     if address == LOCAL:
-        options |= {
-            "num_cpus": 1,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-            "_temp_dir": temporary,
-        }
+        options |= {"num_cpus": 1, "include_dashboard": False, "_temp_dir": temporary}
+        options["_node_ip_address"] = "127.0.0.1"
     ray.init(address=address, **options)
     try:
         # No CPU is asked for, so that a busy cluster answers too.
         task = ray.remote(num_cpus=0, max_retries=0)(node_state)
-        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        asked = {
-            task.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(key, soft=False)
-            ).remote(list(paths)): node
-            for key, node in alive.items()
-        }
+        asked = {}
+        for node in ray.nodes():
+            if node["Alive"]:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked[task.options(scheduling_strategy=there).remote(list(paths))] = node
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
         nodes = {}
         for reference, node in asked.items():
-            state: dict[str, Any] = {
-                "failure": f"no answer from a worker within {ANSWER_SECONDS:.0f} s"
-            }
+            state = {"failure": f"no answer from a worker within {ANSWER_SECONDS:.0f} s"}
             if reference in ready:
                 try:
                     state = ray.get(reference)
                 except Exception as error:
-                    state = {"failure": _cause(error)}
+                    state = {"failure": _last_line(str(error))}
             nodes[node["NodeManagerAddress"]] = {**state, "resources": node["Resources"]}
         return {"nodes": nodes}
     finally:
         ray.shutdown()
 
 
-def _cause(error: BaseException) -> str:
-    """What a worker raised: the last line, without the way there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__
+def _last_line(text: str) -> str:
+    """What a worker or job said last, without the way there."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no output"
 
 
 def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
     """Send this module as a job to a cluster's dashboard, and return what it prints there."""
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(address)
-    command = ["python3", "-m", "hpo_verl.checks.probe", "--address", AUTO]
-    command += [part for path in paths for part in ("--path", path)]
-    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=job_runtime_env())
+    command = ["python3", "-m", "hpo_verl.checks.probe", "--address", "auto"]
+    for path in paths:
+        command += ["--path", path]
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=job_runtime_env())
+            break
+        except RuntimeError as error:
+            if NOT_YET not in str(error) or time.monotonic() > deadline:
+                raise
     try:
-        deadline = time.monotonic() + ANSWER_SECONDS
         while not client.get_job_status(job).is_terminal():
             if time.monotonic() > deadline:
                 return {"failure": f"the job {job} has not ended within {ANSWER_SECONDS:.0f} s"}
             time.sleep(POLL_SECONDS)
         log = client.get_job_logs(job)
-        answer = find_answer(log)
-        if answer is None or client.get_job_status(job) != JobStatus.SUCCEEDED:
-            return answer or {"failure": f"the job {job} failed: {_cause(RuntimeError(log))}"}
-        return answer
+        return find_answer(log) or {"failure": f"the job {job} failed: {_last_line(log)}"}
     finally:
         if not client.get_job_status(job).is_terminal():
             client.stop_job(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,14 +39,6 @@ class Sample(NamedTuple):
     longest: dict[int, Mapping[str, Any]]
 
 
-class Fault(NamedTuple):
-    """The first row of a batch that is not in the schema."""
-
-    row: int
-    column: str
-    text: str
-
-
 def read_rows(key: str, path: Path) -> Sample:
     """Check every row of a file, and keep some.
 
@@ -66,10 +58,10 @@ def read_rows(key: str, path: Path) -> Sample:
     columns = [name for name in COLUMNS if name in file.schema_arrow.names]
     try:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-            if fault := first_fault(batch):
+            # Of several faults in one row, the one of the first column.
+            for row, column, text in sorted(_faults(batch), key=lambda fault: fault[0])[:1]:
                 raise DataError(
-                    f"{key}: {path}: row {position + fault.row + 1}, column '{fault.column}': "
-                    f"{fault.text}"
+                    f"{key}: {path}: row {position + row + 1}, column '{column}': {text}"
                 )
             inside = [int(i) - position for i in wanted if 0 <= i - position < len(batch)]
             spread |= _taken(batch, inside, position)
@@ -78,13 +70,12 @@ def read_rows(key: str, path: Path) -> Sample:
             most = np.argsort(-letters, kind="stable")[:SAMPLE_ROWS]
             for place, row in _taken(batch, most, position).items():
                 # The position keeps rows, which have no order, out of the comparison.
-                heapq.heappush(longest, (int(letters[place - position]), -place, row))
-                if len(longest) > SAMPLE_ROWS:
-                    heapq.heappop(longest)
+                longest.append((int(letters[place - position]), -place, row))
+            longest = heapq.nlargest(SAMPLE_ROWS, longest)
             position += len(batch)
+    except DataError:
+        raise
     except (OSError, ValueError) as problem:
-        if isinstance(problem, DataError):
-            raise
         raise DataError(
             f"{key}: {path}: cannot read on after row {position}: {first_line(problem)}"
         ) from problem
@@ -105,75 +96,55 @@ def _letters(prompts: Any) -> np.ndarray:
     return np.bincount(parents, weights=lengths, minlength=len(prompts)).astype(np.int64)
 
 
-def first_fault(batch: Any) -> Fault | None:
-    """The first row that is not in verl's schema; None if all are.
+def _faults(batch: Any) -> Iterator[tuple[int, str, str]]:
+    """Row, column and text of the first fault of each kind."""
+    sources, truths = batch.column("data_source"), batch.column("reward_model")
+    if pa.types.is_dictionary(sources.type):
+        sources = sources.dictionary_decode()
+    for row in _wrong(sources, _is_text(sources.type), pc.utf8_length):
+        yield row, "data_source", f"{sources[row].as_py()!r} is not a name"
+    for row in _wrong(
+        truths,
+        _has_fields(truths.type, "ground_truth"),
+        lambda column: pc.is_valid(pc.struct_field(column, "ground_truth")),
+    ):
+        yield row, "reward_model", "has no ground_truth"
+    prompts = batch.column("prompt")
+    if not (pa.types.is_list(prompts.type) or pa.types.is_large_list(prompts.type)):
+        yield 0, "prompt", f"{NO_CHAT}, but {str(prompts[0].as_py())[:40]!r}"
+        return
+    for row in _wrong(prompts, True, pc.list_value_length):
+        yield row, "prompt", NO_CHAT
+    messages, parents = pc.list_flatten(prompts), pc.list_parent_indices(prompts)
+    if not _has_fields(prompts.type.value_type, "role", "content"):
+        yield from ((parents[0].as_py(), "prompt", NO_CHAT) for _ in messages[:1])
+        return
+    role, content = (pc.struct_field(messages, name) for name in ("role", "content"))
+    for message in _wrong(role, True, lambda column: pc.is_in(column, value_set=pa.array(ROLES))):
+        text = f"a message needs a role, one of {', '.join(ROLES)}"
+        yield parents[message].as_py(), "prompt", text
+    for message in _wrong(content, _is_text(content.type), pc.is_valid):
+        yield parents[message].as_py(), "prompt", "a message needs a text as its content"
+
+
+def _wrong(column: Any, has_type: bool, test: Callable[[Any], Any]) -> Iterator[int]:
+    """Position of the first value that is null or fails a test; the first where the type is wrong.
 
     Args:
-        batch: a `pyarrow.RecordBatch` with the required columns.
+        column: an Arrow array.
+        has_type: whether its type is one that the test takes.
+        test: gives true or more than 0 for a right value.
     """
-    faults = [
-        Fault(row, column, text)
-        for column, look in (
-            ("data_source", _wrong_sources),
-            ("reward_model", _wrong_truths),
-            ("prompt", _wrong_prompts),
-        )
-        for row, text in look(batch.column(column))
-    ]
-    # Of several in one row, the one of the first column.
-    return min(faults, key=lambda fault: fault.row, default=None)
-
-
-def _first(wrong: Any) -> Iterator[int]:
-    """Position of the first true value of a boolean array, if there is any."""
-    found = pc.index(wrong, True).as_py()
-    if found >= 0:
-        yield found
+    if len(column) and not has_type:
+        yield 0
+    elif len(column):
+        right = pc.fill_null(pc.cast(test(column), pa.int64()), 0)
+        first = pc.index(pc.equal(right, 0), True).as_py()
+        yield from (first,) if first >= 0 else ()
 
 
 def _is_text(kind: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _wrong_sources(column: Any) -> Iterator[tuple[int, str]]:
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    wrong = pa.array([True] * len(column))
-    if _is_text(column.type):
-        wrong = pc.equal(pc.fill_null(pc.utf8_length(column), 0), 0)
-    for row in _first(wrong):
-        yield row, f"{column[row].as_py()!r} is not a name"
-
-
-def _wrong_truths(column: Any) -> Iterator[tuple[int, str]]:
-    wrong = pa.array([True] * len(column))
-    if _has_fields(column.type, "ground_truth"):
-        wrong = pc.is_null(pc.struct_field(column, "ground_truth"))
-    for row in _first(wrong):
-        yield row, "has no ground_truth"
-
-
-def _wrong_prompts(column: Any) -> Iterator[tuple[int, str]]:
-    kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        if len(column):
-            yield 0, f"{NO_CHAT}, but {str(column[0].as_py())[:40]!r}"
-        return
-    for row in _first(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0)):
-        yield row, NO_CHAT
-    messages, parents = pc.list_flatten(column), pc.list_parent_indices(column)
-    if not len(messages):
-        return
-    if not _has_fields(kind.value_type, "role", "content"):
-        yield parents[0].as_py(), NO_CHAT
-        return
-    roles = pc.is_in(pc.struct_field(messages, "role"), value_set=pa.array(ROLES))
-    for message in _first(pc.invert(roles)):
-        yield parents[message].as_py(), f"a message needs a role, one of {', '.join(ROLES)}"
-    content = pc.struct_field(messages, "content")
-    texts = pc.is_valid(content) if _is_text(content.type) else pa.array([False] * len(messages))
-    for message in _first(pc.invert(texts)):
-        yield parents[message].as_py(), "a message needs a text as its content"
 
 
 def _has_fields(kind: Any, *names: str) -> bool:

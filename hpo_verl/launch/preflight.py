@@ -17,11 +17,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_verl.checks.checklist import run_checks
-from hpo_verl.checks.composition import checked_composition
-from hpo_verl.checks.finding import demand
-from hpo_verl.checks.subject import Subject
-from hpo_verl.checks.versions import check_base
+from hpo_verl.checks.finding import raise_first_error
+from hpo_verl.checks.list import run_checks
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import without_hydra
 from hpo_verl.errors import HpoVerlError
@@ -40,16 +38,13 @@ def check(config: DictConfig) -> None:
     Raises:
         CheckFailedError: the first error, as the doctor says it.
     """
-    resolved, found = checked_composition(config)
-    demand([*check_base(), *found])
-    subject = Subject(
+    run = PlannedRun(
         str(OmegaConf.select(config, "hydra.job.config_name")),
         tuple(OmegaConf.select(config, "hydra.overrides.task") or ()),
-        resolved,
         Path(config.hydra.run.dir),
-        cluster.joined_address(config),
+        composed=config,
     )
-    for line in demand([*found, *run_checks(subject)]):
+    for line in raise_first_error(run_checks(run)):
         print(line, file=sys.stderr)
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpo_verl.checks.checklist import awaited
-from hpo_verl.checks.composition import compose_resolved
-from hpo_verl.checks.configuration import check_settings
-from hpo_verl.checks.data import check_files
-from hpo_verl.checks.finding import demand
-from hpo_verl.checks.model import check_model
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.finding import raise_first_error
+from hpo_verl.checks.list import CHECKS, awaited, run_checks
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import Preparation, make_missing, preparations
 
 
@@ -32,15 +28,16 @@ def prepare_recipe(
         HpoVerlError: a wrong recipe or override; a command failed; something that was there
             is damaged.
     """
-    config, _ = compose_resolved(recipe, overrides)
-    subject = Subject(recipe, tuple(overrides), config, Path())
-    demand([check_settings(subject)])
-    wanted = list(preparations(config))
-    if "data" not in awaited(subject):
+    run = PlannedRun(recipe, tuple(overrides), Path())
+
+    def check(*names: str) -> None:
+        raise_first_error(run_checks(run, (check for check in CHECKS if check.name in names)))
+
+    check(*(check.name for check in CHECKS if check.vital))
+    wanted = list(preparations(run.config))
+    if "data" not in awaited(run):
         # Before gigabytes of a policy are fetched.
-        demand([check_files(subject)])
-    make_missing(config, announce)
-    demand([check_files(subject)])
-    if subject.maker(subject.policy_folder):
-        demand(check_model(subject))
+        check("data files")
+    make_missing(run.config, announce)
+    check("data files", *(["model", "remote code"] if run.maker(run.policy_folder) else []))
     return wanted

@@ -21,10 +21,9 @@ from urllib.parse import urlsplit
 from packaging.version import Version
 
 from hpo_verl.checks import machine
-from hpo_verl.checks.checklist import run_checks
-from hpo_verl.checks.composition import compose_resolved
-from hpo_verl.checks.finding import demand, first_line
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.finding import first_line, raise_first_error
+from hpo_verl.checks.list import run_checks
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
 from hpo_verl.launch.resume import FLAG
@@ -151,14 +150,13 @@ def submit(
     if resume and named_folder(overrides) is None:
         raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
     folder = run_folder(recipe, overrides)
-    config, found = compose_resolved(recipe, overrides)
     # The job's own `train` checks files and machines.
-    subject = Subject(recipe, tuple(overrides), config, folder, address, here=False)
-    for line in [*demand(found), *demand(run_checks(subject))]:
+    planned = PlannedRun(recipe, tuple(overrides), folder, address, here=False)
+    for line in raise_first_error(run_checks(planned)):
         announce(line)
     client = connect(address)
     nodes = living_nodes(address)
-    demand([machine.check_cards(subject, nodes), machine.check_cpus(subject, nodes)])
+    raise_first_error([machine.check_cards(planned, nodes), machine.check_cpus(planned, nodes)])
     command = ["python", "-m", "hpo_verl", "train", recipe, *without_run_folder(overrides)]
     command += [f"{RUN_FOLDER_KEY}={folder}", *([FLAG] if resume else [])]
     try:

@@ -15,10 +15,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_verl.checks.checklist import check_quickly, make_and_check
-from hpo_verl.checks.composition import compose_resolved
-from hpo_verl.checks.finding import demand
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.list import check_quickly, make_and_check
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import quoted, recipes_directory
 from hpo_verl.config.redaction import secret_mask
@@ -104,22 +102,6 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
     return variables
 
 
-def compose_alone(recipe: str, overrides: Sequence[str], folder: Path) -> tuple[Subject, list[str]]:
-    """Compose a recipe, and make the checks that need neither its files nor verl.
-
-    Returns:
-        What is to run, and a line for each warning.
-
-    Raises:
-        HpoVerlError: the first error that a check finds, as the doctor says it.
-    """
-    config, found = compose_resolved(recipe, overrides)
-    cluster.join(config)
-    address = cluster.joined_address(config)
-    subject = Subject(recipe, tuple(overrides), config, folder, address)
-    return subject, demand(found) + check_quickly(subject)
-
-
 def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, folder: Path) -> str:
     """The checkpoint that a stopped run left, and the command that continues it."""
     checkpoints = Path(config.trainer.default_local_dir)
@@ -160,8 +142,9 @@ def train(
     else:
         folder = run_folder(recipe, overrides)
         refuse_used_folder(folder)
-    subject, remarks = compose_alone(recipe, overrides, folder)
-    config = subject.config
+    planned = PlannedRun(recipe, tuple(overrides), folder)
+    remarks = check_quickly(planned)
+    config = planned.config
     settings = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     # It imports verl while this process does, and then waits.
     child = ChildProcess(
@@ -170,7 +153,7 @@ def train(
         secret_mask(os.environ, settings),
     )
     with child:
-        remarks += make_and_check(subject, announce)
+        remarks += make_and_check(planned, announce)
         for remark in dict.fromkeys(remarks):
             announce(remark)
         with locked(folder):

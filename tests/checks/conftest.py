@@ -9,7 +9,7 @@ from omegaconf import OmegaConf, open_dict
 from data_prep.countdown import __main__ as countdown
 from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.training import Schedule
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.planned_run import PlannedRun
 
 PUZZLES = ("--prompt", "tiny", "--max-number", "9", "--max-target", "40")
 
@@ -31,7 +31,7 @@ def places(made):
 
 
 @pytest.fixture
-def subject(places, tmp_path, monkeypatch):
+def planned(places, tmp_path, monkeypatch):
     """A function: changes of dotted keys -> a recipe as the doctor sees it."""
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -45,6 +45,6 @@ def subject(places, tmp_path, monkeypatch):
                 OmegaConf.update(config, key, value, force_add=True)
         OmegaConf.resolve(config)
         folder = tmp_path / "run"
-        return Subject(recipe, (f"hydra.run.dir={folder}",), config, folder, address)
+        return PlannedRun(recipe, (f"hydra.run.dir={folder}",), folder, address, composed=config)
 
     return build

@@ -11,12 +11,12 @@ import time
 import uuid
 
 import pytest
+from model_sizes import MODEL_SIZES
 
 from hpo_verl.checks import cluster
 from hpo_verl.checks.cluster import ask, check_cluster, read_paths
-from hpo_verl.checks.model_size import KNOWN_MODELS
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.probe import MARK, find_answer, process_versions
-from hpo_verl.checks.subject import Subject
 from hpo_verl.runs.process import MARKER, end_processes, marked_processes
 
 PLUGIN = {
@@ -27,7 +27,7 @@ PLUGIN = {
     "absent": [],
     "failure": "",
 }
-SIZE = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
+SIZE = MODEL_SIZES["Qwen/Qwen2.5-7B-Instruct"]
 
 
 def state(**changes):
@@ -52,12 +52,12 @@ def only(findings, name):
 
 
 @pytest.fixture
-def examine(subject, monkeypatch):
-    monkeypatch.setattr(Subject, "size", SIZE)
+def examine(planned, monkeypatch):
+    monkeypatch.setattr(PlannedRun, "size", SIZE)
 
     def run(answer, address="auto"):
         monkeypatch.setattr(cluster, "ask", lambda examined: answer)
-        examined = subject(recipe="countdown4-7b", hardware="2x8gpu", address=address)
+        examined = planned(recipe="countdown4-7b", hardware="2x8gpu", address=address)
         return check_cluster(examined)
 
     return run
@@ -127,8 +127,8 @@ def test_cards_that_ray_was_told_to_keep_back(examine):
     assert "this cluster has 8 + 0" in only(findings, "cards").detail
 
 
-def test_what_a_run_reads(subject, made):
-    assert read_paths(subject()) == [
+def test_what_a_run_reads(planned, made):
+    assert read_paths(planned()) == [
         str(made / "data" / "train.parquet"),
         str(made / "data" / "val.parquet"),
         str(made / "policy"),
@@ -140,7 +140,7 @@ def test_the_answer_is_found_among_other_lines():
     assert find_answer("noise") is None
 
 
-def test_a_ray_of_ones_own_is_started_asked_and_gone(subject, monkeypatch):
+def test_a_ray_of_ones_own_is_started_asked_and_gone(planned, monkeypatch):
     markers = []
     real = cluster.ChildProcess.__enter__
     monkeypatch.setattr(
@@ -148,15 +148,15 @@ def test_a_ray_of_ones_own_is_started_asked_and_gone(subject, monkeypatch):
         "__enter__",
         lambda self: markers.append(self.marker) or real(self),
     )
-    findings = check_cluster(subject())
+    findings = check_cluster(planned())
     assert [(f.name, f.status) for f in findings] == [(cluster.NAME, "ok")], findings
     assert findings[0].detail.startswith("node 127.0.0.1: loaded by verl")
     assert marked_processes(markers[0]) == []
 
 
-def test_a_ray_that_does_not_start_in_time(subject, monkeypatch):
+def test_a_ray_that_does_not_start_in_time(planned, monkeypatch):
     monkeypatch.setattr(cluster, "PROBE_SECONDS", 0.0)
-    assert ask(subject())["failure"].startswith("no answer within 0 s")
+    assert ask(planned())["failure"].startswith("no answer within 0 s")
 
 
 # Ray's switch for loopback also forbids `ray start`; only this process is told otherwise.
@@ -227,10 +227,10 @@ def head(tmp_path, monkeypatch):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_real_cluster_is_asked_through_its_head_and_by_a_job(subject, made, head):
+def test_a_real_cluster_is_asked_through_its_head_and_by_a_job(planned, made, head):
     port, dashboard = head
     for address in (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"):
-        run = subject({"data.val_files": "/nowhere/val.parquet"}, address=address)
+        run = planned({"data.val_files": "/nowhere/val.parquet"}, address=address)
         answer = ask(run)
         assert "nodes" in answer, (address, answer)
         (state,) = answer["nodes"].values()

@@ -32,12 +32,12 @@ CHECKS = (
 NAMES = ("settings", "learning", "steps", "lengths", "names", "algorithm", "verl's checks")
 
 
-def check_configuration(subject):
-    return [check(subject) for check in CHECKS]
+def check_configuration(planned):
+    return [check(planned) for check in CHECKS]
 
 
-def test_the_small_run_is_legal_and_learns(subject):
-    findings = check_configuration(subject())
+def test_the_small_run_is_legal_and_learns(planned):
+    findings = check_configuration(planned())
     assert [f.status for f in findings] == ["ok"] * 7
     detail = only(findings, "learning").detail
     assert detail == "a step is 64 prompts x 8 responses, 4 updates"
@@ -56,18 +56,18 @@ def test_the_small_run_is_legal_and_learns(subject):
         ({f"{ACTOR}.grad_clip": 0}, "grad_clip=0: no update"),
     ],
 )
-def test_nothing_would_be_learned(subject, changes, detail):
-    finding = check_learnable(subject(changes))
+def test_nothing_would_be_learned(planned, changes, detail):
+    finding = check_learnable(planned(changes))
     assert finding.status == "error"
     assert detail in finding.detail
     assert finding.fix
 
 
-def test_a_warmup_that_never_ends(subject):
-    finding = check_steps(subject({"trainer.critic_warmup": 31}))
+def test_a_warmup_that_never_ends(planned):
+    finding = check_steps(planned({"trainer.critic_warmup": 31}))
     assert finding.status == "error"
     assert "critic_warmup=31: the policy is first updated after it" in finding.detail
-    assert check_steps(subject({"trainer.critic_warmup": 30})).status == "ok"
+    assert check_steps(planned({"trainer.critic_warmup": 30})).status == "ok"
 
 
 def test_every_estimator_is_known_to_compare_responses_or_not():
@@ -83,28 +83,28 @@ def test_every_estimator_is_known_to_compare_responses_or_not():
     assert set(names["algorithm.adv_estimator"]) == {*GROUP_RELATIVE} ^ without
 
 
-def test_without_groups_one_response_is_enough(subject):
+def test_without_groups_one_response_is_enough(planned):
     changes = {f"{ROLLOUT}.n": 1, "algorithm.adv_estimator": "reinforce_plus_plus"}
-    assert check_learnable(subject(changes)).status == "ok"
+    assert check_learnable(planned(changes)).status == "ok"
 
 
-def test_epochs_give_steps_where_no_number_is_set(subject):
+def test_epochs_give_steps_where_no_number_is_set(planned):
     changes = {"trainer.total_training_steps": None, "trainer.total_epochs": 2}
-    assert check_steps(subject(changes)).detail == "6 steps"
-    absent = subject({**changes, "data.train_files": "/nowhere/train.parquet"})
+    assert check_steps(planned(changes)).detail == "6 steps"
+    absent = planned({**changes, "data.train_files": "/nowhere/train.parquet"})
     assert check_steps(absent).status == "skipped"
 
 
 @pytest.mark.parametrize(("done", "status"), [("29", "ok"), ("30", "error"), ("", "ok")])
-def test_a_run_that_is_finished_has_no_step_left(subject, tmp_path, done, status):
+def test_a_run_that_is_finished_has_no_step_left(planned, tmp_path, done, status):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "latest_checkpointed_iteration.txt").write_text(done)
     changes = {"trainer.default_local_dir": str(folder)}
-    finding = check_steps(subject(changes))
+    finding = check_steps(planned(changes))
     assert finding.status == status
     assert ("step 30 of 30" in finding.detail) == (status == "error")
-    assert check_steps(subject({**changes, "trainer.resume_mode": "disable"})).status == "ok"
+    assert check_steps(planned({**changes, "trainer.resume_mode": "disable"})).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_a_run_that_is_finished_has_no_step_left(subject, tmp_path, done, status
         ({f"{ROLLOUT}.dtype_": 1}, "verl's checks", "actor_rollout_ref.rollout"),
     ],
 )
-def test_illegal_settings_are_named(subject, changes, name, detail):
+def test_illegal_settings_are_named(planned, changes, name, detail):
     (check,) = [check for check, known in zip(CHECKS, NAMES, strict=True) if known == name]
-    finding = check(subject(changes))
+    finding = check(planned(changes))
     assert (finding.name, finding.status) == (name, "error")
     assert detail in finding.detail
 
@@ -150,36 +150,36 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
-def test_a_name_that_nobody_registered_comes_with_the_nearest(subject, key):
+def test_a_name_that_nobody_registered_comes_with_the_nearest(planned, key):
     name, near = UNKNOWN[key]
-    finding = check_names(subject({key: name}))
+    finding = check_names(planned({key: name}))
     assert finding.status == "error"
     assert f"{key}={name}: not registered with verl; did you mean " in finding.detail
     assert near in finding.detail.split("did you mean")[1]
 
 
-def test_what_a_file_or_another_source_names_is_not_looked_for(subject):
+def test_what_a_file_or_another_source_names_is_not_looked_for(planned):
     manager = {"source": "importlib", "name": "Mine", "module": {"path": "mine.py"}}
     agent = {"default_agent_loop": "mine", "agent_loop_config_path": "loops.yaml"}
     changes = {"reward.reward_manager": manager, f"{ROLLOUT}.agent": agent}
-    assert check_names(subject(changes)).status == "ok"
+    assert check_names(planned(changes)).status == "ok"
 
 
-def test_a_legal_combination_that_is_not_what_its_name_promises(subject):
+def test_a_legal_combination_that_is_not_what_its_name_promises(planned):
     changes = {f"{ACTOR}.policy_loss.loss_mode": "dro", f"{ACTOR}.loss_agg_mode": "token-mean"}
-    finding = check_algorithm(subject(changes))
+    finding = check_algorithm(planned(changes))
     assert finding.status == "warning"
     assert "quadratic" in finding.detail
 
 
-def test_a_response_that_does_not_fit(subject):
+def test_a_response_that_does_not_fit(planned):
     changes = {f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": 39}
-    finding = check_lengths(subject(changes))
+    finding = check_lengths(planned(changes))
     assert (finding.status, finding.fix) == (
         "error",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40 or more",
     )
-    finding = check_lengths(subject({f"{ROLLOUT}.max_model_len": 32}))
+    finding = check_lengths(planned({f"{ROLLOUT}.max_model_len": 32}))
     assert finding.status == "error"
     assert "max_model_len=32" in finding.detail
-    assert check_lengths(subject({f"{ROLLOUT}.max_model_len": 40})).status == "ok"
+    assert check_lengths(planned({f"{ROLLOUT}.max_model_len": 40})).status == "ok"

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hpo_verl.checks.checklist import CHECKS, run_checks
 
 from hpo_verl.checks import data
-from hpo_verl.checks.checklist import CHECKS, run_checks
 from hpo_verl.checks.data import right_responses
 from hpo_verl.checks.rows import read_rows
 from hpo_verl.errors import DataError
@@ -33,7 +33,7 @@ def rows(made):
 
 
 @pytest.fixture
-def examine(subject, made, tmp_path):
+def examine(planned, made, tmp_path):
     """A function: rows of the training file and settings -> findings."""
 
     def run(rows=None, changes=None, tokenizer=made / "policy"):
@@ -43,7 +43,7 @@ def examine(subject, made, tmp_path):
             changes["data.train_files"] = str(tmp_path / "train.parquet")
         changes["actor_rollout_ref.model.path"] = str(tokenizer)
         wanted = [check for check in CHECKS if check.name in NAMES]
-        return list(run_checks(subject(changes), wanted))
+        return list(run_checks(planned(changes), wanted))
 
     return run
 

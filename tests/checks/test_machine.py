@@ -4,14 +4,14 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from model_sizes import MODEL_SIZES
 
 from hpo_verl.checks import machine
 from hpo_verl.checks.machine import Card, Node, check_here, check_machines, find_cards
-from hpo_verl.checks.model_size import KNOWN_MODELS
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.errors import EnvironmentCheckError
 
-SIZE = KNOWN_MODELS["Qwen/Qwen2.5-7B-Instruct"]
+SIZE = MODEL_SIZES["Qwen/Qwen2.5-7B-Instruct"]
 CARD = Card("NVIDIA H100 80GB HBM3", 79.6, 0.0)
 
 
@@ -25,10 +25,10 @@ def only(findings, name):
 
 
 @pytest.fixture
-def examine(subject, monkeypatch):
+def examine(planned, monkeypatch):
     def run(*nodes, changes=None, hardware="8gpu", size=SIZE, address=None):
-        monkeypatch.setattr(Subject, "size", size)
-        run = subject(changes, recipe="countdown4-7b", hardware=hardware, address=address)
+        monkeypatch.setattr(PlannedRun, "size", size)
+        run = planned(changes, recipe="countdown4-7b", hardware=hardware, address=address)
         return check_machines(run, nodes)
 
     return run
@@ -43,11 +43,14 @@ def test_a_machine_with_eight_cards(examine):
         ("host memory", "ok"),
     ]
     text = only(findings, "card memory").detail
-    assert text.startswith("update 33.2 GiB = weights 3.5 (4 x 7,615,616,512 / 8) + ")
-    matrix = "2 x 152064 x 3584 +"
-    assert f"loss 14.8 (2 x (24576 tokens x (3584 x 28 + 5 x 3584 + 152064) + {matrix} " in text
-    assert f"layer 15.0 (2 x (24576 tokens x (3584 x 28 + 154112) + {matrix} 3 x " in text
-    assert "scoring, without gradients, 10.4 ((2 x 1 x 24576 + 12 x 2048 tokens) x 152064)" in text
+    assert text.startswith("update 33.2 GiB = weights 3.5 + gradients 3.5 + Adam 7.1 + 4 + ")
+    # 3584 x 28 + 5 x 3584 + 152064 and 3584 x 28 + 154112 values a token; a matrix with its
+    # gradient, 2 x 152064 x 3584, and one or three layers of 233,057,920 parameters.
+    assert "loss 14.8 (2 x (24576 tokens x 270,336 + 1,323,052,672))" in text
+    assert "layer 15.0 (2 x (24576 tokens x 254,464 + 1,789,168,512))" in text
+    assert "AdamW's step 3.5 (4 x 7,615,616,512 / 8)" in text
+    # 6 x 2048 x 152064
+    assert "scoring, without gradients, 10.4 (2 x (24576 tokens x 152,064 + 1,868,562,432))" in text
     assert "the smallest card has 79.6" in text
     assert (
         only(findings, "cpus").detail == "3 x 8 + TransferQueue 8 + 1 + driver 1 = 34; there are 64"
@@ -123,10 +126,17 @@ def test_too_few_cpus(examine):
     assert only(examine(node(), changes=changes, address="auto"), "cpus").status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("hardware", "shown"), [("1gpu", "= 13;"), ("8gpu", "= 34;"), ("2x8gpu", "= 58;")]
+)
+def test_cpus_of_the_readme(examine, hardware, shown):
+    assert shown in only(examine(node(), hardware=hardware), "cpus").detail
+
+
 def test_too_little_host_memory(examine):
     finding = only(examine(node(1, memory=100.0), hardware="1gpu"), "host memory")
     assert finding.status == "error"
-    assert "16 P x 1 = 113.5" in finding.detail
+    assert "keeping, 4 x 4 P; 4 P = 28.4" in finding.detail
     assert only(examine(node(1, memory=120.0), hardware="1gpu"), "host memory").status == "ok"
 
 
@@ -150,7 +160,7 @@ def smi(monkeypatch, **answer):
 def test_cards_are_read_from_nvidia_smi(monkeypatch):
     smi(monkeypatch, stdout="NVIDIA H100, 80GB, 81920, 512\nNVIDIA L4, 24576, 0\n")
     assert find_cards() == [Card("NVIDIA H100, 80GB", 80.0, 0.5), Card("NVIDIA L4", 24.0, 0.0)]
-    assert Node.here().plain()["cards"][1] == {"name": "NVIDIA L4", "total": 24.0, "used": 0.0}
+    assert Node.here().cards[1] == Card("NVIDIA L4", 24.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -161,11 +171,11 @@ def test_cards_are_read_from_nvidia_smi(monkeypatch):
         {"stdout": "NVIDIA H100, [N/A], [N/A]\n"},
     ],
 )
-def test_a_driver_that_fails(monkeypatch, subject, answer):
+def test_a_driver_that_fails(monkeypatch, planned, answer):
     smi(monkeypatch, **answer)
     with pytest.raises(EnvironmentCheckError, match="nvidia-smi fails"):
         find_cards()
-    (finding,) = check_here(subject(recipe="countdown4-7b", hardware="8gpu"))
+    (finding,) = check_here(planned(recipe="countdown4-7b", hardware="8gpu"))
     assert (finding.name, finding.status) == ("cards", "error")
 
 

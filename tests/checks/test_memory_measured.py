@@ -16,6 +16,7 @@ from measured_memory import (
     measure_scoring,
     measure_update,
 )
+from model_sizes import MODEL_SIZES
 from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -25,7 +26,6 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 from transformers import AutoModelForCausalLM
 
 from hpo_verl.checks.memory import GIB, OVERHEAD_GIB, RECIPE_CARD_GIB, card_memory
-from hpo_verl.checks.model_size import KNOWN_MODELS
 from hpo_verl.config.settings import cards_a_copy
 
 TOLERANCE = 0.1
@@ -53,12 +53,12 @@ def near(measured, estimate):
 
 
 def with_few_layers(repo, measured):
-    return replace(KNOWN_MODELS[repo], layers=FEW, parameters=measured.parameters)
+    return replace(MODEL_SIZES[repo], layers=FEW, parameters=measured.parameters)
 
 
-@pytest.mark.parametrize("repo", KNOWN_MODELS)
+@pytest.mark.parametrize("repo", MODEL_SIZES)
 def test_dimensions_and_parameters_are_those_of_the_architecture(repo):
-    size, config = KNOWN_MODELS[repo], hf_config(repo)
+    size, config = MODEL_SIZES[repo], hf_config(repo)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
@@ -77,7 +77,7 @@ def test_dimensions_and_parameters_are_those_of_the_architecture(repo):
 @pytest.mark.parametrize("hardware", ["1gpu", "8gpu"])
 @pytest.mark.parametrize("repo", DIMENSIONS)
 def test_a_step_of_each_recipe_takes_what_the_doctor_says(repo, hardware):
-    config, size = recipe(repo, hardware), KNOWN_MODELS[repo]
+    config, size = recipe(repo, hardware), MODEL_SIZES[repo]
     memory = card_memory(size, config, RECIPE_CARD_GIB)
     # Each further layer adds the same: the whole model follows from a few layers.
     counts = (FEW, FEW + 1, FEW + 2) if hardware == "8gpu" else (FEW, FEW + 1)

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+from model_sizes import MODEL_SIZES
 
+from hpo_verl.checks.memory import read_model_size
 from hpo_verl.checks.model import check_model
-from hpo_verl.checks.model_size import KNOWN_MODELS, read_model_size
 from hpo_verl.errors import DataError
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -25,9 +26,9 @@ def policy(made, tmp_path):
 
 
 @pytest.fixture
-def examine(subject):
+def examine(planned):
     def run(changes=None, **options):
-        return check_model(subject(changes, **options))
+        return check_model(planned(changes, **options))
 
     return run
 
@@ -110,7 +111,7 @@ def test_a_model_for_shorter_texts(examine, policy):
     assert only(examine({PATH: str(policy)}), "positions").status == "skipped"
 
 
-def test_a_model_that_was_not_fetched_yet(examine, subject, tmp_path, monkeypatch):
+def test_a_model_that_was_not_fetched_yet(examine, planned, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     findings = examine(recipe="countdown3-1.5b", hardware="8gpu")
     finding = only(findings, "model")
@@ -120,8 +121,8 @@ def test_a_model_that_was_not_fetched_yet(examine, subject, tmp_path, monkeypatc
     assert only(findings, "remote code").status == "skipped"
     assert only(findings, "positions").status == "skipped"
     # Its dimensions are known all the same, but not those of another in its place.
-    assert subject(recipe="countdown3-1.5b", hardware="8gpu").size == KNOWN_MODELS[HUB]
-    other = subject({PATH: str(tmp_path / "other")}, recipe="countdown3-1.5b", hardware="8gpu")
+    assert planned(recipe="countdown3-1.5b", hardware="8gpu").size == MODEL_SIZES[HUB]
+    other = planned({PATH: str(tmp_path / "other")}, recipe="countdown3-1.5b", hardware="8gpu")
     assert other.size is None
 
 

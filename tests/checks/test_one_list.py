@@ -269,12 +269,13 @@ def test_nothing_is_made_for_a_configuration_that_is_refused(files, monkeypatch,
 def test_what_is_made_is_looked_at_then(files, made, places, monkeypatch):
     """The data and the policy are checked once they are there, and nothing twice before."""
     from hpo_verl.checks.composition import compose_resolved
-    from hpo_verl.checks.subject import Subject
+
+    from hpo_verl.checks.planned_run import PlannedRun
 
     outputs = {name: files / f"new_{name}" for name in ("data", "policy")}
     absent = [f"prepare.{name}.output={path}" for name, path in outputs.items()]
     config, _ = compose_resolved("countdown-tiny", [*absent, "data.max_prompt_length=8"])
-    subject = Subject("countdown-tiny", (), config, files / "run")
+    planned = PlannedRun("countdown-tiny", (), config, files / "run")
 
     def make(config, announce):
         announce("making")
@@ -284,7 +285,7 @@ def test_what_is_made_is_looked_at_then(files, made, places, monkeypatch):
     monkeypatch.setattr(checklist, "make_missing", make)
     said = []
     with pytest.raises(CheckFailedError, match=r"^prompts: data\.max_prompt_length=8: "):
-        checklist.make_and_check(subject, said.append)
+        checklist.make_and_check(planned, said.append)
     assert said == ["making"]
 
 

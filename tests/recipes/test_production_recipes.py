@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.checks.configuration import check_settings
 from hpo_verl.checks.data import check_files
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import preparations
 from hpo_verl.config.recipes import (
     compose_recipe,
@@ -160,7 +160,7 @@ def test_merging_and_building_here_equals_hydra_and_the_preflight():
     for i, (recipe, extra, hardware, algorithm) in enumerate(rotation()):
         overrides = [*extra, f"hardware={hardware}", f"algo={algorithm}"]
         real = without_hydra(compose_recipe(recipe, overrides))
-        assert check_settings(Subject(recipe, (), real, Path())).ok
+        assert check_settings(PlannedRun(recipe, (), Path(), composed=real)).status == "ok"
         check_with_verl(real)
         resolved = OmegaConf.to_container(real, resolve=True)
         if i % 4 == 0:
@@ -309,7 +309,7 @@ def test_the_listed_command_makes_the_data_that_the_recipe_reads(recipe, sizes, 
     )
     made = next(iter(preparations(config)))
     subprocess.run(made.command, check=True, cwd=ROOT, capture_output=True)
-    assert check_files(Subject(recipe, (), config, tmp_path)).ok
+    assert check_files(PlannedRun(recipe, (), tmp_path, composed=config)).status == "ok"
 
 
 def test_stock_verl_composes_the_same(tmp_path):

@@ -4,9 +4,9 @@ import math
 
 import pytest
 from composed_recipes import composed
+from model_sizes import MODEL_SIZES
 
 from hpo_verl.checks.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
-from hpo_verl.checks.model_size import KNOWN_MODELS
 from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.config.settings import cards_a_copy
 
@@ -28,11 +28,11 @@ def test_the_doctor_knows_every_model_of_the_recipes():
     for name in HUB_IDS:
         config = composed(*RECIPE_OF[name], "8gpu")
         assert config.prepare.policy.arguments.repo == HUB_IDS[name]
-    assert set(KNOWN_MODELS) == set(HUB_IDS.values())
+    assert set(MODEL_SIZES) == set(HUB_IDS.values())
 
 
 def test_parameter_counts_follow_from_the_dimensions():
-    for name, size in KNOWN_MODELS.items():
+    for name, size in MODEL_SIZES.items():
         hidden, width = size.hidden_size, size.key_value_heads * size.head_size
         bias = 0 if "Llama" in name else hidden + 2 * width
         feed_forward = 3 * hidden * size.intermediate_size
@@ -44,7 +44,7 @@ def test_parameter_counts_follow_from_the_dimensions():
 def memory_row(name, hardware):
     """One line of the README's memory table, in GiB a card, by the doctor's arithmetic."""
     config = composed(*RECIPE_OF[name], hardware)
-    memory = card_memory(KNOWN_MODELS[HUB_IDS[name]], config, RECIPE_CARD_GIB)
+    memory = card_memory(MODEL_SIZES[HUB_IDS[name]], config, RECIPE_CARD_GIB)
     assert max(memory.update, memory.sampling) < RECIPE_CARD_GIB
     cells = (
         *(memory.weights, memory.gradients, memory.adam, memory.loss.size, memory.layer.size),
@@ -58,7 +58,7 @@ def memory_row(name, hardware):
 @pytest.mark.parametrize("name", HUB_IDS)
 def test_one_card_samples_as_many_responses_at_once_as_its_cache_holds(name):
     config = composed(*RECIPE_OF[name], "1gpu")
-    memory = card_memory(KNOWN_MODELS[HUB_IDS[name]], config, RECIPE_CARD_GIB)
+    memory = card_memory(MODEL_SIZES[HUB_IDS[name]], config, RECIPE_CARD_GIB)
     whole = memory.cache_tokens / (config.data.max_prompt_length + config.data.max_response_length)
     at_once = config.actor_rollout_ref.rollout.max_num_seqs
     assert at_once == min(1024, whole // 128 * 128)

@@ -42,8 +42,8 @@ def test_any_other_target_is_named(target):
     assert f"actor.0.x._target_={target}" in finding.detail
 
 
-def test_nothing_but_our_own_code(subject):
-    assert check_code(OmegaConf.to_container(subject().config)).status == "ok"
+def test_nothing_but_our_own_code(planned):
+    assert check_code(OmegaConf.to_container(planned().config)).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_nothing_but_our_own_code(subject):
         ("actor_rollout_ref.rollout.agent.agent_loop_manager_class", "evil.Manager"),
     ],
 )
-def test_modules_of_others(subject, key, value):
-    finding = check_code(OmegaConf.to_container(subject({key: value}).config))
+def test_modules_of_others(planned, key, value):
+    finding = check_code(OmegaConf.to_container(planned({key: value}).config))
     assert finding.status == "error"
     assert key in finding.detail
     assert "evil" in finding.detail or "=os" in finding.detail
@@ -77,7 +77,7 @@ def test_a_file_of_the_users_is_shown_and_a_missing_one_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["actor_rollout_ref.model", "critic.model", "data"])
-def test_trusting_the_models_code(subject, key):
-    config = OmegaConf.to_container(subject({f"{key}.trust_remote_code": True}).config)
+def test_trusting_the_models_code(planned, key):
+    config = OmegaConf.to_container(planned({f"{key}.trust_remote_code": True}).config)
     finding = check_code(config)
     assert (finding.status, finding.fix) == ("error", f"{key}.trust_remote_code=false")

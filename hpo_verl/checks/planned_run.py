@@ -1,4 +1,4 @@
-"""What the checks look at: a composed recipe and where it is to run."""
+"""What the checks look at: a recipe with overrides, and where it is to run."""
 
 from __future__ import annotations
 
@@ -10,34 +10,68 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.checks.model_folders import policy_folder
-from hpo_verl.checks.model_size import KNOWN_MODELS, ModelSize, read_model_size
+from hpo_verl.checks.finding import first_line
+from hpo_verl.checks.memory import ModelSize, read_model_size
 from hpo_verl.checks.rows import Sample, read_rows
+from hpo_verl.config.cluster import join, joined_address
 from hpo_verl.config.prepare import Preparation, preparations
-from hpo_verl.config.recipes import recipe_names
-from hpo_verl.config.settings import data_files
-from hpo_verl.errors import DataError
+from hpo_verl.config.recipes import compose_recipe, recipe_names, without_hydra
+from hpo_verl.config.settings import data_files, policy_folder
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.runs.quiet import quiet_imports
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A recipe with overrides.
+class PlannedRun:
+    """A run that has not started.
 
     Attributes:
         recipe: its name.
         overrides: Hydra overrides, as given.
-        config: the composed and resolved configuration, without Hydra's own part.
         run_folder: where the run writes.
-        address: of the Ray cluster that the run joins; None for a Ray of its own.
+        given_address: of a Ray cluster; None where configuration and environment name it, if any.
         here: whether the run's processes, or some of them, run on this machine.
+        composed: the composed configuration, Hydra's own part included; None to compose it.
     """
 
     recipe: str
     overrides: tuple[str, ...]
-    config: DictConfig
     run_folder: Path
-    address: str | None = None
+    given_address: str | None = None
     here: bool = True
+    composed: DictConfig | None = None
+
+    @cached_property
+    def whole(self) -> DictConfig:
+        """The composed configuration, Hydra's own part included.
+
+        Raises:
+            ConfigError: it does not compose.
+        """
+        if self.composed is not None:
+            return self.composed
+        with quiet_imports():
+            return compose_recipe(self.recipe, self.overrides)
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """What verl reads, resolved; without what starts a Ray where the run joins one.
+
+        Raises:
+            ConfigError: it does not compose, or an interpolation leads nowhere.
+        """
+        config = without_hydra(self.whole)
+        try:
+            OmegaConf.resolve(config)
+        except Exception as problem:
+            raise ConfigError(first_line(problem)) from problem
+        join(config)
+        return config
+
+    @property
+    def address(self) -> str | None:
+        """Address of the Ray cluster that the run joins; None for a Ray of its own."""
+        return self.given_address or joined_address(self.config)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Value of a dotted key; the default where it is absent or null."""
@@ -47,11 +81,6 @@ class Subject:
     def command(self, name: str) -> str:
         """The same recipe and overrides with another command of `hpo-verl`."""
         return shlex.join(["hpo-verl", name, self.recipe, *self.overrides])
-
-    def making(self, preparation: Preparation) -> str:
-        """The command that makes what a preparation makes."""
-        known = self.recipe in recipe_names()
-        return self.command("prepare") if known else preparation.shown
 
     @property
     def on_cpu(self) -> bool:
@@ -64,9 +93,9 @@ class Subject:
         return self.get("actor_rollout_ref.rollout.name") == "vllm"
 
     @property
-    def several_machines(self) -> bool:
-        """Whether processes of the run may be on other machines."""
-        return self.address is not None or self.get("trainer.nnodes", 1) > 1
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.get("data.max_prompt_length") + self.get("data.max_response_length")
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -89,16 +118,22 @@ class Subject:
         makers = (p for p in preparations(self.config) if path.is_relative_to(p.output))
         return next(makers, None)
 
+    def how_to_make(self, path: Path, otherwise: str) -> str:
+        """How to get a right file or folder in the place of a missing or damaged one."""
+        maker = self.maker(path)
+        if maker is None:
+            return otherwise
+        command = self.command("prepare") if self.recipe in recipe_names() else maker.shown
+        return f"remove {maker.output}, then {command}" if maker.output.exists() else command
+
     @cached_property
     def size(self) -> ModelSize | None:
-        """Dimensions of the policy; None if they are unknown."""
+        """Dimensions of the policy; None while its folder does not tell them."""
         try:
             return read_model_size(self.policy_folder)
         except DataError:
-            # The check of the policy says why. What was not fetched yet may still be known.
-            made = self.maker(self.policy_folder)
-            repo = self.get("prepare.policy.arguments.repo") if made else None
-            return KNOWN_MODELS.get(str(repo))
+            # The check of the policy says why.
+            return None
 
     @cached_property
     def rows(self) -> dict[Path, Sample]:

