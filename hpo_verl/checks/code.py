@@ -47,7 +47,7 @@ def check_code(run: PlannedRun) -> list[Finding]:
     """Everything that a configuration would call or load; before any of it is instantiated."""
     # Unresolved, since an interpolation may hide a name.
     whole = OmegaConf.to_container(run.whole, resolve=False)
-    return [check_targets(whole), check_modules(OmegaConf.to_container(run.config))]
+    return [check_targets(whole), check_loaded_code(OmegaConf.to_container(run.config))]
 
 
 def check_targets(whole: Any) -> Finding:
@@ -71,7 +71,7 @@ def check_targets(whole: Any) -> Finding:
     return ok(f"{len(targets)} `_target_` entries, all of verl, hpo_verl or Hydra", "targets")
 
 
-def check_modules(config: Any) -> Finding:
+def check_loaded_code(config: Any) -> Finding:
     """Whether verl would load modules, files or a model's code besides its own and this package's.
 
     Args:

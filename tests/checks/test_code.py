@@ -1,9 +1,14 @@
 """Code of others that a configuration would run is found before anything runs it."""
 
+import json
+import shutil
+
 import pytest
 from omegaconf import OmegaConf
+from wrong_settings import LOADED_CODE_OF_OTHERS
 
-from hpo_verl.checks.code import check_code, check_targets
+from hpo_verl.checks.code import check_loaded_code, check_model_code, check_targets
+from hpo_verl.errors import DataError
 
 
 def test_what_verl_hydra_and_this_package_name_is_permitted():
@@ -43,41 +48,43 @@ def test_any_other_target_is_named(target):
 
 
 def test_nothing_but_our_own_code(planned):
-    assert check_code(OmegaConf.to_container(planned().config)).status == "ok"
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("actor_rollout_ref.model.external_lib", "os"),
-        ("actor_rollout_ref.model.external_lib", ["hpo_verl.core", "evil"]),
-        ("reward.custom_reward_function.path", "pkg://evil.reward"),
-        ("reward.custom_reward_function.path", "pkg://hpo_verl/../evil"),
-        ("trainer.checkpoint_callback_class", "evil.Callback"),
-        ("trainer.v1.sampler.custom_sampler.path", "pkg://evil"),
-        ("actor_rollout_ref.rollout.agent.agent_loop_manager_class", "evil.Manager"),
-    ],
-)
-def test_modules_of_others(planned, key, value):
-    finding = check_code(OmegaConf.to_container(planned({key: value}).config))
-    assert finding.status == "error"
-    assert key in finding.detail
-    assert "evil" in finding.detail or "=os" in finding.detail
+    assert check_loaded_code(OmegaConf.to_container(planned().config)).status == "ok"
 
 
 def test_a_file_of_the_users_is_shown_and_a_missing_one_is_an_error(tmp_path):
     file = tmp_path / "mine.py"
     config = {"reward": {"custom_reward_function": {"path": str(file)}}}
-    assert check_code(config).status == "error"
-    assert "no such file" in check_code(config).detail
+    assert check_loaded_code(config).status == "error"
+    assert "no such file" in check_loaded_code(config).detail
     file.write_text("raise SystemExit('this was executed')")
-    finding = check_code(config)
+    finding = check_loaded_code(config)
     assert finding.status == "warning"
     assert f"reward.custom_reward_function.path={file} will be executed" in finding.detail
 
 
-@pytest.mark.parametrize("key", ["actor_rollout_ref.model", "critic.model", "data"])
-def test_trusting_the_models_code(planned, key):
-    config = OmegaConf.to_container(planned({f"{key}.trust_remote_code": True}).config)
-    finding = check_code(config)
-    assert (finding.status, finding.fix) == ("error", f"{key}.trust_remote_code=false")
+@pytest.mark.parametrize(("changes", "words"), LOADED_CODE_OF_OTHERS)
+def test_code_of_others(planned, changes, words):
+    finding = check_loaded_code(OmegaConf.to_container(planned(changes).config))
+    assert finding.status == "error"
+    assert words in finding.detail
+    (key,) = changes
+    assert (finding.fix == f"{key}=false") == key.endswith("trust_remote_code")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", json.dumps({"auto_map": {"AutoModel": "m.M"}})),
+        ("tokenizer_config.json", json.dumps({"auto_map": {"AutoTokenizer": ["t.T", None]}})),
+        ("modeling_own.py", "pass"),
+    ],
+)
+def test_a_model_that_brings_code(planned, made, tmp_path, name, text):
+    folder = shutil.copytree(made / "policy", tmp_path / "policy")
+    run = planned({"actor_rollout_ref.model.path": str(folder)})
+    (folder / "broken.json").write_text("{")
+    (folder / "list.json").write_text("[]")
+    assert check_model_code(run).status == "ok"
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=r"actor_rollout_ref\.model\.path: .*" + name):
+        check_model_code(run)

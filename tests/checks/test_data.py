@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hpo_verl.checks.checklist import CHECKS, run_checks
 
 from hpo_verl.checks import data
 from hpo_verl.checks.data import right_responses
+from hpo_verl.checks.list import CHECKS, run_checks
 from hpo_verl.checks.rows import read_rows
 from hpo_verl.errors import DataError
 

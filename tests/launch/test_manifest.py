@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from run_files import make_run_files
 
 from data_prep.policies import hub as hub_policy
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.config.redaction import masked
 from hpo_verl.errors import DataError
 from hpo_verl.launch import manifest
@@ -147,10 +148,8 @@ def test_what_is_secret(value, key, expected):
 
 
 def test_masking_leaves_the_recipes_as_they_are():
-    from hpo_verl.checks.composition import compose_resolved
-
     for recipe in ("countdown-tiny", "countdown4-7b"):
-        plain = OmegaConf.to_container(compose_resolved(recipe, [])[0])
+        plain = OmegaConf.to_container(without_hydra(compose_recipe(recipe, [])), resolve=True)
         assert masked(plain) == plain
 
 

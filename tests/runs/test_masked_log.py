@@ -6,7 +6,7 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.checks.subject import Subject
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.redaction import secret_mask
 from hpo_verl.launch import train
 from hpo_verl.runs.process import BLOCK_BYTES, LINE_BYTES, ChildProcess, copy_masked
@@ -122,8 +122,9 @@ def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
     def stand_in(arguments, variables, mask):
         raise Seen(mask("correct-horse, the-token-of-mine"))
 
-    subject = Subject("any", (), OmegaConf.create(settings), tmp_path / "run")
-    monkeypatch.setattr(train, "compose_alone", lambda *_: (subject, []))
+    planned = PlannedRun("any", (), tmp_path / "run", composed=OmegaConf.create(settings))
+    monkeypatch.setattr(train, "PlannedRun", lambda *_: planned)
+    monkeypatch.setattr(train, "check_quickly", lambda _: [])
     monkeypatch.setattr(train, "ChildProcess", stand_in)
     monkeypatch.setenv("HF_TOKEN", "the-token-of-mine")
     with pytest.raises(Seen, match=r"^\*\*\*, \*\*\*$"):

@@ -1,10 +1,15 @@
 """Whatever a run loads of a model is a folder here, whole and without code."""
 
+import re
+
 import pytest
 from model_folders import make_model
 from omegaconf import OmegaConf
 
-from hpo_verl.checks.model_folders import check_model, check_no_code, check_other_models
+from hpo_verl.checks.code import check_model_code
+from hpo_verl.checks.model import check_policy, other_faults
+from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.config.settings import policy_folder
 from hpo_verl.errors import DataError
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -37,16 +42,8 @@ def config(tmp_path):
 
 
 def refused(config, message):
-    with pytest.raises(DataError, match=message):
-        check_other_models(config)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_an_incomplete_folder(config, tmp_path, name):
-    check_model(config)
-    (tmp_path / "model" / name).unlink()
-    with pytest.raises(DataError, match="model holds no "):
-        check_model(config)
+    (fault,) = other_faults(config)
+    assert re.search(message, fault)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 60])
@@ -54,28 +51,22 @@ def test_truncated_weights(config, tmp_path, cut):
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-cut])
     with pytest.raises(DataError, match=r"model\.safetensors"):
-        check_model(config)
-
-
-def test_a_name_on_the_hub_is_refused_since_it_names_no_commit(config):
-    config.actor_rollout_ref.model.path = HUB
-    with pytest.raises(DataError, match=r"Instruct is not a folder; .*fetched at a commit: python"):
-        check_model(config)
+        check_policy(policy_folder(config))
 
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_so_is_one_under_every_other_key_that_verl_loads_from(config, tmp_path, key):
-    check_other_models(config)
+    assert list(other_faults(config)) == []
     OmegaConf.update(config, key, HUB)
     refused(config, f"{key}: {HUB} is not a folder; .*fetched at a commit")
     OmegaConf.update(config, key, str(tmp_path / "model"))
-    check_other_models(config)
-    check_no_code(config)
+    assert list(other_faults(config)) == []
+    check_model_code(PlannedRun("any", (), tmp_path, composed=config))
     other = make_model(tmp_path / "other")
     OmegaConf.update(config, key, str(other))
     (other / "own.py").write_text("")
     with pytest.raises(DataError, match=f"{key}: .*holds code, own.py"):
-        check_no_code(config)
+        check_model_code(PlannedRun("any", (), tmp_path, composed=config))
 
 
 def test_weights_in_pickles(config, tmp_path):
@@ -86,13 +77,13 @@ def test_weights_in_pickles(config, tmp_path):
     refused(config, "holds adapter_model.bin; weights must be safetensors")
     # Beside safetensors nobody reads it.
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    check_other_models(config)
+    assert list(other_faults(config)) == []
 
 
 def test_a_critic_is_looked_at_where_there_is_one(config):
     config.algorithm.adv_estimator = "gae"
     refused(config, r"critic\.model\.path: .*deepseek-llm-7b-chat is not a folder")
     config.algorithm.adv_estimator = "grpo"
-    check_other_models(config)
+    assert list(other_faults(config)) == []
     config.critic.enable = True
     refused(config, r"critic\.model\.path")

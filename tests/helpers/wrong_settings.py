@@ -1,0 +1,103 @@
+"""Settings that are illegal or teach nothing: changes of keys, the finding, and words of it."""
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+UNLEARNABLE = [
+    ({f"{ROLLOUT}.n": 1}, "rollout.n=1: the estimator a_hpo compares the responses"),
+    ({f"{ROLLOUT}.n": 1, "algorithm.adv_estimator": "rloo"}, "the estimator rloo compares"),
+    ({f"{ROLLOUT}.temperature": 0.0}, "rollout.temperature=0.0: sampling is greedy"),
+    ({f"{ROLLOUT}.top_k": 1}, "rollout.top_k=1: sampling is greedy"),
+    ({f"{ACTOR}.optim.lr": 0.0}, "optim.lr=0: no update"),
+    ({f"{ACTOR}.grad_clip": 0}, "grad_clip=0: no update"),
+]
+OUT_OF_RANGE = [
+    ({f"{ACTOR}.ppo_mini_batch_size": 128}, "must divide data.train_batch_size=64"),
+    ({f"{ACTOR}.ppo_mini_batch_size": 3}, "must divide data.train_batch_size=64"),
+    ({"trainer.total_training_steps": 0}, "total_training_steps=0"),
+    ({"data.max_prompt_length": None}, "max_prompt_length=None: must be an integer"),
+    ({"trainer.nnodes": None}, "nnodes=None: must be an integer"),
+    ({f"{ACTOR}.optim.lr": -1e-6}, "lr=-1e-06: must be a number in [0, 1]"),
+    ({f"{ACTOR}.optim.lr": "fast"}, "lr='fast': must be a number"),
+    ({f"{ACTOR}.optim.lr": float("nan")}, "lr=nan"),
+    ({f"{ROLLOUT}.n": 0}, "rollout.n=0: must be an integer >= 1"),
+    ({f"{ROLLOUT}.n": 2.5}, "rollout.n=2.5: must be an integer"),
+    ({f"{ROLLOUT}.n": True}, "rollout.n=True: must be an integer"),
+    ({"seed": -1}, "seed=-1"),
+]
+NOT_TOGETHER = [
+    ({f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"}, "permits token-mean only"),
+    ({f"{ACTOR}.policy_loss.loss_mode": "kl_cov"}, "covariance"),
+    ({"algorithm.hpo.alpha_min": 1.5}, "alpha_min"),
+]
+UNKNOWN_NAMES = [
+    ({"algorithm.adv_estimator": "a_hop"}, "did you mean a_hpo"),
+    ({f"{ACTOR}.policy_loss.loss_mode": "vanila"}, "did you mean vanilla"),
+    ({"trainer.v1.trainer_mode": "hpo_snc"}, "did you mean hpo_sync"),
+    ({"reward.reward_manager.name": "naiv"}, "did you mean naive"),
+    ({f"{ROLLOUT}.name": "vlm"}, "did you mean vllm"),
+    ({f"{ROLLOUT}.agent.default_agent_loop": "single_turn"}, "single_turn_agent"),
+    ({"trainer.logger": ["console", "mlflo"]}, "trainer.logger=mlflo: not registered with verl"),
+    ({f"{ROLLOUT}.checkpoint_engine.backend": "ncll"}, "backend=ncll: not registered with verl"),
+    ({f"{ACTOR}.strategy": "fsdp3"}, "strategy=fsdp3: not registered with verl"),
+]
+REFUSED_BY_VERL = [({f"{ROLLOUT}.dtype_": 1}, ROLLOUT)]
+TOO_SHORT = [
+    ({f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": 39}, "gpu=39: a"),
+    ({f"{ROLLOUT}.max_model_len": 32}, "max_model_len=32: a prompt and its response may have 16"),
+]
+CODE_OF_OTHERS = [
+    ({f"{ACTOR}.policy_loss._target_": "os.system"}, "_target_=os.system"),
+    ({"hydra.callbacks.mine._target_": "evil.Callback"}, "mine._target_=evil.Callback"),
+    ({f"{ACTOR}._target_": "${seed}"}, "_target_=${seed}"),
+]
+LOADED_CODE_OF_OTHERS = [
+    ({f"{ACTOR}.optim.optimizer_impl": "evil"}, "optim.optimizer_impl=evil"),
+    ({"actor_rollout_ref.model.external_lib": "os"}, "model.external_lib=os"),
+    ({"actor_rollout_ref.model.external_lib": ["hpo_verl.core", "evil"]}, "external_lib.1=evil"),
+    ({"reward.custom_reward_function.path": "pkg://evil.reward"}, "path=pkg://evil"),
+    (
+        {"reward.custom_reward_function.path": "pkg://hpo_verl/../evil"},
+        "path=pkg://hpo_verl/../evil",
+    ),
+    ({"reward.reward_manager.module.path": "pkg://evil"}, "path=pkg://evil"),
+    ({"trainer.checkpoint_callback_class": "evil.Callback"}, "callback_class=evil.Callback"),
+    ({"trainer.v1.sampler.custom_sampler.path": "pkg://evil"}, "sampler.path=pkg://evil"),
+    ({f"{ROLLOUT}.agent.agent_loop_manager_class": "evil.M"}, "manager_class=evil.M"),
+    *(
+        ({f"{key}.trust_remote_code": True}, f"{key}.trust_remote_code=True: would execute code")
+        for key in ("actor_rollout_ref.model", "critic.model", "data")
+    ),
+]
+ABSENT_MODULES = [
+    ({"trainer.logger": ["console", "swanlab"]}, "trainer.logger=swanlab imports swanlab, not"),
+    ({f"{ROLLOUT}.trace.backend": "weave"}, "trace.backend=weave imports weave, not installed"),
+]
+CASES = [
+    (changes, name, words)
+    for name, cases in (
+        ("learning", UNLEARNABLE),
+        ("settings", OUT_OF_RANGE),
+        ("algorithm", NOT_TOGETHER),
+        ("names", UNKNOWN_NAMES),
+        ("verl's checks", REFUSED_BY_VERL),
+        ("lengths", TOO_SHORT),
+        ("targets", CODE_OF_OTHERS),
+        ("code", LOADED_CODE_OF_OTHERS),
+        ("modules", ABSENT_MODULES),
+    )
+    for changes, words in cases
+]
+
+
+def as_overrides(changes):
+    """The changes as Hydra overrides, whether a key is there or not."""
+    return [f"++{key}={_value(value)}" for key, value in changes.items()]
+
+
+def _value(value):
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"'{value}'" if "://" in str(value) else str(value)
