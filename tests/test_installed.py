@@ -117,9 +117,8 @@ def test_another_verl_is_refused_on_the_cpu(another_verl):
 
 CHECKS = """
 from hpo_verl.checks import packages
-from types import SimpleNamespace
 print([f.status + ": " + f.detail for f in packages.check_base() if f.name == "verl"][0])
-print(packages.check_cpu_backend(SimpleNamespace(on_cpu=True))[0].detail)
+print(packages.compare_packages("cpu", False, on_cpu=True)[-1].detail)
 """
 
 

@@ -67,13 +67,14 @@ def is_elsewhere(address: str | None) -> bool:
         return True
 
 
-def check_address(address: str | None) -> list[Finding]:
-    """Whether an address is one, and somebody listens there; nothing without an address.
+def check_address(run: PlannedRun) -> list[Finding]:
+    """Whether the given address is one, and somebody listens there; nothing without one.
 
     Raises:
         ConfigError: not of a permitted form.
         EnvironmentCheckError: nobody listens there.
     """
+    address = run.given_address
     if address is None:
         return []
     if address == AUTO:
@@ -96,12 +97,9 @@ def check_address(address: str | None) -> list[Finding]:
 
 def ask(run: PlannedRun) -> dict[str, Any]:
     """Run the probe and return its answer; `failure` says why there is none."""
-    arguments = ["-m", "hpo_verl.checks.probe", "--address", run.address or LOCAL]
+    paths = read_paths(run) if run.address else []
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    if run.address:
-        for path in read_paths(run):
-            arguments += ["--path", path]
-    else:
+    if run.address is None:
         # Ray's own switch for one node with every server on loopback.
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if run.on_cpu:
@@ -116,7 +114,8 @@ def ask(run: PlannedRun) -> dict[str, Any]:
         log = Path(folder) / "probe.log"
         try:
             with ChildProcess(
-                lambda own: [*arguments, "--temp-dir", str(own)], lambda _: environment
+                lambda own: ["-m", "hpo_verl.checks.probe", run.address or LOCAL, str(own), *paths],
+                lambda _: environment,
             ) as process:
                 process.go(log)
                 process.wait(watch)

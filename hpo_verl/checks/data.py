@@ -77,20 +77,17 @@ def check_schema(run: PlannedRun) -> Finding:
 
 
 class Scores(NamedTuple):
-    """What a reward function made of sampled rows.
+    """What a reward function made of sampled rows."""
 
-    Attributes:
-        wrong: score of a wrong response to each row that was scored.
-        right: best score of the known answers, where one scores better than the wrong response.
-        known: number of rows with a known answer.
-        failures: row (1 is the first sampled) -> what was wrong.
-        keys: names that it returned, each set once.
-    """
-
+    # Score of a wrong response to each row.
     wrong: list[float]
+    # Best score of the known answers, where one scores better than the wrong response.
     right: list[float]
+    # Rows with a known answer; 1 is the first sampled.
     known: list[int]
+    # Row -> what went wrong.
     failures: dict[int, str]
+    # Names that it returned, each set once.
     keys: set[frozenset[str]]
 
 

@@ -6,16 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hpo_verl.checks import (
-    cluster,
-    code,
-    configuration,
-    data,
-    machine,
-    model,
-    packages,
-    storage,
-)
+from hpo_verl.checks import cluster, code, configuration, data, machine, model, packages, storage
 from hpo_verl.checks.finding import Finding, error, first_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import make_missing, missing
@@ -23,7 +14,6 @@ from hpo_verl.errors import HpoVerlError
 
 Need = Literal["here", "own ray", "data", "policy", "verl", "cluster", "ray"]
 THE_OTHERS = "other checks"
-DATA, POLICY = ("here", "data"), ("here", "policy")
 
 
 @dataclass(frozen=True)
@@ -57,80 +47,43 @@ class Check:
         return {"here", "own ray"}.issuperset(self.needs)
 
 
-def _packages(run: PlannedRun) -> list[Finding]:
-    return packages.check_packages("cpu" if run.on_cpu else "cuda", run.needs_vllm)
-
-
+TOGETHER, CORRECT = "see docs/pages/algorithms.md", "correct the override"
+SCHEMA = (
+    'a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
+    "reward_model={ground_truth}"
+)
+HERE, OWN_RAY = ("here",), ("here", "own ray")
+DATA, POLICY = ("here", "data"), ("here", "policy")
 # What is quick comes first.
 CHECKS = (
-    Check("python", lambda _: packages.check_base(), vital=True),
-    Check(
-        "address",
-        lambda run: cluster.check_address(run.given_address),
-        ("cluster",),
-        fix="correct --address, or start the cluster",
-    ),
-    Check(
-        "recipe",
-        configuration.check_recipe,
-        fix="see `hpo-verl list`, and correct the override",
-        vital=True,
-    ),
+    Check("python", packages.check_base, vital=True),
+    Check("address", cluster.check_address, ("cluster",), fix=f"{CORRECT}, or start the cluster"),
+    Check("recipe", configuration.check_recipe, fix=f"see `hpo-verl list`, {CORRECT}", vital=True),
     Check("code", code.check_code, vital=True),
-    Check("settings", configuration.check_settings, fix="correct the override", vital=True),
+    Check("settings", configuration.check_settings, fix=CORRECT, vital=True),
     Check("learning", configuration.check_learnable),
     Check("steps", configuration.check_steps, again=True),
     Check("lengths", configuration.check_lengths),
     Check("paths", storage.check_paths),
-    Check("machine", machine.check_here, ("here", "own ray"), again=True),
-    Check("packages", _packages, ("here",)),
-    Check("cpu backend", packages.check_cpu_backend, ("here",)),
-    Check("modules", packages.check_modules, ("here",)),
-    Check("folders", storage.check_folders, ("here",)),
-    Check("disk", storage.check_disk, ("here",), after=("folders",), again=True),
-    Check("shared memory", storage.check_shared_memory, ("here", "own ray")),
-    Check("ports", storage.check_ports, ("here", "own ray")),
+    Check("machine", machine.check_here, OWN_RAY, again=True),
+    Check("packages", packages.check_packages, HERE),
+    Check("modules", packages.check_modules, HERE),
+    Check("folders", storage.check_folders, HERE),
+    Check("disk", storage.check_disk, HERE, ("folders",), again=True),
+    Check("shared memory", storage.check_shared_memory, OWN_RAY),
+    Check("ports", storage.check_ports, OWN_RAY),
     Check("data files", data.check_files, DATA),
-    Check(
-        "schema",
-        data.check_schema,
-        DATA,
-        after=("data files",),
-        fix='a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
-        "reward_model={ground_truth}",
-    ),
-    Check("reward", data.check_reward, DATA, after=("schema",)),
+    Check("schema", data.check_schema, DATA, ("data files",), SCHEMA),
+    Check("reward", data.check_reward, DATA, ("schema",)),
     Check("model", model.check_model, POLICY),
-    Check(
-        "remote code",
-        code.check_model_code,
-        POLICY,
-        fix="a model whose architecture transformers knows",
-    ),
+    Check("remote code", code.check_model_code, POLICY, (), "a model that transformers knows"),
     Check("positions", model.check_positions, POLICY),
-    Check("plugin", lambda _: packages.check_plugin(), ("verl",)),
-    Check(
-        "driver",
-        packages.check_driver,
-        ("here", "verl"),
-        fix="repair the driver, or ask the machine's owner",
-    ),
-    Check("names", configuration.check_names, ("verl",), after=("plugin",)),
-    Check(
-        "algorithm",
-        configuration.check_algorithm,
-        ("verl",),
-        after=("names",),
-        fix="see docs/pages/algorithms.md for what goes together",
-    ),
-    Check(
-        "verl's checks",
-        configuration.check_with_verl,
-        ("verl",),
-        after=("names",),
-        fix="correct the override it names",
-    ),
-    Check("prompts", data.check_prompts, (*DATA, "policy", "verl"), after=("schema",)),
+    Check("plugin", packages.check_plugin, ("verl",)),
+    Check("driver", packages.check_driver, ("here", "verl"), (), "repair the driver"),
+    Check("names", configuration.check_names, ("verl",), ("plugin",)),
+    Check("algorithm", configuration.check_algorithm, ("verl",), ("names",), TOGETHER),
+    Check("verl's checks", configuration.check_with_verl, ("verl",), ("names",), CORRECT),
+    Check("prompts", data.check_prompts, (*DATA, "policy", "verl"), ("schema",)),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray.

@@ -102,7 +102,7 @@ PLUGINS_VARIABLE, MODULES_VARIABLE = "VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTE
 REINSTALL = f"reinstall hpo-verl and verl {TESTED_VERL}"
 
 
-def check_base() -> list[Finding]:
+def check_base(_: PlannedRun | None = None) -> list[Finding]:
     """Python and verl: without the right ones nothing else can be checked."""
     running, verl = platform.python_version(), installed("verl")
     python = ok(running, "python")
@@ -121,21 +121,18 @@ def _permits(specifier: str, version: str) -> bool:
     return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
-def check_cpu_backend(run: PlannedRun) -> list[Finding]:
-    """Whether verl is the one whose internals the CPU backend knows."""
-    found = installed("verl")
-    if not run.on_cpu or found == TESTED_VERL:
-        return []
-    text = f"trainer.device=cpu: verl {found}; the CPU backend reaches into verl and needs"
-    return [error(f"{text} {TESTED_VERL}", INSTALL_VERL)]
+def check_packages(run: PlannedRun) -> list[Finding]:
+    """Compare the installed packages with the tested set of the run's device."""
+    return compare_packages("cpu" if run.on_cpu else "cuda", run.needs_vllm, run.on_cpu)
 
 
-def check_packages(kind: str, needs_vllm: bool) -> list[Finding]:
+def compare_packages(kind: str, needs_vllm: bool, on_cpu: bool = False) -> list[Finding]:
     """Compare the installed packages with a tested set.
 
     Args:
         kind: `cpu` or `cuda`, a key of `TESTED`.
         needs_vllm: whether vLLM samples the responses.
+        on_cpu: whether the CPU backend is used, which knows the internals of one verl.
     """
     findings = [_compare(name, kind) for name in ("torch", "ray", "transformers")]
     if needs_vllm and kind == "cpu":
@@ -146,10 +143,15 @@ def check_packages(kind: str, needs_vllm: bool) -> list[Finding]:
         findings.append(skipped("not installed, and this run does not use it", "vllm"))
     absent = [name for name in COMPANIONS if installed(name) is None]
     name, shown = "trainer packages", ", ".join(f"{name} {installed(name)}" for name in COMPANIONS)
+    findings.append(ok(shown, name))
     if absent:
         text = f"{', '.join(absent)} not installed; verl's V1 trainer imports them"
-        return [*findings, error(text, f"pip install {' '.join(absent)}", name)]
-    return [*findings, ok(shown, name)]
+        findings[-1] = error(text, f"pip install {' '.join(absent)}", name)
+    verl = installed("verl")
+    if on_cpu and verl != TESTED_VERL:
+        text = f"trainer.device=cpu: verl {verl}; the CPU backend reaches into verl and needs"
+        findings.append(error(f"{text} {TESTED_VERL}", INSTALL_VERL, "cpu backend"))
+    return findings
 
 
 def _compare(package: str, kind: str) -> Finding:
@@ -283,6 +285,6 @@ def plugin_finding(fault: tuple[str, str] | None, name: str, where: str = "") ->
     return ok(f"{where}{text}", name)
 
 
-def check_plugin() -> Finding:
+def check_plugin(_: PlannedRun | None = None) -> Finding:
     """The plugin in this process."""
     return plugin_finding(plugin_fault(), "plugin")

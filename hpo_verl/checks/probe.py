@@ -1,6 +1,6 @@
 """Asks Ray's workers about themselves; a process of its own, so that it can be ended.
 
-    python -m hpo_verl.checks.probe --address local --temp-dir DIR
+    python -m hpo_verl.checks.probe ADDRESS TEMPORARY_FOLDER [PATH]...
 
 prints one line: a mark and JSON. `local` starts a Ray of its own on loopback;
 any other address joins a cluster, or, for `http://`, sends itself there as a job.
@@ -8,7 +8,6 @@ any other address joins a cluster, or, for `http://`, sends itself there as a jo
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -62,7 +61,7 @@ def node_state(paths: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def ask_nodes(address: str, temporary: str | None, paths: Sequence[str]) -> dict[str, Any]:
+def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, Any]:
     """Run `node_state` in one worker of every node.
 
     Args:
@@ -115,9 +114,7 @@ def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(address)
-    command = ["python3", "-m", "hpo_verl.checks.probe", "--address", "auto"]
-    for path in paths:
-        command += ["--path", path]
+    command = ["python3", "-m", "hpo_verl.checks.probe", "auto", "", *paths]
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
@@ -147,18 +144,13 @@ def find_answer(text: str) -> dict[str, Any] | None:
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(address: str, temporary: str, *paths: str) -> None:
     """Run the probe and print its answer."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--address", required=True)
-    parser.add_argument("--temp-dir")
-    parser.add_argument("--path", action="append", default=[])
-    arguments = parser.parse_args(argv)
     try:
-        if arguments.address.startswith("http"):
-            answer = ask_by_job(arguments.address, arguments.path)
+        if address.startswith("http"):
+            answer = ask_by_job(address, paths)
         else:
-            answer = ask_nodes(arguments.address, arguments.temp_dir, arguments.path)
+            answer = ask_nodes(address, temporary, paths)
     except Exception as error:
         answer = {"failure": f"{type(error).__name__}: {first_line(error)}"}
     print(f"{MARK}{json.dumps(answer)}", flush=True)
@@ -166,4 +158,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    sys.exit(main())
+    main(*sys.argv[1:])

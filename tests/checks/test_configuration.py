@@ -87,7 +87,7 @@ def test_a_run_that_is_finished_has_no_step_left(planned, tmp_path, done, status
 
 @pytest.mark.parametrize(("changes", "name", "words"), [case for case in CASES if case[1] in NAMES])
 def test_wrong_settings_are_named(planned, changes, name, words):
-    (finding,) = run_checks(planned(changes), [check for check in CHECKS if check.name == name])
+    finding, *_ = run_checks(planned(changes), [check for check in CHECKS if check.name == name])
     assert (finding.name, finding.status) == (name, "error")
     assert words in finding.detail
     assert finding.fix

