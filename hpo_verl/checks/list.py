@@ -118,12 +118,12 @@ def _look(run: PlannedRun, check: Check, errors: list[str], skips: list[str]) ->
     if "own ray" in check.needs and run.address:
         # What a cluster offers is for its nodes to say.
         return []
+    if "here" in check.needs and not run.here:
+        return [skipped(f"this is not a machine of {run.address}; run the doctor on one of them")]
     missed = [name for name in check.after if name in errors or name in skips]
     missed = errors if "ray" in check.needs else missed
     if missed:
         return [skipped(f"not looked at because of {missed[0]}")]
-    if "here" in check.needs and not run.here:
-        return [skipped(f"this is not a machine of {run.address}; run the doctor on one of them")]
     try:
         found = check.look(run)
     except HpoVerlError as problem:
