@@ -127,38 +127,29 @@ def check_with_verl(run: PlannedRun) -> Finding:
     return ok("verl's own validation passes")
 
 
-def _joined(problems: list[tuple[str, str]]) -> Finding:
-    """One error of several texts with their fixes."""
-    texts, fixes = zip(*problems, strict=True)
-    return error("; ".join(texts), "; ".join(dict.fromkeys(fixes)))
-
-
-def check_learnable(run: PlannedRun) -> Finding:
+def check_learnable(run: PlannedRun) -> list[Finding]:
     """Whether an update would change the policy."""
-    if problems := list(_obstacles(run)):
-        return _joined(problems)
     batch, n = run.get("data.train_batch_size"), run.get(f"{ROLLOUT}.n")
     updates = batch // run.get(MINI_BATCH, batch)
-    return ok(f"a step is {batch} prompts x {n} responses, {updates} updates")
+    fine = ok(f"a step is {batch} prompts x {n} responses, {updates} updates")
+    return list(_obstacles(run)) or [fine]
 
 
-def _obstacles(run: PlannedRun) -> Iterator[tuple[str, str]]:
-    """Text and fix of everything that keeps the policy as it is."""
-    estimator, n = run.get("algorithm.adv_estimator"), run.get(f"{ROLLOUT}.n", 1)
+def _obstacles(run: PlannedRun) -> Iterator[Finding]:
+    """Everything that keeps the policy as it is."""
+    estimator, n = run.get("algorithm.adv_estimator"), run.get(f"{ROLLOUT}.n")
     if is_group_relative(estimator):
         if n < 2:
             text = f"{ROLLOUT}.n={n}: the estimator {estimator} compares the responses to one"
-            yield f"{text} prompt", f"{ROLLOUT}.n=8"
+            yield error(f"{text} prompt", f"{ROLLOUT}.n=8")
         for key, greedy in (("temperature", 0), ("top_k", 1), ("top_p", 0)):
             if (value := run.get(f"{ROLLOUT}.{key}")) == greedy:
-                yield (
-                    f"{ROLLOUT}.{key}={value}: sampling is greedy, so the responses to one prompt "
-                    "are equal",
-                    f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1",
-                )
+                text = f"{ROLLOUT}.{key}={value}: sampling is greedy, so the responses to one"
+                fix = f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1"
+                yield error(f"{text} prompt are equal", fix)
     for key in (f"{ACTOR}.optim.lr", f"{ACTOR}.grad_clip"):
         if run.get(key) == 0:
-            yield f"{key}=0: no update changes the policy", f"a {key} above 0"
+            yield error(f"{key}=0: no update changes the policy", f"a {key} above 0")
 
 
 def is_group_relative(estimator: str) -> bool:
@@ -175,25 +166,17 @@ def is_group_relative(estimator: str) -> bool:
 
 def check_steps(run: PlannedRun) -> Finding:
     """Whether the run has a step in which the policy is updated."""
-    steps = planned_steps(run)
+    steps, done = planned_steps(run), steps_done(run)
     if steps is None:
         return skipped("trainer.total_training_steps is not set; the data say how many")
-    problems = []
-    warmup, done = run.get("trainer.critic_warmup", 0), steps_done(run)
-    if warmup > steps:
-        text = (
-            f"trainer.critic_warmup={warmup}: the policy is first updated after it, and the run "
-            f"has {steps} steps"
-        )
-        problems.append((text, "trainer.critic_warmup=0"))
+    if (warmup := run.get("trainer.critic_warmup", 0)) > steps:
+        text = f"trainer.critic_warmup={warmup}: the policy is first updated after it, and the run"
+        return error(f"{text} has {steps} steps", "trainer.critic_warmup=0")
     if done and done >= steps:
-        text = (
-            f"{run.checkpoint_folder}: its checkpoint is of step {done} of {steps}, so no step is "
-            "left"
-        )
+        text = f"{run.checkpoint_folder}: its checkpoint is of step {done} of {steps}, so no step"
         fix = "a larger trainer.total_training_steps, or trainer.resume_mode=disable"
-        problems.append((text, fix))
-    return _joined(problems) if problems else ok(f"{steps} steps")
+        return error(f"{text} is left", fix)
+    return ok(f"{steps} steps")
 
 
 def planned_steps(run: PlannedRun) -> int | None:

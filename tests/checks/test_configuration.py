@@ -63,7 +63,7 @@ def test_every_estimator_is_known_to_compare_responses_or_not():
 
 def test_without_groups_one_response_is_enough(planned):
     changes = {f"{ROLLOUT}.n": 1, "algorithm.adv_estimator": "reinforce_plus_plus"}
-    assert check_learnable(planned(changes)).status == "ok"
+    assert [finding.status for finding in check_learnable(planned(changes))] == ["ok"]
 
 
 def test_epochs_give_steps_where_no_number_is_set(planned):
