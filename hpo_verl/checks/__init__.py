@@ -1,5 +1,5 @@
-"""`hpo-verl doctor`: what would go wrong in a run, found before it is started.
+"""What would go wrong in a run, found before it starts.
 
-One file per family of checks. Each check returns findings, trains nothing and
-writes nothing; a check that could not be made says so and is not "ok".
+`list.py` is the list. A file holds the checks of one thing that is looked at. A check is a function
+from a `PlannedRun` to findings; it trains nothing and writes nothing.
 """
