@@ -52,8 +52,10 @@ SCHEMA = (
     'a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
     "reward_model={ground_truth}"
 )
-HERE, OWN_RAY = ("here",), ("here", "own ray")
-DATA, POLICY = ("here", "data"), ("here", "policy")
+HERE: tuple[Need, ...] = ("here",)
+OWN_RAY: tuple[Need, ...] = (*HERE, "own ray")
+DATA: tuple[Need, ...] = (*HERE, "data")
+POLICY: tuple[Need, ...] = (*HERE, "policy")
 # What is quick comes first.
 CHECKS = (
     Check("python", packages.check_base, vital=True),

@@ -91,7 +91,7 @@ def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, A
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
         nodes = {}
         for reference, node in asked.items():
-            state = {"failure": f"no answer from a worker within {ANSWER_SECONDS:.0f} s"}
+            state: Any = {"failure": f"no answer from a worker within {ANSWER_SECONDS:.0f} s"}
             if reference in ready:
                 try:
                     state = ray.get(reference)

@@ -95,6 +95,7 @@ def check_disk(run: PlannedRun) -> Finding:
     parameters = run.size.parameters if run.size else 0
     needs = {run.run_folder: LEAST_FREE_GIB}
     needs[folder] = LEAST_FREE_GIB + count * each * parameters / GIB
+    text = ""
     for path, needed in needs.items():
         free = _free_gib(path)
         text = f"{needed:.2f} GiB for logs"
