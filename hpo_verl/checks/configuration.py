@@ -138,15 +138,18 @@ def check_learnable(run: PlannedRun) -> list[Finding]:
 def _obstacles(run: PlannedRun) -> Iterator[Finding]:
     """Everything that keeps the policy as it is."""
     estimator, n = run.get("algorithm.adv_estimator"), run.get(f"{ROLLOUT}.n")
-    if is_group_relative(estimator):
+    greedy = [
+        f"{ROLLOUT}.{key}={value}"
+        for key, one in (("temperature", 0), ("top_k", 1), ("top_p", 0))
+        if (value := run.get(f"{ROLLOUT}.{key}")) == one
+    ]
+    if (n < 2 or greedy) and is_group_relative(estimator):
         if n < 2:
             text = f"{ROLLOUT}.n={n}: the estimator {estimator} compares the responses to one"
             yield error(f"{text} prompt", f"{ROLLOUT}.n=8")
-        for key, greedy in (("temperature", 0), ("top_k", 1), ("top_p", 0)):
-            if (value := run.get(f"{ROLLOUT}.{key}")) == greedy:
-                text = f"{ROLLOUT}.{key}={value}: sampling is greedy, so the responses to one"
-                fix = f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1"
-                yield error(f"{text} prompt are equal", fix)
+        for setting in greedy:
+            text = f"{setting}: sampling is greedy, so the responses to one prompt are equal"
+            yield error(text, f"{ROLLOUT}.temperature=1.0 {ROLLOUT}.top_k=-1")
     for key in (f"{ACTOR}.optim.lr", f"{ACTOR}.grad_clip"):
         if run.get(key) == 0:
             yield error(f"{key}=0: no update changes the policy", f"a {key} above 0")
@@ -155,13 +158,19 @@ def _obstacles(run: PlannedRun) -> Iterator[Finding]:
 def is_group_relative(estimator: str) -> bool:
     """Whether an estimator compares the responses to one prompt; False where nobody knows.
 
-    The recipe of an algorithm that does not sets `rollout.n` to 1. Its record would need torch.
+    The recipe of an algorithm that does not sets `rollout.n` to 1. Only a record without a recipe
+    here is asked itself, since the records load torch.
     """
     for name in group_options("algo"):
         recipe = OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml")
         if OmegaConf.select(recipe, "algorithm.adv_estimator") == estimator:
             return OmegaConf.select(recipe, f"{ROLLOUT}.n") != 1
-    return estimator in GROUP_RELATIVE
+    if estimator in GROUP_RELATIVE:
+        return True
+    from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+
+    record = OUR_ESTIMATORS.get(estimator)
+    return record is not None and record.history is None
 
 
 def check_steps(run: PlannedRun) -> Finding:
