@@ -22,17 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpo_verl.algorithms.base import (
-    CLIP,
-    SEQ_MEAN_TOKEN_MEAN,
-    TOKEN_MEAN,
-    Advantages,
-    Algorithm,
-    Estimator,
-    Loss,
-    Rollout,
-    TokenBatch,
-)
+from hpo_verl.algorithms import base
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_number
@@ -93,63 +83,45 @@ def entropy_aware_advantages(
     return advantages.detach().double().unsqueeze(-1) * weights
 
 
-def aepo_clip_loss(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-) -> TokenLoss:
+def aepo_clip_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
     """AEPO's loss of every token.
 
     Values are those of the clipped surrogate. So are the slopes, except where the
     advantage is positive and r_t > 1 + clip_ratio_high: there the slope is
     -(1 + clip_ratio_high) A_t instead of 0.
-
-    Args:
-        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
-        advantages: Advantages, `[batch, response]`.
-        clip_ratio_low: Distance of the lower bound from 1, in [0, 1).
-        clip_ratio_high: Distance of the upper bound from 1, at least 0.
-
-    Returns:
-        Loss and slope per token.
     """
-    loss = clipped_surrogate(log_ratio, advantages, clip_ratio_low, clip_ratio_high)
-    stopped = (advantages > 0) & (loss.slopes == 0)
+    loss = clipped_surrogate(batch.log_ratio, batch.advantages, *batch.clip_range)
+    stopped = (batch.advantages > 0) & (loss.slopes == 0)
     return TokenLoss(loss.values, torch.where(stopped, loss.values, loss.slopes))
 
 
-def _advantage(rollout: Rollout, settings: AEPOAdvantageSettings) -> Advantages:
+def _advantage(rollout: base.Rollout, settings: AEPOAdvantageSettings) -> base.Advantages:
     group = group_relative_advantages(
         rollout.rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
     )
     values = entropy_aware_advantages(
         group.advantages, rollout.extras["entropy"], rollout.mask, settings
     )
-    return Advantages(values, zero_spread_groups=group.zero_spread_groups, groups=group.groups)
-
-
-def _token_loss(batch: TokenBatch, settings: None) -> TokenLoss:
-    return aepo_clip_loss(batch.log_ratio, batch.advantages, *batch.clip_range)
+    return base.Advantages(values, zero_spread_groups=group.zero_spread_groups, groups=group.groups)
 
 
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "aepo_advantage",
         ("2510.14545",),
-        f"{CLIP}, A (1 + a z(H)), gradient kept above it",
-        TOKEN_MEAN,
-        Estimator(
+        f"{base.CLIP}, A (1 + a z(H)), gradient kept above it",
+        base.TOKEN_MEAN,
+        base.Estimator(
             "aepo_advantage",
             _advantage,
             AEPOAdvantageSettings,
             section="aepo_advantage",
             needs=("entropy",),
         ),
-        Loss(
+        base.Loss(
             "aepo_clip",
-            _token_loss,
-            aggregations=(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN),
+            aepo_clip_loss,
+            aggregations=(base.TOKEN_MEAN, base.SEQ_MEAN_TOKEN_MEAN),
             clips=True,
             proportional=True,
         ),

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from hpo_verl.algorithms.base import TOKEN_MEAN, Algorithm, Loss, MiniBatchSums, TokenBatch
+from hpo_verl.algorithms import base
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.settings import require_flag, require_number
 from hpo_verl.core.surrogate import TokenLoss
@@ -171,48 +171,32 @@ def find_clip_bounds(sums: Sequence[float], settings: BAPOSettings) -> ClipBound
     return ClipBounds(lows[low], highs[high], positive[high] / total if total > 0 else 0.0)
 
 
-def bapo_loss(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
-) -> TokenLoss:
-    """BAPO's loss of every token: the clipped surrogate between two ratios.
-
-    Args:
-        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
-        advantages: `[batch, response]`.
-        clip_low: c_low of the mini-batch.
-        clip_high: c_high of the mini-batch.
-
-    Returns:
-        Loss and slope per token; the bounds carry no gradient.
-    """
-    return clipped_surrogate(log_ratio, advantages, 1.0 - clip_low, clip_high - 1.0)
+def bapo_loss(batch: base.TokenBatch, settings: BAPOSettings) -> TokenLoss:
+    """BAPO's loss of every token: the clipped surrogate between two ratios, without gradient."""
+    bounds: ClipBounds = batch.extras["mini_batch"]
+    return clipped_surrogate(batch.log_ratio, batch.advantages, 1.0 - bounds.low, bounds.high - 1.0)
 
 
-def _contributions(batch: TokenBatch, settings: BAPOSettings) -> torch.Tensor:
+def _contributions(batch: base.TokenBatch, settings: BAPOSettings) -> torch.Tensor:
     return contributions(
         batch.log_ratio, batch.old_log_prob, batch.advantages, batch.mask, settings
     )
 
 
-def _token_loss(batch: TokenBatch, settings: BAPOSettings) -> TokenLoss:
-    bounds: ClipBounds = batch.extras["mini_batch"]
-    return bapo_loss(batch.log_ratio, batch.advantages, bounds.low, bounds.high)
-
-
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "bapo",
         ("2510.18927",),
         "-min(r A, clip(r, c_low, c_high) A), bounds set per mini-batch",
-        TOKEN_MEAN,
-        loss=Loss(
+        base.TOKEN_MEAN,
+        loss=base.Loss(
             "bapo",
-            _token_loss,
+            bapo_loss,
             BAPOSettings,
-            aggregations=(TOKEN_MEAN,),
+            aggregations=(base.TOKEN_MEAN,),
             selects=True,
             caveat="sets its clip bounds by the sums of positive and negative advantages",
-            mini_batch_sums=MiniBatchSums(_contributions, find_clip_bounds, ClipBounds),
+            mini_batch_sums=base.MiniBatchSums(_contributions, find_clip_bounds, ClipBounds),
         ),
     ),
 )

@@ -25,14 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from hpo_verl.algorithms.base import (
-    CLIP,
-    TOKEN_MEAN,
-    Advantages,
-    Algorithm,
-    Estimator,
-    Rollout,
-)
+from hpo_verl.algorithms import base
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_number
 
@@ -187,7 +180,7 @@ def down_sample(
     )
 
 
-def _advantage(rollout: Rollout, settings: D3SSettings) -> Advantages:
+def _advantage(rollout: base.Rollout, settings: D3SSettings) -> base.Advantages:
     group = group_relative_advantages(
         rollout.rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
     )
@@ -198,7 +191,7 @@ def _advantage(rollout: Rollout, settings: D3SSettings) -> Advantages:
         settings,
         rollout.extras["progress"],
     )
-    return Advantages(
+    return base.Advantages(
         kept.advantages,
         zero_spread_groups=group.zero_spread_groups,
         groups=group.groups,
@@ -210,13 +203,13 @@ def _advantage(rollout: Rollout, settings: D3SSettings) -> Advantages:
 
 
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "d3s",
         ("2509.22115",),
-        f"{CLIP}, A = 0 outside the N responses of largest Var(A) and their K tokens of "
+        f"{base.CLIP}, A = 0 outside the N responses of largest Var(A) and their K tokens of "
         "largest |A| H",
-        TOKEN_MEAN,
-        Estimator(
+        base.TOKEN_MEAN,
+        base.Estimator(
             "d3s",
             _advantage,
             D3SSettings,

@@ -30,20 +30,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hpo_verl.algorithms.base import (
-    CLIP,
-    TOKEN_MEAN,
-    Advantages,
-    Algorithm,
-    Estimator,
-    Loss,
-    Rollout,
-    TokenBatch,
-)
+from hpo_verl.algorithms import base
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.groups import STD_EPSILON, group_relative_advantages
 from hpo_verl.core.settings import require_flag, require_number
 from hpo_verl.core.surrogate import TokenLoss
+
+DEVIATION = "entropy_deviation"
+"""The field with h of every token."""
 
 SMALLEST_ENTROPY = 1e-8
 """In nats; smaller entropies count as this much, so that their logarithm is finite."""
@@ -162,40 +156,23 @@ def entropy_deviation(
     return deviation
 
 
-def hapo_loss(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    deviation: torch.Tensor,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    settings: HAPOSettings,
-) -> TokenLoss:
+def hapo_loss(batch: base.TokenBatch, settings: HAPOSettings) -> TokenLoss:
     """HAPO's loss of every token.
 
     Bounds and weights carry no gradient: the slope is that of the clipped surrogate.
-
-    Args:
-        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
-        advantages: Advantages, `[batch, response]`.
-        deviation: Result of `entropy_deviation`, `[batch, response]`.
-        clip_ratio_low: Distance of the lower bound from 1 at h = 0, in [0, 1).
-        clip_ratio_high: Distance of the upper bound from 1 at h = 0, at least 0.
-        settings: The scales.
-
-    Returns:
-        Loss and slope per token.
     """
+    (clip_ratio_low, clip_ratio_high), deviation = batch.clip_range, batch.extras[DEVIATION]
     low = clip_ratio_low * (1.0 - settings.clip_alpha * deviation.clamp(max=0.0))
     high = clip_ratio_high * (1.0 + settings.clip_alpha * deviation.clamp(min=0.0))
     zone = (low, high) if settings.repo_compatible else (clip_ratio_low, clip_ratio_high)
-    ratio = log_ratio.exp()
+    ratio = batch.log_ratio.exp()
     neutral = (ratio >= 1.0 - zone[0] / 2) & (ratio <= 1.0 + zone[1] / 2)
     redistributed = (deviation > 0) ^ neutral
     weights = torch.where(redistributed, 1.0 + settings.adv_beta * deviation, 1.0)
-    return clipped_surrogate(log_ratio, advantages * weights, low, high)
+    return clipped_surrogate(batch.log_ratio, batch.advantages * weights, low, high)
 
 
-def _advantage(rollout: Rollout, settings: HAPOAdvantageSettings) -> Advantages:
+def _advantage(rollout: base.Rollout, settings: HAPOAdvantageSettings) -> base.Advantages:
     values = token_group_advantages(
         rollout.rewards,
         rollout.mask.sum(dim=-1),
@@ -203,29 +180,24 @@ def _advantage(rollout: Rollout, settings: HAPOAdvantageSettings) -> Advantages:
         settings,
         normalize_by_std=rollout.normalize_by_std,
     )
-    return Advantages(values)
-
-
-def _token_loss(batch: TokenBatch, settings: HAPOSettings) -> TokenLoss:
-    deviation = batch.extras["entropy_deviation"]
-    return hapo_loss(batch.log_ratio, batch.advantages, deviation, *batch.clip_range, settings)
+    return base.Advantages(values)
 
 
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "hapo",
         ("2509.16591",),
-        f"{CLIP}, A and both bounds adapted to each token's entropy",
-        TOKEN_MEAN,
-        Estimator("hapo", _advantage, HAPOAdvantageSettings, section="hapo"),
-        Loss(
+        f"{base.CLIP}, A and both bounds adapted to each token's entropy",
+        base.TOKEN_MEAN,
+        base.Estimator("hapo", _advantage, HAPOAdvantageSettings, section="hapo"),
+        base.Loss(
             "hapo",
-            _token_loss,
+            hapo_loss,
             HAPOSettings,
-            aggregations=(TOKEN_MEAN,),
+            aggregations=(base.TOKEN_MEAN,),
             clips=True,
             proportional=True,
-            token_fields={"entropy_deviation": entropy_deviation},
+            token_fields={DEVIATION: entropy_deviation},
         ),
     ),
 )

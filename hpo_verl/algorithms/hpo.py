@@ -18,18 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from hpo_verl.algorithms.base import (
-    CLIP,
-    TOKEN_MEAN,
-    Advantages,
-    Algorithm,
-    Estimator,
-    Loss,
-    Rollout,
-    TokenBatch,
-)
+from hpo_verl.algorithms import base
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_choice, require_number
@@ -84,34 +73,27 @@ class AHPOSettings:
 
 
 def hysteretic_advantages(
-    rewards: torch.Tensor,
-    group_codes: torch.Tensor,
-    live: torch.Tensor,
-    settings: HPOSettings | AHPOSettings,
-    *,
-    normalize_by_std: bool = True,
-) -> Advantages:
+    rollout: base.Rollout, settings: HPOSettings | AHPOSettings
+) -> base.Advantages:
     """Group-relative advantages, the negative ones damped by one weight per batch.
 
     Args:
-        rewards: One reward per response, `[batch]`.
-        group_codes: Group of each response, `[batch]` int64, 0 .. groups - 1.
-        live: Rows that count, `[batch]` bool.
+        rollout: The step's responses.
         settings: Of HPO or of A-HPO.
-        normalize_by_std: False gives R - mean instead of (R - mean) / std.
 
     Returns:
         One advantage per response, `[batch]` float64, detached, and the counts.
     """
+    rewards = rollout.rewards.detach()
     group = group_relative_advantages(
-        rewards.detach(), group_codes, live, normalize_by_std=normalize_by_std
+        rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
     )
     positives = int((group.advantages > 0).sum())
     negatives = int((group.advantages < 0).sum())
     if settings.zero_advantage == "negative":
         negatives += int((group.zero_spread & (rewards <= 0)).sum())
     alpha = settings.weight(positives, negatives)
-    return Advantages(
+    return base.Advantages(
         values=weight_negatives(group.advantages, alpha),
         unweighted=group.advantages,
         alpha=alpha,
@@ -122,41 +104,32 @@ def hysteretic_advantages(
     )
 
 
-hpo_loss = clipped_surrogate
-"""Loss per token: the clipped surrogate of weighted advantages, without dual clip."""
+def hpo_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
+    """Loss per token: the clipped surrogate of weighted advantages, without dual clip."""
+    return clipped_surrogate(batch.log_ratio, batch.advantages, *batch.clip_range)
 
 
-def _advantage(rollout: Rollout, settings: HPOSettings | AHPOSettings) -> Advantages:
-    return hysteretic_advantages(
-        rollout.rewards,
-        rollout.groups,
-        rollout.live,
-        settings,
-        normalize_by_std=rollout.normalize_by_std,
-    )
-
-
-def _token_loss(batch: TokenBatch, settings: None) -> TokenLoss:
-    return hpo_loss(batch.log_ratio, batch.advantages, *batch.clip_range)
-
-
-LOSS = Loss("hpo", _token_loss, aggregations=(TOKEN_MEAN,), clips=True, proportional=True)
+LOSS = base.Loss("hpo", hpo_loss, aggregations=(base.TOKEN_MEAN,), clips=True, proportional=True)
 
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "a_hpo",
         ("2605.30201",),
-        f"{CLIP}, A < 0 weighted by clip(n+/n-, alpha_min, 1)",
-        TOKEN_MEAN,
-        Estimator("a_hpo", _advantage, AHPOSettings, section="hpo", weights_by_sign=True),
+        f"{base.CLIP}, A < 0 weighted by clip(n+/n-, alpha_min, 1)",
+        base.TOKEN_MEAN,
+        base.Estimator(
+            "a_hpo", hysteretic_advantages, AHPOSettings, section="hpo", weights_by_sign=True
+        ),
         LOSS,
     ),
-    Algorithm(
+    base.Algorithm(
         "hpo",
         ("2605.30201",),
-        f"{CLIP}, A < 0 weighted by alpha",
-        TOKEN_MEAN,
-        Estimator("hpo", _advantage, HPOSettings, section="hpo", weights_by_sign=True),
+        f"{base.CLIP}, A < 0 weighted by alpha",
+        base.TOKEN_MEAN,
+        base.Estimator(
+            "hpo", hysteretic_advantages, HPOSettings, section="hpo", weights_by_sign=True
+        ),
         LOSS,
     ),
 )

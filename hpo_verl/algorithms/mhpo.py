@@ -17,16 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.nn.functional import softplus
 
-from hpo_verl.algorithms.base import (
-    SEQ_MEAN_TOKEN_MEAN,
-    TOKEN_MEAN,
-    Algorithm,
-    Loss,
-    TokenBatch,
-)
+from hpo_verl.algorithms import base
 from hpo_verl.core.settings import require_number
 from hpo_verl.core.surrogate import TokenLoss
 
@@ -59,47 +52,33 @@ class MHPOSettings:
             require_number(f"{path}.{name}", getattr(self, name), 0.0, open_low=True)
 
 
-def mhpo_loss(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, settings: MHPOSettings
-) -> TokenLoss:
-    """MHPO's loss of every token.
+def mhpo_loss(batch: base.TokenBatch, settings: MHPOSettings) -> TokenLoss:
+    """MHPO's loss of every token; the slope is l_t (1 - tanh^2(log r_t / c)).
 
-    The slope is l_t (1 - tanh^2(log r_t / c)), since zeta carries no gradient.
-
-    Args:
-        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
-        advantages: Advantages, `[batch, response]`.
-        settings: The bounds and hazards.
-
-    Returns:
-        Loss and slope per token.
+    The hazard zeta carries no gradient.
     """
-    tanh = (log_ratio / settings.c).tanh_()
+    tanh = (batch.log_ratio / settings.c).tanh_()
     psi = tanh * settings.c
     above = softplus(psi)
     # softplus(-x) = softplus(x) - x; the difference may round to just below 0.
     below = (above - psi).clamp_(min=0.0)
     hazard = above.div_(settings.lambda_pos).pow_(settings.k_pos)
     hazard += below.div_(settings.lambda_neg).pow_(settings.k_neg)
-    values = psi.sub_(hazard).exp_().mul_(advantages).neg_()
+    values = psi.sub_(hazard).exp_().mul_(batch.advantages).neg_()
     return TokenLoss(values, tanh.square_().neg_().add_(1.0).mul_(values))
 
 
-def _token_loss(batch: TokenBatch, settings: MHPOSettings) -> TokenLoss:
-    return mhpo_loss(batch.log_ratio, batch.advantages, settings)
-
-
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "mhpo",
         ("2603.16929",),
         "-exp(c tanh(log r / c) - sg[zeta(r)]) A",
-        SEQ_MEAN_TOKEN_MEAN,
-        loss=Loss(
+        base.SEQ_MEAN_TOKEN_MEAN,
+        loss=base.Loss(
             "mhpo",
-            _token_loss,
+            mhpo_loss,
             MHPOSettings,
-            aggregations=(SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN),
+            aggregations=(base.SEQ_MEAN_TOKEN_MEAN, base.TOKEN_MEAN),
             proportional=True,
         ),
     ),

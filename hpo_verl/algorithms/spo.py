@@ -29,14 +29,7 @@ from typing import Any
 
 import torch
 
-from hpo_verl.algorithms.base import (
-    CLIP,
-    TOKEN_MEAN,
-    Advantages,
-    Algorithm,
-    Estimator,
-    Rollout,
-)
+from hpo_verl.algorithms import base
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import parse_settings, require_flag, require_number
 from hpo_verl.errors import ConfigError, DataError
@@ -259,7 +252,7 @@ def read_initial_rewards(settings: SPOSettings) -> list[list[float]] | None:
     return rows
 
 
-def _advantage(rollout: Rollout, settings: SPOSettings) -> Advantages:
+def _advantage(rollout: base.Rollout, settings: SPOSettings) -> base.Advantages:
     rewards = rollout.rewards
     outside = rollout.live & ((rewards < 0.0) | (rewards > 1.0))
     if bool(outside.any()):
@@ -267,7 +260,9 @@ def _advantage(rollout: Rollout, settings: SPOSettings) -> Advantages:
             f"spo: reward {rewards[outside][0].item():g} of response "
             f"{int(outside.nonzero()[0])}: must be in [0, 1]"
         )
-    return Advantages(single_stream_advantages(rewards, rollout.extras["values"], rollout.live))
+    return base.Advantages(
+        single_stream_advantages(rewards, rollout.extras["values"], rollout.live)
+    )
 
 
 def _history(prompts: int, settings: SPOSettings) -> ValueTracker:
@@ -292,12 +287,12 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 ALGORITHMS = (
-    Algorithm(
+    base.Algorithm(
         "spo",
         ("2509.13232",),
-        f"{CLIP}, A = whiten(r - v(prompt)), one response a prompt",
-        TOKEN_MEAN,
-        Estimator(
+        f"{base.CLIP}, A = whiten(r - v(prompt)), one response a prompt",
+        base.TOKEN_MEAN,
+        base.Estimator(
             "spo",
             _advantage,
             SPOSettings,

@@ -6,15 +6,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo_verl.algorithms import aepo_advantage as module
 from hpo_verl.algorithms.aepo_advantage import (
     AEPOAdvantageSettings,
-    aepo_clip_loss,
     entropy_aware_advantages,
     standardized_entropy,
 )
+from hpo_verl.algorithms.base import TokenBatch
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.surrogate import attach
 from hpo_verl.errors import ConfigError
+
+
+def token_batch(log_ratio, advantages, clip_range=(0.0, 0.0), **extras):
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    return TokenBatch(log_ratio, advantages, mask, torch.zeros_like(log_ratio), clip_range, extras)
+
+
+def aepo_clip_loss(log_ratio, advantages, low, high):
+    return module.aepo_clip_loss(token_batch(log_ratio, advantages, (low, high)), None)
+
 
 NAN = float("nan")
 

@@ -7,16 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo_verl.algorithms import bapo as module
 from hpo_verl.algorithms.bapo import (
     BAPOSettings,
     ClipBounds,
-    bapo_loss,
     contributions,
     find_clip_bounds,
 )
+from hpo_verl.algorithms.base import TokenBatch
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.surrogate import attach
 from hpo_verl.errors import ConfigError
+
+
+def token_batch(log_ratio, advantages, clip_range=(0.0, 0.0), **extras):
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    return TokenBatch(log_ratio, advantages, mask, torch.zeros_like(log_ratio), clip_range, extras)
+
+
+def bapo_loss(log_ratio, advantages, low, high):
+    bounds = ClipBounds(low, high, 0.5)
+    return module.bapo_loss(token_batch(log_ratio, advantages, mini_batch=bounds), BAPOSettings())
+
 
 PATH = "actor_rollout_ref.actor.policy_loss"
 NAN = float("nan")

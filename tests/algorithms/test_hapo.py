@@ -7,18 +7,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo_verl.algorithms import hapo as module
+from hpo_verl.algorithms.base import TokenBatch
 from hpo_verl.algorithms.hapo import (
     SMALLEST_ENTROPY,
     HAPOAdvantageSettings,
     HAPOSettings,
     entropy_deviation,
-    hapo_loss,
     token_group_advantages,
 )
 from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.surrogate import attach
 from hpo_verl.errors import ConfigError
+
+
+def token_batch(log_ratio, advantages, clip_range=(0.0, 0.0), **extras):
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    return TokenBatch(log_ratio, advantages, mask, torch.zeros_like(log_ratio), clip_range, extras)
+
+
+def hapo_loss(log_ratio, advantages, deviation, low, high, settings):
+    batch = token_batch(log_ratio, advantages, (low, high), entropy_deviation=deviation)
+    return module.hapo_loss(batch, settings)
+
 
 NAN = float("nan")
 PATH = "actor_rollout_ref.actor.policy_loss"

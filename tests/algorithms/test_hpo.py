@@ -6,14 +6,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo_verl.algorithms import hpo as module
+from hpo_verl.algorithms.base import Rollout, TokenBatch
 from hpo_verl.algorithms.hpo import (
     AHPOSettings,
     HPOSettings,
-    hpo_loss,
-    hysteretic_advantages,
 )
 from hpo_verl.core.surrogate import attach
 from hpo_verl.errors import ConfigError
+
+
+def token_batch(log_ratio, advantages, clip_range=(0.0, 0.0), **extras):
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    return TokenBatch(log_ratio, advantages, mask, torch.zeros_like(log_ratio), clip_range, extras)
+
+
+def hpo_loss(log_ratio, advantages, low, high):
+    return module.hpo_loss(token_batch(log_ratio, advantages, (low, high)), None)
+
+
+def hysteretic_advantages(rewards, groups, live, settings, *, normalize_by_std=True):
+    rollout = Rollout(rewards, groups, live, live[:, None], normalize_by_std)
+    return module.hysteretic_advantages(rollout, settings)
 
 
 def advantages_of(rewards, codes, settings, live=None, **options):

@@ -6,8 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_verl.algorithms.mhpo import LARGEST_C, MHPOSettings, mhpo_loss
+from hpo_verl.algorithms import mhpo as module
+from hpo_verl.algorithms.base import TokenBatch
+from hpo_verl.algorithms.mhpo import LARGEST_C, MHPOSettings
 from hpo_verl.errors import ConfigError
+
+
+def token_batch(log_ratio, advantages, clip_range=(0.0, 0.0), **extras):
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    return TokenBatch(log_ratio, advantages, mask, torch.zeros_like(log_ratio), clip_range, extras)
+
+
+def mhpo_loss(log_ratio, advantages, settings):
+    return module.mhpo_loss(token_batch(log_ratio, advantages), settings)
+
 
 PATH = "actor_rollout_ref.actor.policy_loss"
 

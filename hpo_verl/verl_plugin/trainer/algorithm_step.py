@@ -142,12 +142,12 @@ class AlgorithmStep:
         where: dict[str, Any] = {"keys": batch.keys, "partition_id": batch.partition_id}
         # Other fields are read after the estimator, which may be verl's own and write them.
         early = "entropy" in estimator.needs
-        data: Any = tq.kv_batch_get(**where, select_fields=fields) if early else None
+        data: Any = tq.kv_batch_get(**where, select_fields=fields) if early else {}
         reported: list[Estimate] = []
         provided = {extras.REPORT: reported.append, **self._provided(estimator, data)}
         with extras.provide(**provided):
             batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
-        if data is None and fields:
+        if fields and not early:
             data = tq.kv_batch_get(**where, select_fields=fields)
         estimate = reported[0] if reported else estimate_of_verl(data)
         scores = estimate.rollout.rewards
