@@ -136,15 +136,15 @@ def report(
 
       hpo-verl report runs/a runs/b --picture comparison.svg
     """
-    from hpo_verl.report.figures import check_picture, draw_runs
-    from hpo_verl.report.runs import group_runs, read_runs
-    from hpo_verl.report.table import runs_table
+    from hpo_verl.report.figures import check_picture, draw_curves
+    from hpo_verl.report.runs import curves_of, group_runs, read_runs, runs_table
 
     check_picture(picture)
     groups = group_runs(read_runs(runs))
     print(runs_table(groups))
-    drawn = draw_runs(groups, picture)
-    print(f"picture: {picture}" if drawn else "no picture: no run was validated")
+    if curves := curves_of(groups):
+        draw_curves(curves, next(iter(curves)), picture)
+    print(f"picture: {picture}" if curves else "no picture: no run was validated")
 
 
 @app.command()

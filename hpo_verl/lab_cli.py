@@ -80,11 +80,11 @@ def run(
 def report(
     sources: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders of `lab run`, or results.parquet files; all of runs/lab."),
+        typer.Argument(help="Folders of `lab run`, or parquet files; all of runs/lab."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = RUNS / "report",
 ) -> None:
-    """Compute intervals, draw, and write report.md, its pictures and results.parquet.
+    """Compute intervals, draw, and write report.md and its pictures.
 
     Examples:
       hpo-verl lab report

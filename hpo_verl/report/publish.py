@@ -21,6 +21,7 @@ from hpo_verl.report.figures import draw_study
 from hpo_verl.report.statistics import (
     COLLAPSE_FRACTION,
     FINAL_SHARE,
+    MEASURES,
     RESAMPLES,
     Interval,
 )
@@ -35,14 +36,12 @@ from hpo_verl.report.studies import (
 from hpo_verl.runs.files import write_atomically
 
 PAGE = "report.md"
-RESULTS = "results.parquet"
 PICTURES = "pictures"
-_HEADINGS = {"at_10": "after 10 %", "at_25": "after 25 %", "final": "final", "area": "area"}
 _PREFACE = f"""# Comparison of algorithms
 
-Interquartile means over seeds with 95 % percentile bootstrap intervals ({RESAMPLES} resamples,
-stratified by regime), paired differences from the baseline by seed, and probability of improvement
-(arXiv 2108.13264), computed with scipy. Final: mean over the last {FINAL_SHARE:.0%} of the budget.
+Interquartile means over seeds with 95 % percentile bootstrap intervals ({RESAMPLES} resamples),
+paired differences from the baseline by seed, and probability of improvement (arXiv 2108.13264),
+computed with scipy. Final: mean over the last {FINAL_SHARE:.0%} of the budget.
 Area: under the success curve, divided by the budget. Collapsed: final success below
 {COLLAPSE_FRACTION:.0%} of the first one, or diverged; such runs are in every number. Responses:
 sampled per step. Small policies and synthetic tasks: nothing here is a statement about large
@@ -75,11 +74,11 @@ def comparisons(sources: Sequence[Path]) -> list[Comparison]:
 
 
 def write_report(sources: Sequence[Path], out: Path) -> Path:
-    """Write one Markdown page, its pictures, and the runs in one parquet file.
+    """Write one Markdown page, `report.md`, and its pictures.
 
     Args:
         sources: See `comparisons`, which also says what is refused.
-        out: Folder for `report.md`, `results.parquet` and `pictures/`.
+        out: Folder.
 
     Returns:
         The page.
@@ -88,16 +87,13 @@ def write_report(sources: Sequence[Path], out: Path) -> Path:
     parts = [_PREFACE]
     try:
         for study in studies:
-            parts += [f"## {study.study}", tables(study)[study.study]]
-            if len(study.regimes) > 1:
-                parts += ["### All regimes, pooled", _table(study, study.regimes)]
+            parts += [f"## {study.study}", tables(study)]
             parts += [
                 f"![{caption}]({PICTURES}/{path.name})\n\n{caption}"
                 for path, caption in draw_study(study, out / PICTURES)
             ]
-        every = [result for study in studies for result in study.results]
-        write_results(out / RESULTS, every)
-        parts += ["## How it was made", f"```json\n{json.dumps(manifest(every), indent=2)}\n```"]
+            made = json.dumps(manifest(study.results), indent=2)
+            parts.append(f"How it was made:\n\n```json\n{made}\n```")
         write_atomically(out / PAGE, "\n\n".join(parts) + "\n")
     except OSError as error:
         raise DataError(f"{out}: cannot write the report: {error}") from error
@@ -116,7 +112,7 @@ def publish(folders: Sequence[Path], kept: Path) -> None:
     studies = comparisons(sorted(kept.glob("*.parquet")))
     facts = {study.study: manifest(study.results) for study in studies}
     write_atomically(kept / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    blocks = {name: text for study in studies for name, text in tables(study).items()}
+    blocks = {study.study: tables(study) for study in studies}
     page = kept / "README.md"
     write_atomically(page, fill(page.read_text(encoding="utf-8"), blocks, page))
     shutil.rmtree(kept / PICTURES, ignore_errors=True)
@@ -139,14 +135,13 @@ def manifest(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def tables(comparison: Comparison) -> dict[str, str]:
-    """Markdown by block: `STUDY` for every regime with a heading, `STUDY/REGIME` for one alone."""
-    blocks, parts = {}, [comparison.setting]
-    for regime in comparison.regimes:
-        table = _table(comparison, [regime])
-        blocks[f"{comparison.study}/{regime.task}-{regime.warm_start:g}"] = table
+def tables(comparison: Comparison) -> str:
+    """Markdown of a study: its setting, and a table for every regime."""
+    parts = [comparison.setting]
+    for regime in comparison.runs:
+        table = _table(comparison, regime)
         parts += [f"### {regime.title}", comparison.beginning(regime), table]
-    return {**blocks, comparison.study: "\n\n".join(parts)}
+    return "\n\n".join(parts)
 
 
 def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
@@ -169,9 +164,9 @@ def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
     return "".join(filled)
 
 
-def _table(comparison: Comparison, regimes: Sequence[Regime]) -> str:
-    def text(interval: Interval | None, template: str) -> str:
-        return "" if interval is None else interval.shown(template)
+def _table(comparison: Comparison, regime: Regime) -> str:
+    def text(found: Interval | None, template: str) -> str:
+        return "" if found is None else found.shown(template)
 
     lines = [
         {
@@ -180,11 +175,11 @@ def _table(comparison: Comparison, regimes: Sequence[Regime]) -> str:
             "runs": str(row.runs),
             "collapsed": str(row.collapses),
             "responses": f"{row.responses:.0f}",
-            **{title: text(row.measures[name], ".3f") for name, title in _HEADINGS.items()},
+            **{title: text(row.measures[name], ".3f") for name, title in MEASURES.items()},
             f"{COMPARED} - {comparison.baseline}": text(row.difference, ".3f"),
             f"P(better {COMPARED})": text(row.improvement, ".2f"),
         }
-        for row in comparison.rows(regimes)
+        for row in comparison.rows(regime)
     ]
     cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -1,18 +1,20 @@
-"""Reads finished runs and groups those that differ by their seed alone."""
+"""Finished runs: read, grouped where they differ by their seed alone, and tabulated."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
+import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError
+from hpo_verl.report.statistics import interval
 from hpo_verl.runs.metrics import MetricsFile
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml")
@@ -21,54 +23,30 @@ NUMBERS = ("steps", "seed", "success_before", "success_after")
 SEED_KEYS = frozenset({"seed", "data_loader_seed"})
 PLACES = ("ray_kwargs", "trainer.default_local_dir", "trainer.logger")
 SETTINGS_SHOWN = 3
+NOT_MEASURED = "-"
+SHOWN = {"steps": ".0f", "before": ".1%", "after": ".1%", "s/step": ".1f"}
+"""Numbers of a run, and how they are printed."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One finished run.
 
     Attributes:
         folder: Where it is.
-        recipe: Task and model, or verl's experiment name.
-        algorithm: Estimator and, where it adds something, loss.
+        name: Task and model, or verl's experiment name; and the algorithm.
         seed: Of data and sampling.
-        steps: Training steps.
-        before: Success on held-out prompts before training, fraction; None if not measured.
-        after: The same after the last step.
-        seconds_per_step: Median of verl's `timing_s/step`.
-        validations: Steps and success rates (fraction) over the run.
+        numbers: `steps`; success on held-out prompts `before` and `after` training, fractions;
+            `s/step`, the median of verl's `timing_s/step`. NaN where not measured.
+        curve: Success by step.
         settings: Dotted key -> value of the configuration without seeds and places.
     """
 
     folder: Path
-    recipe: str
-    algorithm: str
+    name: str
     seed: int | None
-    steps: int
-    before: float | None
-    after: float | None
-    seconds_per_step: float | None
-    validations: tuple[Sequence[int], Sequence[float]]
+    numbers: dict[str, float]
+    curve: pd.Series
     settings: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ by their seed alone.
-
-    Attributes:
-        runs: At least one, by seed.
-        settings: What tells the group from others of the same recipe and algorithm.
-    """
-
-    runs: tuple[Run, ...]
-    settings: str
-
-    @property
-    def label(self) -> str:
-        """Recipe, algorithm and settings."""
-        first = self.runs[0]
-        return " ".join(filter(None, (first.recipe, first.algorithm, self.settings)))
 
 
 def read_run(folder: Path) -> Run:
@@ -95,18 +73,18 @@ def read_run(folder: Path) -> Run:
             if not isinstance(summary[name], int | float | None):
                 raise TypeError(f"summary.json: {name}={summary[name]!r}")
         names = config.get("names") or {}
-        seconds = metrics.series("timing_s/step")[1]
+        recipe = "-".join(names.values()) or str(config.trainer.experiment_name)
+        # The median: the first step is slower than the others.
+        seconds = pd.Series(metrics.series("timing_s/step")[1], dtype=float).median()
+        values = [summary["steps"], summary["success_before"], summary["success_after"], seconds]
+        steps, success = metrics.success()
         return Run(
-            folder=folder,
-            recipe="-".join(names.values()) or str(config.trainer.experiment_name),
-            algorithm=str(summary["algorithm"]),
-            seed=summary["seed"],
-            steps=int(summary["steps"]),
-            before=summary["success_before"],
-            after=summary["success_after"],
-            seconds_per_step=median(seconds) if seconds else None,
-            validations=metrics.success(),
-            settings=comparable_settings(config, summary["seed"]),
+            folder,
+            f"{recipe} {summary['algorithm']}",
+            summary["seed"],
+            dict(zip(SHOWN, [math.nan if v is None else float(v) for v in values], strict=True)),
+            pd.Series(success, steps, dtype=float),
+            comparable_settings(config, summary["seed"]),
         )
     except Exception as error:
         raise DataError(f"{folder} is no readable run: {error}") from error
@@ -147,14 +125,14 @@ def comparable_settings(config: DictConfig, seed: int | None) -> dict[str, str]:
     return flat
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs that differ by their seed alone.
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs that differ by their seed alone; a group's label tells it from the others.
 
     Raises:
         DataError: Two runs have the same settings and seed, and would count twice.
     """
     groups: dict[str, dict[int | None, Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.recipe, run.algorithm, run.seed or 0)):
+    for run in sorted(runs, key=lambda run: (run.name, run.seed or 0)):
         by_seed = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
         if run.seed in by_seed:
             raise DataError(
@@ -162,14 +140,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 "give one of them"
             )
         by_seed[run.seed] = run
-    found = [tuple(by_seed.values()) for by_seed in groups.values()]
-    firsts = [group[0] for group in found]
-    return [Group(group, _told_apart(group[0], firsts)) for group in found]
+    found = [list(by_seed.values()) for by_seed in groups.values()]
+    labels = [_label(group[0], [other[0] for other in found]) for group in found]
+    # Settings beyond the first few may be all that differs.
+    return {
+        f"{label} #{i}" if labels.count(label) > 1 else label: group
+        for i, (label, group) in enumerate(zip(labels, found, strict=True), 1)
+    }
 
 
-def _told_apart(run: Run, others: Sequence[Run]) -> str:
-    """The first few settings in which runs of the same recipe and algorithm differ."""
-    rivals = [o for o in others if (o.recipe, o.algorithm) == (run.recipe, run.algorithm)]
+def _label(run: Run, others: Sequence[Run]) -> str:
+    """Name of a run, and the first few settings in which runs of the same name differ."""
+    rivals = [other for other in others if other.name == run.name]
     told: dict[str, None] = {}
     for key in sorted({key for rival in rivals for key in rival.settings}):
         name = key.rsplit(".", 1)[-1]
@@ -178,4 +160,41 @@ def _told_apart(run: Run, others: Sequence[Run]) -> str:
             # One setting often stands in several places; it is told once.
             told.setdefault(f"{name}={run.settings.get(key)}")
     more = [f"and {len(told) - SETTINGS_SHOWN} more"] if len(told) > SETTINGS_SHOWN else []
-    return " ".join([*list(told)[:SETTINGS_SHOWN], *more])
+    return " ".join([run.name, *list(told)[:SETTINGS_SHOWN], *more])
+
+
+def runs_table(groups: Mapping[str, Sequence[Run]]) -> str:
+    """A table per group: one row a run, and for several seeds one with mean and interval."""
+    parts = ["success on held-out prompts; interquartile mean [95 % bootstrap interval over seeds]"]
+    for label, runs in groups.items():
+        values = pd.DataFrame([run.numbers for run in runs])
+        table = pd.DataFrame(
+            {name: [_shown(v, template) for v in values[name]] for name, template in SHOWN.items()},
+            index=[f"seed {run.seed}" for run in runs],
+        )
+        if len(runs) > 1:
+            # A mean over other seeds than the row says would mislead.
+            table.loc[f"mean of {len(runs)} seeds"] = [
+                NOT_MEASURED
+                if values[name].isna().any()
+                else interval(values[name]).shown(template)
+                for name, template in SHOWN.items()
+            ]
+        parts.append(f"{label}\n{table.to_string()}")
+    return "\n\n".join(parts)
+
+
+def _shown(value: float, template: str) -> str:
+    return NOT_MEASURED if math.isnan(value) else format(value, template)
+
+
+def curves_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, pd.DataFrame]:
+    """Success of every group, a column per seed; the steps at which all of its runs have one."""
+    curves = {
+        label: [run.curve for run in runs if len(run.curve)] for label, runs in groups.items()
+    }
+    return {
+        label: pd.concat(found, axis=1, join="inner").sort_index()
+        for label, found in curves.items()
+        if found
+    }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,13 +16,12 @@ from omegaconf import OmegaConf
 from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.statistics import (
+    COLLAPSE_FRACTION,
     MEASURES,
     Interval,
-    collapsed,
     improvement_probability,
-    interquartile_interval,
+    interval,
     measures,
-    paired_difference,
 )
 from hpo_verl.runs.files import write_atomically
 
@@ -170,7 +169,7 @@ class Row(NamedTuple):
         variant: Name of the method.
         learning_rate: Of its runs.
         runs: How many.
-        collapses: How many of them lost what they began with.
+        collapses: How many of them lost half of the success that they began with, or diverged.
         responses: Responses sampled per step.
         measures: Interval of every measure.
         difference: Paired difference of `COMPARED` from the baseline; None for it.
@@ -196,52 +195,44 @@ class Comparison:
 
     Attributes:
         baseline: Variant that the others are compared with.
-        regimes: In order of task and level.
         variants: In order of the study's file.
         rates: Learning rate of every variant; with several, the one whose mean area on
             the first quarter of the seeds was largest.
         tuned: Seeds that chose the rates, and are left out of every comparison.
-        runs: A row per compared run: its identity, measures, `collapsed`, `responses` per step,
-            and the `result` itself; by seed.
+        runs: For every regime the compared runs of every variant: a row per run, by seed, with its
+            measures, `collapsed`, `responses` per step, and the `result` itself.
     """
 
     def __init__(self, study: str, results: Sequence[Result]) -> None:
         require_same_settings(Path(study), [result.cell for result in results])
         self.study = study
-        self._rows: dict[tuple[Regime, ...], list[Row]] = {}
         self.results = [result.thinned() for result in results]
         self.baseline, order = _study_file(study)
         # pandas cannot say which of its types an index gives.
         runs: Any = pd.DataFrame([_reduced(result) for result in self.results])
         names = set(runs["variant"])
-        self.variants = [name for name in order if name in names]
-        self.variants += sorted(names - set(order))
-        self.regimes = sorted(
-            {Regime(*pair) for pair in zip(runs["task"], runs["warm_start"], strict=True)}
-        )
+        self.variants = [name for name in order if name in names] + sorted(names - set(order))
         seeds = sorted(set(runs["seed"]))
         several = runs.groupby("variant")["learning_rate"].nunique().max() > 1
         self.tuned = set(seeds[: max(1, len(seeds) // 4)]) if several and len(seeds) > 1 else set()
         tuning = runs[runs["seed"].isin(self.tuned)] if self.tuned else runs
         areas = tuning.groupby(["variant", "learning_rate"])["area"].mean()
+        # A variant without any of these seeds keeps the rate of its first run.
+        first = runs.groupby("variant")["learning_rate"].first()
         self.rates = {
-            name: float(areas[name].idxmax())
-            if name in areas
-            else float(runs[runs["variant"] == name]["learning_rate"].iloc[0])
+            name: float(areas[name].idxmax() if name in areas else first[name])
             for name in self.variants
         }
         chosen = runs["learning_rate"] == runs["variant"].map(self.rates)
-        self.runs: Any = runs[chosen & ~runs["seed"].isin(self.tuned)].sort_values("seed")
-
-    def of(self, regime: Regime, variant: str) -> pd.DataFrame:
-        """Runs of a variant in a regime, by seed; empty if there are none."""
-        runs = self.runs
-        found = (runs["task"] == regime.task) & (runs["warm_start"] == regime.warm_start)
-        return runs[found & (runs["variant"] == variant)]
-
-    def present(self, regime: Regime) -> list[str]:
-        """Variants that have a run in a regime."""
-        return [name for name in self.variants if len(self.of(regime, name))]
+        compared = runs[chosen & ~runs["seed"].isin(self.tuned)].sort_values("seed")
+        self.runs: dict[Regime, dict[str, pd.DataFrame]] = {
+            Regime(*key): {
+                name: found[found["variant"] == name].set_index("seed")
+                for name in self.variants
+                if name in set(found["variant"])
+            }
+            for key, found in compared.groupby(["task", "warm_start"])
+        }
 
     @property
     def setting(self) -> str:
@@ -260,57 +251,46 @@ class Comparison:
 
     def beginning(self, regime: Regime) -> str:
         """What was measured before training, in a sentence."""
-        results = [r for name in self.variants for r in self.of(regime, name)["result"]]
+        results = pd.concat(self.runs[regime].values())["result"]
         success = [result.measured["success"].iloc[0] for result in results]
-        length = np.mean([result.rows["response_length"][1] for result in results])
-        spread = np.mean([result.rows["response_length_std"][1] for result in results])
+        first: Any = pd.DataFrame([result.rows.loc[1] for result in results]).mean()
         return (
             f"Measured before training: success {min(success):.1%} to {max(success):.1%} by seed; "
-            f"responses of the first batch {length:.1f} tokens on average, standard "
-            f"deviation {spread:.1f}."
+            f"responses of the first batch {first['response_length']:.1f} tokens on average, "
+            f"standard deviation {first['response_length_std']:.1f}."
         )
 
-    def rows(self, regimes: Sequence[Regime]) -> list[Row]:
-        """Table over regimes, several pooled as strata; variants without a run are left out."""
-        key = tuple(regimes)
-        if key not in self._rows:
-            self._rows[key] = [
-                self._row(variant, regimes)
-                for variant in self.variants
-                if any(len(self.of(regime, variant)) for regime in regimes)
-            ]
-        return self._rows[key]
-
-    def _row(self, variant: str, regimes: Sequence[Regime]) -> Row:
-        strata = [runs for regime in regimes if len(runs := self.of(regime, variant))]
-        every = pd.concat(strata)
-        ours, theirs = [], []
-        for regime in regimes if variant != self.baseline else ():
-            mine, base = self.of(regime, variant), self.of(regime, self.baseline)
-            shared = set(mine["seed"]) & set(base["seed"])
-            if shared:
-                ours.append(mine[mine["seed"].isin(shared)][COMPARED])
-                theirs.append(base[base["seed"].isin(shared)][COMPARED])
-        return Row(
-            variant,
-            self.rates[variant],
-            len(every),
-            int(every["collapsed"].sum()),
-            float(every["responses"].mean()),
-            {name: interquartile_interval([runs[name] for runs in strata]) for name in MEASURES},
-            paired_difference(ours, theirs) if ours else None,
-            improvement_probability(ours, theirs) if ours else None,
-        )
+    @functools.cache  # noqa: B019 - a comparison lives as long as the command
+    def rows(self, regime: Regime) -> list[Row]:
+        """Table of a regime; variants without a run are left out."""
+        found, rows = self.runs[regime], []
+        for variant, runs in found.items():
+            difference = improvement = None
+            if variant != self.baseline and self.baseline in found:
+                ours, theirs = runs[COMPARED].align(found[self.baseline][COMPARED], join="inner")
+                if len(ours):
+                    difference = interval(ours - theirs)
+                    improvement = improvement_probability(ours, theirs)
+            rows.append(
+                Row(
+                    variant, self.rates[variant], len(runs), int(runs["collapsed"].sum()),
+                    float(runs["responses"].mean()),
+                    {name: interval(runs[name]) for name in MEASURES},
+                    difference, improvement,
+                )
+            )  # fmt: skip
+        return rows
 
 
 def _reduced(result: Result) -> dict[str, Any]:
     measured = result.measured
     found = measures(measured["step"], measured["success"])
+    lost = found["final"] < COLLAPSE_FRACTION * measured["success"].iloc[0]
     sampled = result.rows.dropna(subset="responses_sampled").iloc[-1:]
     return {
         **{key: result.cell[key] for key in _IDENTITY},
         **found,
-        "collapsed": collapsed(measured["success"], found["final"], result.facts["status"]),
+        "collapsed": lost or result.facts["status"] == "diverged",
         "responses": float((sampled["responses_sampled"] / sampled["step"]).sum()),
         "result": result,
     }

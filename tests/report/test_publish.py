@@ -10,7 +10,7 @@ from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.publish import fill, publish, results_directory
 from hpo_verl.report.studies import write_results
 
-PAGE = "Before.\n<!-- results: sparse/countdown3-0.05 -->\nold\n<!-- end -->\nAfter.\n"
+PAGE = "Before.\n<!-- results: sparse -->\nold\n<!-- end -->\nAfter.\n"
 
 
 def files_of(folder):

@@ -8,9 +8,14 @@ from typer.testing import CliRunner
 
 from hpo_verl.cli import app
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.report.figures import draw_runs
-from hpo_verl.report.runs import comparable_settings, group_runs, read_run, read_runs
-from hpo_verl.report.table import runs_table
+from hpo_verl.report.runs import (
+    comparable_settings,
+    curves_of,
+    group_runs,
+    read_run,
+    read_runs,
+    runs_table,
+)
 
 SUCCESS = "val-core/countdown/acc/mean@1"
 
@@ -46,20 +51,20 @@ def write_run(folder, seed=0, alpha_min=0.1, after=0.3, **summary):
 
 def test_a_run_is_read(tmp_path):
     run = read_run(write_run(tmp_path / "a", seed=7))
-    assert (run.recipe, run.algorithm, run.seed, run.steps) == ("tiny", "a_hpo", 7, 3)
-    assert (run.before, run.after) == (0.1, 0.3)
-    # The median: the first step of a run is slower than the others.
-    assert run.seconds_per_step == 4.0
-    assert run.validations == ([0, 3], [0.1, 0.3])
+    assert (run.name, run.seed) == ("tiny a_hpo", 7)
+    # Of the seconds the median: the first step of a run is slower than the others.
+    assert run.numbers == {"steps": 3, "before": 0.1, "after": 0.3, "s/step": 4.0}
+    assert run.curve.to_dict() == {0: 0.1, 3: 0.3}
 
 
 def test_only_the_seed_may_differ_within_a_group(tmp_path):
     folders = [write_run(tmp_path / str(seed), seed=seed) for seed in (11, 12)]
     folders.append(write_run(tmp_path / "other", seed=11, alpha_min=0.5))
     groups = group_runs(read_runs(folders))
-    assert [[run.seed for run in group.runs] for group in groups] == [[11, 12], [11]]
-    assert [group.settings for group in groups] == ["alpha_min=0.1", "alpha_min=0.5"]
-    assert groups[1].label == "tiny a_hpo alpha_min=0.5"
+    assert {label: [run.seed for run in group] for label, group in groups.items()} == {
+        "tiny a_hpo alpha_min=0.1": [11, 12],
+        "tiny a_hpo alpha_min=0.5": [11],
+    }
 
 
 def test_a_seed_that_is_part_of_another_number_is_no_seed(tmp_path):
@@ -76,8 +81,9 @@ def test_table_has_runs_means_and_intervals(tmp_path):
         for seed, after in enumerate((0.2, 0.3, 0.4))
     ]
     lines = runs_table(group_runs(read_runs(folders))).splitlines()
+    assert "tiny a_hpo" in lines
     run = next(line for line in lines if "20.0%" in line)
-    assert run.split() == ["tiny", "a_hpo", "1", "0", "3", "10.0%", "20.0%", "4.0"]
+    assert run.split() == ["seed", "0", "3", "10.0%", "20.0%", "4.0"]
     mean = next(line for line in lines if "mean of 3 seeds" in line)
     assert "10.0% [10.0%, 10.0%]" in mean
     assert "30.0% [20.0%, 40.0%]" in mean
@@ -106,17 +112,31 @@ def test_picture(tmp_path, suffix):
     folders = [write_run(tmp_path / str(s), seed=s, after=s / 10) for s in (1, 2, 3)]
     folders.append(write_run(tmp_path / "other", seed=1, alpha_min=0.5))
     picture = tmp_path / f"picture.{suffix}"
-    assert draw_runs(group_runs(read_runs(folders)), picture)
+    arguments = ["report", *map(str, folders), "--picture", str(picture)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"picture: {picture}" in result.output
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
     assert picture.read_bytes().startswith(start)
     assert not list(tmp_path.glob(".picture*"))
 
 
+def test_a_curve_has_the_steps_that_all_seeds_have(tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed=seed, after=seed / 10) for seed in (1, 2)]
+    line = json.dumps({"step": 2, "data": {SUCCESS: 0.9}})
+    (folders[0] / "metrics.jsonl").open("a").write(line + "\n")
+    (curves,) = curves_of(group_runs(read_runs(folders))).values()
+    assert curves.index.tolist() == [0, 3]
+    assert curves.to_numpy().tolist() == [[0.1, 0.1], [0.1, 0.2]]
+
+
 def test_nothing_validated_is_no_picture(tmp_path):
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").write_text("")
-    assert not draw_runs(group_runs(read_runs([folder])), tmp_path / "picture.png")
-    assert not (tmp_path / "picture.png").exists()
+    picture = tmp_path / "picture.png"
+    result = CliRunner().invoke(app, ["report", str(folder), "--picture", str(picture)])
+    assert "no picture: no run was validated" in result.output
+    assert not picture.exists()
 
 
 def test_all_folders_that_are_no_runs_are_named(tmp_path):
@@ -157,12 +177,8 @@ def test_the_same_settings_and_seed_do_not_count_twice(tmp_path):
         group_runs(runs)
 
 
-def test_command(tmp_path):
+def test_a_picture_of_another_format_is_refused(tmp_path):
     folder = write_run(tmp_path / "a")
-    result = CliRunner().invoke(app, ["report", str(folder), "--picture", str(tmp_path / "p.png")])
-    assert result.exit_code == 0, result.output
-    assert "a_hpo" in result.output
-    assert (tmp_path / "p.png").is_file()
     result = CliRunner().invoke(app, ["report", str(folder), "--picture", str(tmp_path / "p.gif")])
     assert isinstance(result.exception, ConfigError)
     assert ".png, .svg, .pdf" in str(result.exception)

@@ -21,15 +21,15 @@ def results_of(levels=LEVELS, gain=lambda cell: GAINS[cell["variant"]], **change
     return made_up_results("sparse", GAINS, gain, levels=levels, **changes)
 
 
-def row_of(comparison, variant, regimes=None):
-    rows = comparison.rows(regimes or comparison.regimes[:1])
+def row_of(comparison, variant):
+    rows = comparison.rows(next(iter(comparison.runs)))
     return next(row for row in rows if row.variant == variant)
 
 
 def test_rows_by_hand():
     comparison = Comparison("sparse", results_of())
     assert comparison.baseline == "grpo"
-    assert comparison.regimes == [Regime("countdown3", 0.05), Regime("countdown3", 0.1)]
+    assert list(comparison.runs) == [Regime("countdown3", 0.05), Regime("countdown3", 0.1)]
     # In the order of the study's file.
     assert comparison.variants == ["a_hpo", "grpo", "dapo"]
     a_hpo = row_of(comparison, "a_hpo")
@@ -46,9 +46,13 @@ def test_rows_by_hand():
     dapo = row_of(comparison, "dapo")
     assert dapo.collapses == 5
     assert dapo.improvement.point == 0.0
-    pooled = row_of(comparison, "a_hpo", comparison.regimes)
-    assert pooled.runs == 10
-    assert tuple(pooled.difference) == pytest.approx((0.04, 0.04, 0.04))
+
+
+@pytest.mark.parametrize(("last", "count"), [(0.049, 1), (0.05, 0)])
+def test_a_run_that_lost_half_of_its_success_has_collapsed(last, count):
+    cell = results_of()[0].cell
+    row = row_of(Comparison("sparse", [made_up_result(cell, [0.1, 0.2, last])]), cell["variant"])
+    assert row.collapses == count
 
 
 def test_diverged_runs_are_counted_and_stay_in_every_number():
@@ -85,14 +89,13 @@ def test_each_method_gets_its_best_learning_rate_and_pays_with_seeds():
     comparison = Comparison("lr", results)
     assert comparison.tuned == {0, 1}
     assert comparison.rates == best
-    runs = comparison.of(comparison.regimes[0], "a_hpo")
-    assert list(runs["seed"]) == [2, 3, 4, 5, 6, 7]
+    (regime,) = comparison.runs
+    runs = comparison.runs[regime]["a_hpo"]
+    assert list(runs.index) == [2, 3, 4, 5, 6, 7]
     assert set(runs["learning_rate"]) == {0.01}
 
 
-def test_the_report_says_what_was_measured_and_can_be_made_from_its_own_table(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_report_says_what_was_measured(tmp_path, monkeypatch, capsys):
     write_results(tmp_path / "runs" / "all.parquet", results_of())
     out = tmp_path / "report"
     arguments = ["hpo-verl", "lab", "report", str(tmp_path / "runs"), "--out", str(out)]
@@ -102,23 +105,19 @@ def test_the_report_says_what_was_measured_and_can_be_made_from_its_own_table(
     assert not ended.value.code
     assert str(out / "report.md") in capsys.readouterr().out
     page = (out / "report.md").read_text()
-    for text in ("0.040 [0.040, 0.040]", "### countdown3, warm start 5%", "All regimes, pooled"):
+    for text in ("0.040 [0.040, 0.040]", "### countdown3, warm start 5%", '"commit": "abc"'):
         assert text in page
     for level in LEVELS:
         for kind in ("curves", "intervals"):
             name = f"pictures/sparse-countdown3-{level}-{kind}.svg"
             assert f"]({name})" in page
             assert (out / name).read_bytes().startswith(b"<?xml")
-    again = write_report([out / "results.parquet"], tmp_path / "again")
-    assert again.read_bytes() == (out / "report.md").read_bytes()
-    for picture in (out / "pictures").iterdir():
-        assert (tmp_path / "again" / "pictures" / picture.name).read_bytes() == picture.read_bytes()
 
 
 def test_without_the_baseline_there_are_no_differences(tmp_path):
     results = [r for r in results_of((0.05,)) if r.cell["variant"] != "grpo"]
     comparison = Comparison("sparse", results)
-    assert all(row.difference is None for row in comparison.rows(comparison.regimes))
+    assert all(row.difference is None for row in comparison.rows(*comparison.runs))
     assert len(draw_study(comparison, tmp_path)) == 2
 
 
