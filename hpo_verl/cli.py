@@ -131,6 +131,8 @@ def report(
 ) -> None:
     """Compare finished runs: a table, means over seeds, and a picture of success over steps.
 
+    The dashed curve in the picture is that of the first group of runs.
+
     Examples:
       hpo-verl report runs/countdown-tiny/*
 
