@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.output import staging, write_errors
-from data_prep.tables import Row
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import sync
+
+Row = dict[str, Any]
 
 _ROW_GROUP = 10_000
 
@@ -45,18 +46,14 @@ def verl_schema(
 
 
 def write_splits(
-    out: str | Path,
-    schema: pa.Schema,
-    splits: Mapping[str, Iterable[Row]],
-    progress: Callable[[int], None] = lambda rows: None,
+    out: str | Path, schema: pa.Schema, splits: Mapping[str, Iterable[Row]]
 ) -> dict[str, Path]:
     """Write `<out>/<split>.parquet` for every split; all of them appear, or none.
 
     Args:
         out: Folder, made if missing; files of the same names are replaced.
         schema: Schema of all splits.
-        splits: Split name -> rows, consumed in order; memory holds one row group of them.
-        progress: Told the number of further rows written.
+        splits: Split name -> rows, consumed in order.
 
     Returns:
         Split name -> path written.
@@ -68,35 +65,28 @@ def write_splits(
     """
     paths = {split: Path(out) / f"{split}.parquet" for split in splits}
     with staging(Path(out)) as folder:
-        for path in paths.values():
+        for split, path in paths.items():
             if path.is_dir():
                 raise DataError(f"{path}: is a folder; a file is to be written there")
-        for split, rows in splits.items():
-            with write_errors(paths[split]):
-                written = _write_parquet(folder / f"{split}.parquet", schema, rows, progress)
-            if not written:
-                raise DataError(f"{paths[split]}: the split would have no rows; needed: 1 or more")
+            table = _table(schema, iter(splits[split]))
+            if not table.num_rows:
+                raise DataError(f"{path}: the split would have no rows; needed: 1 or more")
+            with write_errors(path):
+                pq.write_table(
+                    table,
+                    folder / path.name,
+                    row_group_size=_ROW_GROUP,
+                    compression="zstd",
+                    write_page_checksum=True,
+                )
+                sync(folder / path.name)
         for path in paths.values():
             os.replace(folder / path.name, path)
     return paths
 
 
-def _write_parquet(
-    path: Path, schema: pa.Schema, rows: Iterable[Row], progress: Callable[[int], None]
-) -> int:
-    """Write a file and return its number of rows."""
-    rows, written = iter(rows), 0
-    writer = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-    try:
-        while chunk := list(islice(rows, _ROW_GROUP)):
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-            written += len(chunk)
-            progress(len(chunk))
-    except BaseException:
-        # Closing writes the footer, which fails again on a full disk.
-        with contextlib.suppress(OSError, pa.ArrowException):
-            writer.close()
-        raise
-    writer.close()
-    sync(path)
-    return written
+def _table(schema: pa.Schema, rows: Iterator[Row]) -> pa.Table:
+    """Turn rows into a table, a group at a time: rows as dictionaries need much memory."""
+    groups = iter(lambda: list(islice(rows, _ROW_GROUP)), [])
+    batches = (pa.RecordBatch.from_pylist(group, schema=schema) for group in groups)
+    return pa.Table.from_batches(batches, schema=schema)

@@ -23,8 +23,7 @@ from data_prep.countdown.prompts import PROMPTS
 from data_prep.countdown.puzzles import Puzzle, Ranges, sample_puzzles
 from data_prep.countdown.trees import SIZES
 from data_prep.output import check_output
-from data_prep.splits import verl_schema, write_splits
-from data_prep.tables import Row
+from data_prep.splits import Row, verl_schema, write_splits
 
 DATA_SOURCE = "countdown"
 
@@ -59,14 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         puzzles = sample_puzzles(
             count, ranges, options.seed, lambda found: progress.update(solving, completed=found)
         )
-        splits = {"train": puzzles[: options.train_size], "val": puzzles[options.train_size :]}
-        writing = progress.add_task("writing", total=count)
-        paths = write_splits(
-            options.out,
-            verl_schema(_GROUND_TRUTH, _EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
-            {split: _rows(splits[split], split, options.prompt) for split in splits},
-            lambda rows: progress.advance(writing, rows),
-        )
+    splits = {"train": puzzles[: options.train_size], "val": puzzles[options.train_size :]}
+    paths = write_splits(
+        options.out,
+        verl_schema(_GROUND_TRUTH, _EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
+        {split: _rows(splits[split], split, options.prompt) for split in splits},
+    )
     for split, path in paths.items():
         difficulty = sorted(puzzle.difficulty for puzzle in splits[split])
         print(
@@ -113,8 +110,7 @@ def _parser() -> CommandParser:
         "--prompt",
         choices=tuple(PROMPTS),
         default="chat",
-        help="chat: system and user message; base: plain text to continue; "
-        "tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)",
+        help="chat: system and user message; tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)",
     )
     add("--min-number", type=bound, help="(1)")
     add("--max-number", type=bound, help="(99)")

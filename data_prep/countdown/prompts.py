@@ -1,4 +1,4 @@
-"""The three ways to put a Countdown puzzle to a policy.
+"""The two ways to put a Countdown puzzle to a policy.
 
 None holds an expression that could be copied as an answer: what stands between the
 answer tags in a prompt is not in the reward's grammar.
@@ -22,7 +22,7 @@ _TASK = (
 
 def chat(numbers: Sequence[int], target: int) -> Messages:
     """System and user message, for instruction-tuned models: the chat template wraps them once."""
-    task = _TASK.format(numbers=_listed(numbers), target=target)
+    task = _TASK.format(numbers=", ".join(map(str, numbers)), target=target)
     return [
         {"role": "system", "content": _SYSTEM},
         {
@@ -31,21 +31,6 @@ def chat(numbers: Sequence[int], target: int) -> Messages:
             "like this: <answer>expression</answer>",
         },
     ]
-
-
-def base(numbers: Sequence[int], target: int) -> Messages:
-    """One message of plain text that a pre-trained model continues.
-
-    To send it without role marks, give the model a chat template that prints the
-    content only: verl's `actor_rollout_ref.model.custom_chat_template` set to
-    `{{ messages[0]['content'] }}`.
-    """
-    task = _TASK.format(numbers=_listed(numbers), target=target)
-    content = (
-        f"Puzzle: {task}The solution closes with the expression between answer tags, "
-        "like this: <answer>expression</answer>\n\nSolution, step by step:\n"
-    )
-    return [{"role": "user", "content": content}]
 
 
 def tiny(numbers: Sequence[int], target: int) -> Messages:
@@ -58,10 +43,5 @@ def tiny(numbers: Sequence[int], target: int) -> Messages:
 
 PROMPTS: dict[str, Callable[[Sequence[int], int], Messages]] = {
     "chat": chat,
-    "base": base,
     "tiny": tiny,
 }
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

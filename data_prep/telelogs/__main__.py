@@ -21,13 +21,12 @@ import pyarrow as pa
 
 from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
 from data_prep.output import check_output
-from data_prep.splits import verl_schema, write_splits
-from data_prep.tables import Row
+from data_prep.splits import Row, verl_schema, write_splits
 from data_prep.telelogs.prompt import render
 from data_prep.telelogs.simulator import simulate
 from data_prep.telelogs.sources import (
     Example,
-    check_place,
+    check_outside_repositories,
     choose,
     hub_token,
     read_examples,
@@ -54,26 +53,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--val-source needs a file as --source")
     if options.revision and not hub:
         parser.error("--revision needs --source hub")
-    check_place(options.out, real=not synthetic)
     check_output(options.out)
     sizes: dict[str, int | None] = {"train": options.train_size, "val": options.val_size}
     revision: str | None = None
     if synthetic:
-        counts = {split: sizes[split] or SYNTHETIC_SIZES[split] for split in SPLITS}
+        counts = {split: size or SYNTHETIC_SIZES[split] for split, size in sizes.items()}
         examples = {
-            split: synthetic_rows(split, counts[split], options.seed, options.prompt)
-            for split in SPLITS
+            split: synthetic_rows(split, count, options.seed, options.prompt)
+            for split, count in counts.items()
         }
     else:
+        check_outside_repositories(options.out)
         if hub:
             read, revision = read_hub(hub_token(), options.revision)
             print(f"read at commit {revision} (--revision takes it)", file=sys.stderr)
         else:
-            read = {"train": read_examples(options.source)}
-            if options.val_source:
-                read["val"] = read_examples(options.val_source)
+            files = {"train": options.source, "val": options.val_source}
+            read = {split: read_examples(file) for split, file in files.items() if file}
         examples = choose(read, sizes, options.seed)
-        counts = {split: len(examples[split]) for split in SPLITS}
+        counts = {split: len(rows) for split, rows in examples.items()}
     data_source = SYNTHETIC if synthetic else REAL
     asked = {
         "task": data_source,
@@ -81,15 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "revision": revision,
         "seed": options.seed,
         "prompt": options.prompt,
-        **{f"{split}_size": counts[split] for split in SPLITS},
+        **{f"{split}_size": count for split, count in counts.items()},
     }
     with progress_bar() as progress:
-        bar = progress.add_task("telelogs", total=sum(counts.values()))
         paths = write_splits(
             options.out,
             verl_schema(pa.string(), EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
-            {split: _verl_rows(examples[split], split, data_source) for split in SPLITS},
-            lambda rows: progress.advance(bar, rows),
+            {
+                split: progress.track(
+                    _verl_rows(rows, split, data_source), counts[split], description=split
+                )
+                for split, rows in examples.items()
+            },
         )
     for split, path in paths.items():
         print(f"{path}: {counts[split]} rows")
@@ -113,7 +114,7 @@ def synthetic_rows(split: str, count: int, seed: int, prompt: str = "full") -> I
         cause = block[index % len(CAUSES)]
         drive = simulate((seed, stream, index), cause)
         question = tiny_prompt(drive) if prompt == "tiny" else render(drive)
-        yield Example(question, cause, f"{split}: row {index + 1}")
+        yield Example(question, cause)
 
 
 def _verl_rows(examples: Iterable[Example], split: str, data_source: str) -> Iterator[Row]:

@@ -8,23 +8,22 @@ from the user's own file, and are never written into a repository.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.csv import ParseOptions, read_csv
+from pyarrow.json import read_json
 
 from data_prep.output import first_line
-from data_prep.tables import read_rows
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.telelogs import CAUSES
 
 HUB_DATASET = "netop/TeleLogs"
-# The dataset was published under this configuration name and also without one.
-HUB_CONFIGURATIONS = ("troubleshooting", None)
 HUB_SPLITS = {"train": "train", "val": "test"}
 TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105 (the variable's name, not a token)
 HOW_TO_ASK = (
@@ -34,15 +33,18 @@ HOW_TO_ASK = (
     "--source synthetic needs no access"
 )
 _COLUMNS = ("question", "answer")
+_READERS = {
+    ".parquet": partial(pq.read_table, page_checksum_verification=True),
+    ".jsonl": read_json,
+    ".csv": partial(read_csv, parse_options=ParseOptions(newlines_in_values=True)),
+}
 
 
-@dataclass(frozen=True)
-class Example:
-    """A question, its cause, and the file and row it came from."""
+class Example(NamedTuple):
+    """A question and its cause."""
 
     question: str
     answer: str
-    place: str
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -52,7 +54,16 @@ def read_examples(path: str | Path) -> list[Example]:
         DataError: The file cannot be read, or a row has no question or a cause
             that is not C1 to C8; names file, row and column.
     """
-    return _checked(read_rows(path, _COLUMNS), str(path))
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: a file name must end in one of {', '.join(_READERS)}")
+    try:
+        rows = _READERS[path.suffix](path).to_pylist()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read (damaged or truncated?): {first_line(error)}"
+        ) from error
+    return _checked(rows, str(path))
 
 
 def hub_token() -> str:
@@ -108,41 +119,40 @@ def _hub_rows(split: str, token: str, commit: str) -> Iterable[Any]:
     """The only function that reads rows over the network."""
     from datasets import load_dataset
 
-    for configuration in HUB_CONFIGURATIONS[:-1]:
-        try:
-            return load_dataset(
-                HUB_DATASET, configuration, split=split, revision=commit, token=token
-            )
-        except ValueError as error:
-            # What `datasets` raises for a configuration that does not exist.
-            if "BuilderConfig" not in str(error):
-                raise
-    return load_dataset(HUB_DATASET, split=split, revision=commit, token=token)
+    load = partial(load_dataset, HUB_DATASET, split=split, revision=commit, token=token)
+    try:
+        # The dataset was published under this configuration name and also without one.
+        return load(name="troubleshooting")
+    except ValueError as error:
+        # What `datasets` raises for a configuration that does not exist.
+        if "BuilderConfig" not in str(error):
+            raise
+        return load()
 
 
 def _checked(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
-    examples: list[Example] = []
-    first_seen: dict[str, Example] = {}
+    """Check every row, and leave out those that repeat a question."""
+    examples: dict[str, tuple[Example, int]] = {}
     for number, row in enumerate(rows, start=1):
         place = f"{name}: row {number}"
         for column in _COLUMNS:
             value = row.get(column)
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"{place}, column '{column}': is missing, empty or not text")
-        example = Example(row["question"], row["answer"].strip(), place)
+        example = Example(row["question"], row["answer"].strip())
         if example.answer not in CAUSES:
             raise DataError(
                 f"{place}, column 'answer': {example.answer[:40]!r} is not one of C1 to C8"
             )
-        earlier = first_seen.setdefault(example.question, example)
+        earlier, where = examples.setdefault(example.question, (example, number))
         if earlier.answer != example.answer:
             raise DataError(
-                f"{place}, column 'answer': {example.answer}, but {earlier.place} has the same "
+                f"{place}, column 'answer': {example.answer}, but row {where} has the same "
                 f"question with {earlier.answer}"
             )
-        if earlier is example:
-            examples.append(example)
-    return examples
+    if not examples:
+        raise DataError(f"{name}: has no rows; at least 1 is needed")
+    return [example for example, _ in examples.values()]
 
 
 def choose(
@@ -179,30 +189,12 @@ def choose(
     return {split: pool[split][: sizes[split]] for split in ("train", "val")}
 
 
-def check_place(out: str | Path, real: bool) -> None:
-    """Raise DataError if data must not be written to `out`.
-
-    Real rows may go into no repository at all; synthetic ones into no folder
-    that holds files under version control.
-    """
+def check_outside_repositories(out: str | Path) -> None:
+    """Raise DataError if `out`, the folder for real rows, lies in a repository."""
     folder = Path(out).resolve()
-    package = Path(__file__).resolve().parents[1]
-    roots = [parent for parent in (folder, *folder.parents) if (parent / ".git").exists()]
-    if (package / "pyproject.toml").exists() and folder.is_relative_to(package):
-        roots.append(package)
-    if real and roots:
-        raise DataError(
-            f"--out: {folder} lies in the repository {roots[0]}; TeleLogs rows must not be "
-            "shared again, so choose a folder outside any repository"
-        )
-    if roots and _has_tracked_files(folder):
-        raise DataError(f"--out: {folder} holds files under version control; choose another folder")
-
-
-def _has_tracked_files(folder: Path) -> bool:
-    git = shutil.which("git")
-    if git is None or not folder.is_dir():
-        return False
-    command = [git, "-C", str(folder), "ls-files", "--", "."]
-    listed = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
-    return bool(listed.stdout.strip())
+    for parent in (folder, *folder.parents):
+        if (parent / ".git").exists():
+            raise DataError(
+                f"--out: {folder} lies in the repository {parent}; TeleLogs rows must not be "
+                "shared again, so choose a folder outside any repository"
+            )

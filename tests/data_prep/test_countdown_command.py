@@ -48,7 +48,7 @@ def test_golden_prompts(case):
     assert PROMPTS[case["prompt"]](case["numbers"], case["target"]) == case["messages"]
 
 
-@pytest.mark.parametrize("prompt", ["chat", "base", "tiny"])
+@pytest.mark.parametrize("prompt", ["chat", "tiny"])
 def test_no_prompt_holds_an_answer(prompt):
     messages = PROMPTS[prompt]([1, 2, 3], 1)
     assert [m["role"] for m in messages] == (["system"] if prompt == "chat" else []) + ["user"]
@@ -58,7 +58,7 @@ def test_no_prompt_holds_an_answer(prompt):
         assert text.endswith("<answer>expression</answer>")
 
 
-@pytest.mark.parametrize(("numbers", "prompt"), [(3, "tiny"), (4, "chat"), (3, "base")])
+@pytest.mark.parametrize(("numbers", "prompt"), [(3, "tiny"), (4, "chat")])
 def test_generated_files(tmp_path, capsys, numbers, prompt):
     sizes = (40, 10)
     assert (

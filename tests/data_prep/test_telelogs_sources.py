@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -78,34 +79,52 @@ def test_conflicting_answers_are_named(tmp_path: Path, capsys: pytest.CaptureFix
     row = {"question": "why?", "answer": "C1"}
     path = write_table(tmp_path / "rows.csv", [row, {**row, "answer": "C2"}])
     error = refused(capsys, "--source", path, "--out", tmp_path / "out")
-    assert f"{path}: row 2, column 'answer': C2, but {path}: row 1 has the same" in error
+    assert f"{path}: row 2, column 'answer': C2, but row 1 has the same" in error
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"", "is empty"),
-        (b"PAR1 but not really", "truncated"),
-        (b"\xff\xfe\x00", "truncated"),
-        (None, "no such file"),
+        ("none.parquet", None, "cannot be read"),
+        ("table.txt", b"x", "a file name must end in one of .parquet, .jsonl, .csv"),
+        ("a.parquet", b"", "cannot be read (damaged or truncated?)"),
+        ("b.parquet", b"PAR1 but not really", "cannot be read (damaged or truncated?)"),
+        ("c.jsonl", b'{"question": "x"', "cannot be read (damaged or truncated?)"),
+        ("d.jsonl", b"[1]\n", "cannot be read (damaged or truncated?)"),
+        ("e.jsonl", b'{"question":"x","answer":"\xff"}\n', "cannot be read"),
+        ("f.csv", b"question,answer\n", "has no rows"),
+        ("g.csv", b"question,answer\nx,C1,y\n", "cannot be read (damaged or truncated?)"),
+        ("h.csv", b"question,answer\nx,\xff\n", "row 1, column 'answer'"),
+        ("i.csv", b"question,label\nx,C1\n", "row 1, column 'answer': is missing"),
+        ("j.csv", b"question,answer\n3,C1\n", "row 1, column 'question': is missing, empty or not"),
     ],
 )
 def test_an_unreadable_file_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+    message: str,
 ) -> None:
-    path = tmp_path / "rows.parquet"
+    path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     error = refused(capsys, "--source", path, "--out", tmp_path / "out")
-    assert str(path) in error
-    assert message in error
+    assert f"{path}: {message}" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_column_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_table(tmp_path / "rows.csv", [{"question": "why?", "label": "C1"}])
-    error = refused(capsys, "--source", path, "--out", tmp_path / "out")
-    assert "column 'answer' is missing" in error
+def test_a_parquet_file_with_a_damaged_page_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the checksum tells: a letter of an uncompressed question is another."""
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist(questions(3))
+    pq.write_table(table, path, use_dictionary=False, compression="none", write_page_checksum=True)
+    content = path.read_bytes()
+    middle = len(content) // 4
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert f"{path}: cannot be read" in refused(capsys, "--source", path, "--out", tmp_path / "out")
 
 
 def test_more_rows_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,13 +259,3 @@ def test_real_rows_go_into_no_repository(
         assert "lies in the repository" in error
     assert not (REPOSITORY / "runs" / "telelogs").exists()
     assert sorted(path.name for path in repository.iterdir()) == [".git", ".gitignore", "tracked"]
-
-
-def test_synthetic_rows_go_into_no_tracked_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = git_repository(tmp_path / "repository")
-    arguments = ("--source", "synthetic", "--train-size", 8, "--val-size", 8, "--out")
-    for out in (repository, repository / "tracked"):
-        assert "under version control" in refused(capsys, *arguments, out)
-    assert command(*arguments, repository / "ignored") == 0
