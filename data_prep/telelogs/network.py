@@ -86,10 +86,9 @@ def vertical_loss(cell: Cell, metres: Array | float) -> Array:
 
 
 def link_gain(cell: Cell, east: Array, north: Array) -> Array:
-    """Antenna gain minus line-of-sight path loss at each position, dB, up to a constant.
+    """Antenna gain minus line-of-sight path loss, dB, up to a constant.
 
-    The constant (transmit power, boresight gain, clutter on the way) is what the
-    simulator settles by choosing the received level at one position.
+    The simulator settles the constant by choosing the received level at one position.
     """
     metres = np.maximum(distance(cell, east, north), 10.0)
     bearing = np.degrees(np.arctan2(east - cell.east, north - cell.north))

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import numpy as np
-
-from data_prep.telelogs.network import to_latitude, to_longitude
+from data_prep.telelogs.network import Cell, to_latitude, to_longitude
 from data_prep.telelogs.simulator import DriveTest
-
-MISSING = "-"
-NEIGHBOURS = range(1, 6)
 
 _TASK = """\
 The drive test and the engineering parameters below come from a 5G network. On part of the road \
@@ -41,108 +36,67 @@ Given:
 - The beam scenario sets the vertical beamwidth: DEFAULT and SCENARIO_1 to SCENARIO_5 have 6 \
 degrees, SCENARIO_6 to SCENARIO_11 have 12 degrees, SCENARIO_12 and above have 25 degrees.
 """
-# The misspelling is the dataset's.
-USER_PLANE_TITLE = "User plane drive test data as follows："
-ENGINEERING_TITLE = "Engeneering parameters data as follows："
-_TOP = "Measurement PCell Neighbor Cell Top Set(Cell Level) Top"
-USER_PLANE_COLUMNS = (
-    "Timestamp",
-    "Longitude",
-    "Latitude",
-    "GPS Speed (km/h)",
-    "5G KPI PCell RF Serving PCI",
-    "5G KPI PCell RF Serving SS-RSRP [dBm]",
-    "5G KPI PCell RF Serving SS-SINR [dB]",
-    "5G KPI PCell Layer2 MAC DL Throughput [Mbps]",
-    *(f"{_TOP} {rank} PCI" for rank in NEIGHBOURS),
-    *(f"{_TOP} {rank} Filtered Tx BRSRP [dBm]" for rank in NEIGHBOURS),
-    "5G KPI PCell Layer1 DL RB Num (Including 0)",
-)
-ENGINEERING_COLUMNS = (
-    "gNodeB ID",
-    "Cell ID",
-    "Longitude",
-    "Latitude",
-    "Mechanical Azimuth",
-    "Mechanical Downtilt",
-    "Digital Tilt",
-    "Digital Azimuth",
-    "Beam Scenario",
-    "Height",
-    "PCI",
-    "TxRx Mode",
-    "Max Transmit Power",
-    "Antenna Model",
-)
 _HEAD = "\n".join([_TASK, *(f"{cause}: {text}" for cause, text in _CAUSES.items()), "", _NOTES])
+# The misspelling is the dataset's.
+_USER_PLANE_TITLE = "User plane drive test data as follows："
+_ENGINEERING_TITLE = "Engeneering parameters data as follows："
+_TOP = "Measurement PCell Neighbor Cell Top Set(Cell Level) Top"
 
 
 def render(drive: DriveTest) -> str:
     """Return the question about a simulated drive."""
-    return "\n".join(
-        [
-            _HEAD,
-            USER_PLANE_TITLE,
-            "|".join(USER_PLANE_COLUMNS),
-            *_user_plane_rows(drive),
-            "",
-            ENGINEERING_TITLE,
-            "|".join(ENGINEERING_COLUMNS),
-            *_engineering_rows(drive),
-            "",
-        ]
-    )
+    user_plane = _table([_user_plane_row(drive, row) for row in range(len(drive.serving))])
+    engineering = _table([_engineering_row(drive.cells[index]) for index in drive.table_order])
+    parts = [_HEAD, _USER_PLANE_TITLE, user_plane, "", _ENGINEERING_TITLE, engineering, ""]
+    return "\n".join(parts)
 
 
-def _user_plane_rows(drive: DriveTest) -> list[str]:
+def _table(rows: list[dict[str, str]]) -> str:
+    """The columns' names, then the rows."""
+    return "\n".join(["|".join(rows[0]), *("|".join(row.values()) for row in rows)])
+
+
+def _user_plane_row(drive: DriveTest, row: int) -> dict[str, str]:
+    serving, levels = int(drive.serving[row]), drive.rsrp[row].tolist()
     pcis = [cell.pci for cell in drive.cells]
-    longitudes = np.asarray(to_longitude(drive.east)).tolist()
-    latitudes = np.asarray(to_latitude(drive.north)).tolist()
-    lines: list[str] = []
-    for row, levels in enumerate(drive.rsrp.tolist()):
-        serving = int(drive.serving[row])
-        neighbours = [cell for cell in range(len(pcis)) if cell != serving]
-        neighbours.sort(key=levels.__getitem__, reverse=True)
-        neighbours = neighbours[: int(drive.reported[row])]
-        blanks = [MISSING] * (len(NEIGHBOURS) - len(neighbours))
-        cells = [
-            f"{drive.start + timedelta(seconds=row):%Y-%m-%d %H:%M:%S}.000000",
-            f"{longitudes[row]:.6f}",
-            f"{latitudes[row]:.6f}",
-            f"{drive.speed[row]:.0f}",
-            f"{pcis[serving]}",
-            f"{levels[serving]:.2f}",
-            f"{drive.sinr[row]:.2f}",
-            f"{drive.throughput[row]:.2f}",
-            *(f"{pcis[cell]}" for cell in neighbours),
-            *blanks,
-            *(f"{levels[cell]:.2f}" for cell in neighbours),
-            *blanks,
-            f"{drive.scheduled_rbs[row]:.2f}",
-        ]
-        lines.append("|".join(cells))
-    return lines
+    neighbours = [cell for cell in range(len(pcis)) if cell != serving]
+    neighbours.sort(key=levels.__getitem__, reverse=True)
+    reported = neighbours[: int(drive.reported[row])]
+    blanks = ["-"] * (5 - len(reported))
+    ranked_pcis = [*(f"{pcis[cell]}" for cell in reported), *blanks]
+    ranked_levels = [*(f"{levels[cell]:.2f}" for cell in reported), *blanks]
+    return {
+        "Timestamp": f"{drive.start + timedelta(seconds=row):%Y-%m-%d %H:%M:%S}.000000",
+        "Longitude": f"{to_longitude(drive.east[row]):.6f}",
+        "Latitude": f"{to_latitude(drive.north[row]):.6f}",
+        "GPS Speed (km/h)": f"{drive.speed[row]:.0f}",
+        "5G KPI PCell RF Serving PCI": f"{pcis[serving]}",
+        "5G KPI PCell RF Serving SS-RSRP [dBm]": f"{levels[serving]:.2f}",
+        "5G KPI PCell RF Serving SS-SINR [dB]": f"{drive.sinr[row]:.2f}",
+        "5G KPI PCell Layer2 MAC DL Throughput [Mbps]": f"{drive.throughput[row]:.2f}",
+        **{f"{_TOP} {rank} PCI": pci for rank, pci in enumerate(ranked_pcis, 1)},
+        **{
+            f"{_TOP} {rank} Filtered Tx BRSRP [dBm]": level
+            for rank, level in enumerate(ranked_levels, 1)
+        },
+        "5G KPI PCell Layer1 DL RB Num (Including 0)": f"{drive.scheduled_rbs[row]:.2f}",
+    }
 
 
-def _engineering_rows(drive: DriveTest) -> list[str]:
-    lines: list[str] = []
-    for index in drive.table_order:
-        cell = drive.cells[index]
-        cells = [
-            cell.gnodeb_id,
-            f"{cell.cell_id}",
-            f"{to_longitude(cell.east):.6f}",
-            f"{to_latitude(cell.north):.6f}",
-            f"{cell.mechanical_azimuth}",
-            f"{cell.mechanical_downtilt}",
-            f"{cell.digital_tilt}",
-            f"{cell.digital_azimuth}",
-            cell.beam_scenario,
-            f"{cell.height:.1f}",
-            f"{cell.pci}",
-            cell.txrx_mode,
-            f"{cell.max_transmit_power}",
-            cell.antenna_model,
-        ]
-        lines.append("|".join(cells))
-    return lines
+def _engineering_row(cell: Cell) -> dict[str, str]:
+    return {
+        "gNodeB ID": cell.gnodeb_id,
+        "Cell ID": f"{cell.cell_id}",
+        "Longitude": f"{to_longitude(cell.east):.6f}",
+        "Latitude": f"{to_latitude(cell.north):.6f}",
+        "Mechanical Azimuth": f"{cell.mechanical_azimuth}",
+        "Mechanical Downtilt": f"{cell.mechanical_downtilt}",
+        "Digital Tilt": f"{cell.digital_tilt}",
+        "Digital Azimuth": f"{cell.digital_azimuth}",
+        "Beam Scenario": cell.beam_scenario,
+        "Height": f"{cell.height:.1f}",
+        "PCI": f"{cell.pci}",
+        "TxRx Mode": cell.txrx_mode,
+        "Max Transmit Power": f"{cell.max_transmit_power}",
+        "Antenna Model": cell.antenna_model,
+    }

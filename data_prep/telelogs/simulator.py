@@ -49,34 +49,20 @@ WEAK_COVERAGE = (-94.0, -91.5)
 
 @dataclass
 class DriveTest:
-    """Measurements of one drive; arrays have one entry per second.
-
-    Attributes:
-        start: Time of the first row.
-        cells: The engineering parameters, by part in the drive.
-        table_order: Order in which `cells` are listed.
-        east, north: Position, metres.
-        speed: km/h.
-        serving: Index into `cells`.
-        rsrp: Level of every cell, dBm, [rows, cells].
-        sinr: dB.
-        throughput: Mbit/s.
-        scheduled_rbs: Mean number of scheduled resource blocks.
-        reported: How many neighbours the terminal reports, at most 5.
-    """
+    """Measurements of one drive; arrays have one entry per second."""
 
     start: datetime
     cells: list[Cell]
-    table_order: NDArray[np.int64]
-    east: Array
+    table_order: NDArray[np.int64]  # in which the cells are listed
+    east: Array  # metres
     north: Array
-    speed: Array
-    serving: NDArray[np.int64]
-    rsrp: Array
-    sinr: Array
-    throughput: Array
+    speed: Array  # km/h
+    serving: NDArray[np.int64]  # index into cells
+    rsrp: Array  # dBm, [rows, cells]
+    sinr: Array  # dB
+    throughput: Array  # Mbit/s
     scheduled_rbs: Array
-    reported: NDArray[np.int64]
+    reported: NDArray[np.int64]  # neighbours that the terminal reports, at most 5
 
     @property
     def low(self) -> NDArray[np.bool_]:
@@ -102,12 +88,7 @@ class _Plan:
 
 
 def simulate(seed: Sequence[int], cause: str) -> DriveTest:
-    """Simulate one drive whose only fault is `cause` ("C1" to "C8").
-
-    Args:
-        seed: Non-negative integers that name the drive, e.g. (seed, split, index).
-        cause: The fault to inject.
-    """
+    """Simulate the drive of a seed, e.g. (seed, split, index), with one fault, "C1" to "C8"."""
     healthy = np.random.default_rng([*seed, 0])
     fault = np.random.default_rng([*seed, 1])
     plan = _plan(healthy)
@@ -238,7 +219,14 @@ def _drive(plan: _Plan, random: np.random.Generator) -> DriveTest:
     low = np.isin(np.arange(rows), plan.low_rows)
     fluctuation = np.clip(np.cumsum(random.normal(0.0, 1.5, size=rows)), -5.0, 5.0)
     speed = np.clip(plan.base_speed + fluctuation, *plan.speed_limits).round()
-    east, north, middle = _path(plan, speed)
+    # A gently curved road, whose point of reference is passed in the middle of the low rows.
+    middle = (plan.low_rows.start + plan.low_rows.stop) // 2
+    travelled = np.cumsum(speed / 3.6)
+    travelled -= travelled[middle]
+    east, north, heading, curvature = plan.road
+    bend = curvature * travelled / 2
+    east = east + travelled * np.sin(heading + bend)
+    north = north + travelled * np.cos(heading + bend)
 
     sinr = np.where(
         low,
@@ -266,20 +254,6 @@ def _drive(plan: _Plan, random: np.random.Generator) -> DriveTest:
         throughput=throughput,
         scheduled_rbs=plan.mean_rbs * (1.0 + wobble - wobble.mean()),
         reported=random.choice([3, 4, 5], p=[0.15, 0.25, 0.6], size=rows),
-    )
-
-
-def _path(plan: _Plan, speed: Array) -> tuple[Array, Array, int]:
-    """Positions along a gently curved road, and the row in the middle of the low rows."""
-    east, north, heading, curvature = plan.road
-    middle = (plan.low_rows.start + plan.low_rows.stop) // 2
-    travelled = np.cumsum(speed / 3.6)
-    travelled -= travelled[middle]
-    bend = curvature * travelled / 2
-    return (
-        east + travelled * np.sin(heading + bend),
-        north + travelled * np.cos(heading + bend),
-        middle,
     )
 
 
