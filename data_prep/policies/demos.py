@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -23,15 +24,9 @@ class Demonstration(NamedTuple):
 
 
 class Demonstrations(ABC):
-    """Draws demonstrations of a task; the same seed and calls give the same ones.
+    """Draws demonstrations of a task; the same seed and calls give the same ones."""
 
-    Args:
-        seed: Any integer.
-
-    Attributes:
-        weighty: Texts of the tokens whose loss counts more than that of others.
-    """
-
+    # Texts of the tokens whose loss counts more than that of others.
     weighty: tuple[str, ...] = ()
 
     def __init__(self, seed: int) -> None:
@@ -39,11 +34,7 @@ class Demonstrations(ABC):
 
     @abstractmethod
     def draw(self, direct_share: float) -> Demonstration:
-        """Draw one demonstration.
-
-        Args:
-            direct_share: Share of demonstrations whose answer is a guess.
-        """
+        """Draw one demonstration; a share `direct_share` of them answers with a guess."""
 
     def batches(
         self, tokenizer: PreTrainedTokenizerBase, steps: int, size: int, direct_share: float
@@ -83,11 +74,10 @@ def token_batch(
         Input tokens and labels, both int64 (pairs, longest - 1); labels are shifted by one
         and `IGNORED` at the prompt and the padding.
     """
-    longest = max(len(prompt) + len(response) for prompt, response in pairs)
-    tokens = torch.full((len(pairs), longest), pairs[0][1][-1])
-    labels = torch.full((len(pairs), longest), IGNORED)
-    for i, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        tokens[i, :end] = torch.tensor(prompt + response)
-        labels[i, len(prompt) : end] = torch.tensor(response)
-    return tokens[:, :-1], labels[:, 1:]
+    tokens = [torch.tensor(prompt + response) for prompt, response in pairs]
+    labels = [torch.tensor([IGNORED] * len(prompt) + response) for prompt, response in pairs]
+    end = pairs[0][1][-1]
+    return (
+        pad_sequence(tokens, batch_first=True, padding_value=end)[:, :-1],
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:],
+    )

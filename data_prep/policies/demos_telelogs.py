@@ -29,11 +29,7 @@ _COPIED = (0, 3, 6, 9)
 
 
 class TeleLogsDemonstrations(Demonstrations):
-    """Demonstrations of the eight causes.
-
-    Args:
-        seed: A non-negative integer.
-    """
+    """Demonstrations of the eight causes; the seed is not negative."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)

@@ -96,12 +96,8 @@ def check_no_code_in(folder: Path, key: str) -> None:
     verl's reward workers load the tokenizer with `trust_remote_code=True`, whatever the
     configuration says, so the folder's content is looked at.
 
-    Args:
-        folder: The folder.
-        key: What names it, for the message.
-
     Raises:
-        DataError: Names the file.
+        DataError: Names `key`, which led to the folder, and the file.
     """
     for file in sorted(folder.glob("*.json")):
         try:

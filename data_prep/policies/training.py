@@ -38,12 +38,9 @@ _RESPONSE_TOKENS = 15.0
 class Schedule:
     """How long the warm start trains, and on which mixture.
 
-    Attributes:
-        skill_steps: Batches of mostly worked demonstrations: the skill.
-        habit_steps: Batches of mostly unworked ones: the habit of using it seldom.
-        batch_size: Demonstrations in a batch.
-        skill_direct_share: Share of unworked demonstrations in the first part.
-        habit_direct_share: The same in the second, which sets the policy's success.
+    Mostly worked demonstrations teach the skill; then mostly unworked ones teach the
+    habit of using it seldom. Steps are batches; a direct share is that of unworked
+    demonstrations, of which the last sets the policy's success.
     """
 
     skill_steps: int = 1200
@@ -98,14 +95,8 @@ def warm_start(
     """Train the tiny policy on demonstrations, in place.
 
     Matrices inside the layers are updated by Muon (orthogonalised momentum), the
-    rest by AdamW: at this size that needs half the steps of AdamW alone.
-
-    Args:
-        model: Trained in place, then put into evaluation mode.
-        tokenizer: The model's.
-        demonstrations: Where the batches come from.
-        schedule: How many of which.
-        progress: Told the number of batches done.
+    rest by AdamW: at this size that needs half the steps of AdamW alone. `progress` is
+    told the number of batches done.
     """
     inner = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in inner}

@@ -28,7 +28,6 @@ from data_prep.telelogs.sources import (
     Example,
     check_outside_repositories,
     choose,
-    hub_token,
     read_examples,
     read_hub,
 )
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         check_outside_repositories(options.out)
         if hub:
-            read, revision = read_hub(hub_token(), options.revision)
+            read, revision = read_hub(options.revision)
             print(f"read at commit {revision} (--revision takes it)", file=sys.stderr)
         else:
             files = {"train": options.source, "val": options.val_source}

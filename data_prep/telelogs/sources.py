@@ -25,11 +25,10 @@ from hpo_verl.rewards.telelogs import CAUSES
 
 HUB_DATASET = "netop/TeleLogs"
 HUB_SPLITS = {"train": "train", "val": "test"}
-TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105 (the variable's name, not a token)
 HOW_TO_ASK = (
     f"ask for access on https://huggingface.co/datasets/{HUB_DATASET} (log in, accept the "
     "conditions, wait for the authors' approval), make a token with read permission on "
-    f"https://huggingface.co/settings/tokens and set it as {TOKEN_VARIABLE}; "
+    f"https://huggingface.co/settings/tokens and set it as HF_TOKEN; "
     "--source synthetic needs no access"
 )
 _COLUMNS = ("question", "answer")
@@ -66,47 +65,32 @@ def read_examples(path: str | Path) -> list[Example]:
     return _checked(rows, str(path))
 
 
-def hub_token() -> str:
-    """Return the user's hub token from the environment, or raise DataError: how to get one."""
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if not token:
-        raise DataError(
-            f"{TOKEN_VARIABLE} is not set and {HUB_DATASET} is a gated dataset: {HOW_TO_ASK}"
-        )
-    return token
-
-
-def read_hub(token: str, revision: str | None) -> tuple[dict[str, list[Example]], str]:
-    """Read both splits of the hub's dataset at one commit.
+def read_hub(revision: str | None) -> tuple[dict[str, list[Example]], str]:
+    """Read both splits of the hub's dataset at one commit, with the user's token.
 
     Args:
-        token: A token whose owner has been granted access.
-        revision: Commit to read, 40 hexadecimal digits; None takes the newest
-            commit of `main` and says which it was.
+        revision: Commit to read, 40 hexadecimal digits; None takes the newest of `main`.
 
     Returns:
         Split ("train", "val") -> rows, and the commit.
 
     Raises:
-        DataError: No access, no such commit, no network, or a bad row.
+        DataError: No token or access, no such commit, no network, or a bad row.
     """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        raise DataError(f"HF_TOKEN is not set and {HUB_DATASET} is a gated dataset: {HOW_TO_ASK}")
     try:
         commit = revision or _newest_commit(token)
-        splits = {
-            split: _checked(
-                _hub_rows(hub_split, token, commit), f"{HUB_DATASET}@{commit[:8]} {hub_split}"
-            )
-            for split, hub_split in HUB_SPLITS.items()
-        }
-    except DataError:
-        raise
+        rows = {split: _hub_rows(name, token, commit) for split, name in HUB_SPLITS.items()}
     # The hub's client raises errors of five libraries; each of them means the same here.
     except Exception as error:
         raise DataError(
             f"{HUB_DATASET}: cannot be read ({type(error).__name__}: {first_line(error)}); "
             f"if access is what is missing, {HOW_TO_ASK}"
         ) from error
-    return splits, commit
+    name = f"{HUB_DATASET}@{commit[:8]}"
+    return {split: _checked(rows[split], f"{name} {HUB_SPLITS[split]}") for split in rows}, commit
 
 
 def _newest_commit(token: str) -> str:
