@@ -11,10 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import Progress
 
-from hpo_verl.errors import HpoVerlError
-
-EXIT_BAD_INPUT = 2
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, HpoVerlError
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -38,7 +35,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -56,7 +53,7 @@ def integer_in(low: int, high: int) -> Callable[[str], int]:
 
 def commit(text: str) -> str:
     """An argparse `type` that accepts a full commit, which nobody can move as a branch or tag."""
-    if not _COMMIT.fullmatch(text):
+    if not re.fullmatch(r"[0-9a-f]{40}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a commit (40 hexadecimal digits)")
     return text
 

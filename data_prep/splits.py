@@ -27,10 +27,7 @@ def verl_schema(
 ) -> pa.Schema:
     """Return the arrow schema of the rows that verl's `RLHFDataset` and reward loop read.
 
-    Args:
-        ground_truth: Type of `reward_model.ground_truth`.
-        extra_info: Fields of `extra_info`; verl itself uses `index`.
-        metadata: Provenance kept in the file (what was asked for: source, seed, ...).
+    verl itself uses `extra_info.index`. `metadata` says what was asked for: source, seed, ...
     """
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     return pa.schema(
@@ -50,10 +47,7 @@ def write_splits(
 ) -> dict[str, Path]:
     """Write `<out>/<split>.parquet` for every split; all of them appear, or none.
 
-    Args:
-        out: Folder, made if missing; files of the same names are replaced.
-        schema: Schema of all splits.
-        splits: Split name -> rows, consumed in order.
+    Files of the same names are replaced.
 
     Returns:
         Split name -> path written.

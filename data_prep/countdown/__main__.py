@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
 
 from data_prep.command import CommandParser, integer_in, progress_bar, run
 from data_prep.countdown.prompts import PROMPTS
-from data_prep.countdown.puzzles import Puzzle, Ranges, sample_puzzles
+from data_prep.countdown.puzzles import OPERATORS, Puzzle, Ranges, sample_puzzles
 from data_prep.countdown.trees import SIZES
 from data_prep.output import check_output
 from data_prep.splits import Row, verl_schema, write_splits
@@ -35,34 +35,26 @@ _EXTRA_INFO = {
     "difficulty": pa.int64(),
     "solution": pa.string(),
 }
-_RANGE_FLAGS = ("min_number", "max_number", "min_target", "max_target", "operators")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    options = _parser().parse_args(argv)
-    given = {flag: value for flag in _RANGE_FLAGS if (value := getattr(options, flag)) is not None}
-    ranges = Ranges(options.numbers, **given)
-    asked = {
-        "task": DATA_SOURCE,
-        "prompt": options.prompt,
-        "train_size": options.train_size,
-        "val_size": options.val_size,
-        "seed": options.seed,
-        **asdict(ranges),
-    }
-    check_output(options.out)
-    count = options.train_size + options.val_size
+    options = vars(_parser().parse_args(argv))
+    out, train_size = options.pop("out"), options["train_size"]
+    ranges = Ranges(**{field.name: options[field.name] for field in fields(Ranges)})
+    check_output(out)
+    count = train_size + options["val_size"]
     with progress_bar() as progress:
-        solving = progress.add_task("solving", total=count)
+        bar = progress.add_task("solving", total=count)
         puzzles = sample_puzzles(
-            count, ranges, options.seed, lambda found: progress.update(solving, completed=found)
+            count, ranges, options["seed"], lambda found: progress.update(bar, completed=found)
         )
-    splits = {"train": puzzles[: options.train_size], "val": puzzles[options.train_size :]}
+    splits = {"train": puzzles[:train_size], "val": puzzles[train_size:]}
+    metadata = {"hpo_verl": json.dumps({"task": DATA_SOURCE, **options})}
     paths = write_splits(
-        options.out,
-        verl_schema(_GROUND_TRUTH, _EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
-        {split: _rows(splits[split], split, options.prompt) for split in splits},
+        out,
+        verl_schema(_GROUND_TRUTH, _EXTRA_INFO, metadata),
+        {split: _rows(rows, split, options["prompt"]) for split, rows in splits.items()},
     )
     for split, path in paths.items():
         difficulty = sorted(puzzle.difficulty for puzzle in splits[split])
@@ -102,21 +94,25 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     size, bound = integer_in(1, 5_000_000), integer_in(1, 100_000)
     add("--out", required=True, type=Path, metavar="DIR", help="folder, made if missing")
-    add("--numbers", type=int, choices=SIZES, default=3, help="numbers per puzzle (3)")
-    add("--train-size", type=size, default=50_000, help="(50000)")
-    add("--val-size", type=size, default=1_024, help="(1024)")
-    add("--seed", type=integer_in(0, 2**32 - 1), default=0, help="(0)")
+    # The order of the rest is that of the files' metadata.
     add(
         "--prompt",
         choices=tuple(PROMPTS),
         default="chat",
         help="chat: system and user message; tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)",
     )
-    add("--min-number", type=bound, help="(1)")
-    add("--max-number", type=bound, help="(99)")
-    add("--min-target", type=bound, help="(10)")
-    add("--max-target", type=bound, help="(100)")
-    add("--operators", help="operators that suffice to solve every puzzle (+-*/)")
+    add("--train-size", type=size, default=50_000, help="(50000)")
+    add("--val-size", type=size, default=1_024, help="(1024)")
+    add("--seed", type=integer_in(0, 2**32 - 1), default=0, help="(0)")
+    add("--numbers", type=int, choices=SIZES, default=3, help="numbers per puzzle (3)")
+    for name in ("min_number", "max_number", "min_target", "max_target"):
+        flag, default = f"--{name.replace('_', '-')}", getattr(Ranges, name)
+        add(flag, type=bound, default=default, help="(%(default)s)")
+    add(
+        "--operators",
+        default=OPERATORS,
+        help="operators that suffice to solve every puzzle (%(default)s)",
+    )
     return parser
 
 

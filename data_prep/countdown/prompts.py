@@ -41,7 +41,4 @@ def tiny(numbers: Sequence[int], target: int) -> Messages:
     return [{"role": "user", "content": f"{' '.join(map(str, numbers))} = {target}"}]
 
 
-PROMPTS: dict[str, Callable[[Sequence[int], int], Messages]] = {
-    "chat": chat,
-    "tiny": tiny,
-}
+PROMPTS: dict[str, Callable[[Sequence[int], int], Messages]] = {"chat": chat, "tiny": tiny}

@@ -37,16 +37,12 @@ _HOPELESS = 20_000
 
 
 class Puzzle(NamedTuple):
-    """A solvable puzzle.
-
-    `difficulty` is the number of solutions: expression trees, as `trees.py` counts
-    them. `solution` is one of them, drawn uniformly.
-    """
+    """A solvable puzzle."""
 
     numbers: tuple[int, ...]
     target: int
-    difficulty: int
-    solution: str
+    difficulty: int  # number of solutions: expression trees, as `trees.py` counts them
+    solution: str  # one of them, drawn uniformly
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,8 @@ class Ranges:
     def __post_init__(self) -> None:
         if self.numbers not in SIZES:
             raise ConfigError(f"numbers is {self.numbers}; permitted: 3 or 4")
-        for what, low, high in (
-            ("number", self.min_number, self.max_number),
-            ("target", self.min_target, self.max_target),
-        ):
+        for what in ("number", "target"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if not 1 <= low <= high:
                 raise ConfigError(
                     f"min_{what} is {low} and max_{what} is {high}; "
@@ -104,12 +98,7 @@ def sample_puzzles(
 
     No two agree in target and in numbers up to their order; the order in which a
     puzzle lists its numbers is random. The same arguments give the same puzzles.
-
-    Args:
-        count: How many.
-        ranges: Count of numbers and the permitted ranges.
-        seed: Any integer >= 0.
-        progress: Called with the number of puzzles found so far.
+    `progress` is told the number of puzzles found so far.
 
     Raises:
         DataError: The ranges hold fewer solvable puzzles than asked for; the
@@ -152,8 +141,6 @@ def read_puzzles(path: str | Path) -> set[PuzzleKey]:
     Raises:
         DataError: The file is missing or damaged, or a row is no puzzle.
     """
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
     try:
         rows = pq.read_table(path, columns=["reward_model"]).to_pylist()
     except (OSError, pa.ArrowException) as error:

@@ -190,7 +190,7 @@ def test_the_command_holds_out_the_puzzles_of_a_data_file(tmp_path, monkeypatch,
         (["--seed", "-1"], "'-1' is not an integer from 0 to 2147483647"),
         (["--seed", "x"], "'x' is not an integer"),
         (["--sede", "1"], "unrecognized arguments: --sede 1"),
-        (["--held-out", "nowhere.parquet"], "nowhere.parquet: no such file"),
+        (["--held-out", "nowhere.parquet"], "nowhere.parquet: cannot read: "),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_code_2(tmp_path, capsys, arguments, message):
