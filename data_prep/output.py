@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,6 @@ def check_output(out: str | Path) -> None:
         raise DataError(f"{out}: {existing} is a file; a folder is needed")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise DataError(f"{out}: no permission to write in {existing}")
-    if shutil.disk_usage(existing).free == 0:
-        raise DataError(f"{out}: no space left on the disk of {existing}")
 
 
 @contextlib.contextmanager

@@ -46,14 +46,11 @@ class Tree(NamedTuple):
 
 
 class Solutions(NamedTuple):
-    """Trees whose value is a whole number in a range; three arrays of one length.
+    """Trees whose value is a whole number in a range; three arrays of one length."""
 
-    `row` is the index of the number set, `target` the value, `tree` an index into `trees`.
-    """
-
-    row: Array
-    target: Array
-    tree: Array
+    row: Array  # index of the number set
+    target: Array  # the value
+    tree: Array  # index into `trees`
 
 
 def trees(size: int) -> tuple[Tree, ...]:
@@ -64,10 +61,7 @@ def trees(size: int) -> tuple[Tree, ...]:
 def solutions(number_sets: Array, low: int, high: int) -> Solutions:
     """Find every tree with a whole value in [low, high], low >= 1.
 
-    Args:
-        number_sets: Integers from 1 to `MAX_NUMBER`, shape (sets, 2 to 4).
-        low: Smallest target.
-        high: Largest target.
+    The number sets are integers from 1 to `MAX_NUMBER`, shape (sets, 2 to 4).
     """
     found = [np.zeros((3, 0), dtype=np.int64)]
     step = _BLOCK // len(trees(number_sets.shape[1] - 1))

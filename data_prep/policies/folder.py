@@ -25,15 +25,8 @@ def save_policy(
 ) -> dict[str, Any]:
     """Save a policy as a Hugging Face folder, in the place of an older one.
 
-    Args:
-        out: The folder.
-        model: Its weights and configuration.
-        tokenizer: Its tokenizer, chat template included.
-        manifest: Name of the manifest's file.
-        facts: What the manifest says besides the files' digests.
-
     Returns:
-        The manifest.
+        The manifest: the facts, and the files' digests.
 
     Raises:
         DataError: The folder cannot be written.

@@ -46,20 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", required=True, type=commit, help="commit of the model")
     options = parser.parse_args(argv)
     names = fetch(options.out, options.repo, options.revision)["files"]
-    size = sum((options.out / name).stat().st_size for name in names)
-    print(
-        f"{options.out}: {options.repo} at {options.revision}, {len(names)} files, "
-        f"{size / 1e9:.1f} GB"
-    )
+    print(f"{options.out}: {options.repo} at {options.revision}, {len(names)} files")
 
 
 def fetch(out: str | Path, repo: str, revision: str) -> dict[str, Any]:
     """Fetch a model into the folder `out`, which appears when it is complete.
-
-    Args:
-        out: Folder; must not exist, or be empty.
-        repo: `organisation/model` on the hub.
-        revision: Commit, 40 hexadecimal digits.
 
     Returns:
         The manifest, which is also in the folder.
@@ -132,11 +123,7 @@ def _repo(text: str) -> str:
 
 
 def _hub(repo: str, revision: str, names: Sequence[str], dry_run: bool = False) -> Any:
-    """Return the cache's folder with these files of a commit, or with `dry_run` what they are.
-
-    Raises:
-        DataError: The hub does not answer or refuses.
-    """
+    """Return the cache's folder with these files of a commit, or with `dry_run` what they are."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -167,9 +154,6 @@ def _place(cached: Path, target: Path, origin: str) -> None:
     """Link a file of the cache if it is what the hub recorded, or copy it to another disk.
 
     The cache names a file by the hub's digest: SHA-256 of a large one, git's SHA-1 of a small one.
-
-    Raises:
-        DataError: Its content is another.
     """
     if len(cached.name) == hashlib.sha256().digest_size * 2:
         digest = sha256_once(cached)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -57,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.held_out and options.task != "countdown":
         parser.error("--held-out needs --task countdown")
     check_output(options.out)
-    started = perf_counter()
     held_out = read_puzzles(options.held_out) if options.held_out else ()
     with progress_bar() as progress:
         bar = progress.add_task("warm start", total=SCHEDULES[options.task].steps)
@@ -70,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print(
         f"{options.out}: {options.task}, {manifest['parameters']:,} parameters, "
-        f"seed {options.seed}, {manifest['held_out']['puzzles']} puzzles held out, "
-        f"{perf_counter() - started:.0f} s"
+        f"seed {options.seed}, {manifest['held_out']['puzzles']} puzzles held out"
     )
 
 
@@ -88,7 +85,7 @@ def make_policy(
     Args:
         out: Folder, made if missing.
         seed: Of the initial weights and the demonstrations.
-        held_out: Puzzles, (sorted numbers, target), that no demonstration poses.
+        held_out: Puzzles that no demonstration of Countdown poses.
         schedule: Length and mixture of the warm start; that of the task if None.
         progress: Told the number of batches done.
         task: A key of `SCHEDULES`.

@@ -21,14 +21,10 @@ METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6371 km
 
 CARRIER_GHZ = 3.5
 HORIZONTAL_BEAMWIDTH = 65.0  # degrees
-MAX_HORIZONTAL_LOSS = 25.0  # dB
-# 3GPP allows 30 dB; reflections fill the gap under the beam.
-MAX_VERTICAL_LOSS = 18.0  # dB
 RECEIVER_HEIGHT = 1.5  # metres
 
 # A digital tilt of 255 in the table is a marker for the default of 6 degrees.
 DIGITAL_TILT_DEFAULT = 255
-DIGITAL_TILT_OF_DEFAULT = 6
 # Parts that the first cells of a network play.
 SERVING, COLOCATED, NEAREST, SECOND = range(4)
 DISTANCE_NORMAL = (350.0, 850.0)  # metres from the road to the serving site
@@ -57,9 +53,8 @@ class Cell:
     @property
     def downtilt(self) -> int:
         """Mechanical plus effective digital downtilt, degrees."""
-        if self.digital_tilt == DIGITAL_TILT_DEFAULT:
-            return self.mechanical_downtilt + DIGITAL_TILT_OF_DEFAULT
-        return self.mechanical_downtilt + self.digital_tilt
+        default = self.digital_tilt == DIGITAL_TILT_DEFAULT
+        return self.mechanical_downtilt + (6 if default else self.digital_tilt)
 
     @property
     def azimuth(self) -> int:
@@ -82,7 +77,8 @@ def vertical_loss(cell: Cell, metres: Array | float) -> Array:
     """Loss against the main lobe, dB, at a ground distance: 12 (angle / beamwidth)^2, bounded."""
     depression = np.degrees(np.arctan2(cell.height - RECEIVER_HEIGHT, metres))
     off_axis = (depression - cell.downtilt) / cell.vertical_beamwidth
-    return np.minimum(12.0 * off_axis**2, MAX_VERTICAL_LOSS)
+    # 3GPP allows 30 dB; reflections fill the gap under the beam.
+    return np.minimum(12.0 * off_axis**2, 18.0)
 
 
 def link_gain(cell: Cell, east: Array, north: Array) -> Array:
@@ -93,7 +89,7 @@ def link_gain(cell: Cell, east: Array, north: Array) -> Array:
     metres = np.maximum(distance(cell, east, north), 10.0)
     bearing = np.degrees(np.arctan2(east - cell.east, north - cell.north))
     off_axis = (bearing - cell.azimuth + 180.0) % 360.0 - 180.0
-    horizontal = np.minimum(12.0 * (off_axis / HORIZONTAL_BEAMWIDTH) ** 2, MAX_HORIZONTAL_LOSS)
+    horizontal = np.minimum(12.0 * (off_axis / HORIZONTAL_BEAMWIDTH) ** 2, 25.0)
     path_loss = 28.0 + 22.0 * np.log10(metres) + 20.0 * math.log10(CARRIER_GHZ)
     return -horizontal - vertical_loss(cell, metres) - path_loss
 
@@ -114,13 +110,8 @@ def random_network(
 ) -> list[Cell]:
     """Six to eight healthy cells of three or four sites around a point of the road.
 
-    Args:
-        random: Source of all draws; their number does not depend on their values.
-        road: The point, metres east and north.
-        bearing: Direction from the serving site to it, radians from north.
-
-    Returns:
-        Cells whose first four play the parts SERVING to SECOND.
+    The first four play the parts SERVING to SECOND. The bearing leads from the serving
+    site to the point, radians from north. The draws' number does not depend on their values.
     """
     count = int(random.integers(6, 9))
     # The serving site has the cells 0 and 1, its neighbours the cells 2 and 3.

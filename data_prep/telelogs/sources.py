@@ -144,11 +144,8 @@ def choose(
 ) -> dict[str, list[Example]]:
     """Draw the rows of each split; no question is in both.
 
-    Args:
-        examples: {"train": ...} to be divided in two, or {"train": ..., "val": ...}.
-        sizes: Split -> number of rows; None takes all, or, of one undivided file,
-            a tenth for validation and the rest for training.
-        seed: Of the draw.
+    A size of None takes all. Without a split "val", the rows of "train" are divided in two:
+    a tenth is for validation, where its size is None.
 
     Raises:
         DataError: Fewer rows than asked for.
@@ -159,7 +156,7 @@ def choose(
     }
     if "val" not in pool:
         undivided = pool["train"]
-        val_size = sizes["val"] if sizes["val"] is not None else max(1, len(undivided) // 10)
+        val_size = sizes["val"] or max(1, len(undivided) // 10)
         pool = {"val": undivided[:val_size], "train": undivided[val_size:]}
     else:
         held_out = {example.question for example in pool["val"]}

@@ -11,40 +11,31 @@ but only by knowing all eight causes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 
 import numpy as np
 
 from data_prep.telelogs.simulator import DriveTest, serving_distance
 
 
-@dataclass(frozen=True)
-class Feature:
-    """A number read off a drive, its bin edges (rising) and one letter per bin."""
-
-    name: str
-    edges: tuple[float, ...]
-    letters: str
-
-
+# Each feature's bin edges (rising), and one letter per bin.
 FEATURES = (
-    Feature("highest speed, km/h", (20, 40), "ABC"),
-    Feature("distance to the serving cell, m", (600, 1000), "DEF"),
-    Feature("changes of the serving cell", (1, 3), "GHI"),
-    Feature("mean scheduled RBs", (160, 182), "JKL"),
-    Feature("level of the strongest neighbour of equal PCI mod 30, dB", (-40, -10), "MNO"),
-    Feature("neighbours of other sites within 3 dB", (2,), "PQ"),
-    Feature("downtilt of the serving cell, degrees", (10, 28), "RST"),
-    Feature("RSRP of the serving cell, dBm", (-90, -80), "UVW"),
-    Feature("a handover ends the drop", (1,), "XY"),
+    ((20, 40), "ABC"),  # highest speed, km/h
+    ((600, 1000), "DEF"),  # distance to the serving cell, m
+    ((1, 3), "GHI"),  # changes of the serving cell
+    ((160, 182), "JKL"),  # mean scheduled RBs
+    ((-40, -10), "MNO"),  # level of the strongest neighbour of equal PCI mod 30, dB
+    ((2,), "PQ"),  # neighbours of other sites within 3 dB
+    ((10, 28), "RST"),  # downtilt of the serving cell, degrees
+    ((-90, -80), "UVW"),  # RSRP of the serving cell, dBm
+    ((1,), "XY"),  # a handover ends the drop
 )
 
 
 def tiny_prompt(drive: DriveTest) -> str:
     """Return the nine letters of a drive, in the order of `FEATURES`."""
     return "".join(
-        feature.letters[bisect_right(feature.edges, value)]
-        for feature, value in zip(FEATURES, _values(drive), strict=True)
+        letters[bisect_right(edges, value)]
+        for (edges, letters), value in zip(FEATURES, _values(drive), strict=True)
     )
 
 

@@ -128,10 +128,3 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(output.os, "access", lambda *_: False)
     with pytest.raises(DataError, match="no permission to write in"):
         check_output(tmp_path / "not" / "yet")
-
-
-def test_no_space_is_seen_before_the_work(tmp_path, monkeypatch):
-    usage = output.shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match="no space left on the disk"):
-        check_output(tmp_path)

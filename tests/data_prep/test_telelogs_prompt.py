@@ -164,7 +164,7 @@ def test_tiny_prompts_hold_the_label() -> None:
 
 
 def test_each_letter_means_one_bin_of_one_feature() -> None:
-    letters = "".join(feature.letters for feature in FEATURES)
+    letters = "".join(letters for _, letters in FEATURES)
     assert len(set(letters)) == len(letters)
     seen = Counter("".join(row.question for row in synthetic_rows("val", 1600, 9, "tiny")))
     assert set(seen) == set(letters)
