@@ -16,7 +16,6 @@ import numpy as np
 
 from data_prep.telelogs.simulator import DriveTest, serving_distance
 
-
 # Each feature's bin edges (rising), and one letter per bin.
 FEATURES = (
     ((20, 40), "ABC"),  # highest speed, km/h
