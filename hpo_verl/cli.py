@@ -182,9 +182,8 @@ def replay(
     from hpo_verl.runs.quiet import quiet_imports
 
     with quiet_imports():
-        from hpo_verl.verl_plugin.engine.replay import load, report
-    for line in report(file, load(file)):
-        print(line)
+        from hpo_verl.verl_plugin.engine.replay import report
+    print(*report(file), sep="\n")
 
 
 @app.command("list")

@@ -41,7 +41,7 @@ def test_the_version_is_known_without_the_distribution():
 @pytest.mark.usefixtures("only_uploaded")
 def test_an_update_that_is_not_finite_is_recorded_without_the_distribution():
     update = Update(info={"actor": {}})
-    assert update.recorded().info["versions"] == installed.package_versions()
+    assert update.recorded()["versions"] == installed.package_versions()
 
 
 def test_an_engine_under_another_distribution_name(monkeypatch):

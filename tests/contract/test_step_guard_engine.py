@@ -93,7 +93,7 @@ def test_verl_alone_moves_the_weights_without_an_advantage(ranks):
 def test_the_first_tensor_is_named_in_a_file_of_the_rank_that_found_it(files):
     for (rank, path), (case, (expected, text)) in zip(files, NAMED.items(), strict=False):
         assert rank == expected, case
-        found = load(path).info["found"]
+        found = load(path)["found"]
         assert re.fullmatch(rf"{text}.* \(rank {rank} of 2\)", found), (case, found)
 
 
@@ -103,10 +103,10 @@ def test_a_replay_finds_the_same_again(files):
         found = first_found(batch)
         if case == "gradient":
             assert found is None
-            assert "arose in the model's backward pass" in "\n".join(report(path, batch))
+            assert "arose in the model's backward pass" in "\n".join(report(path))
         else:
             assert re.match(text, found), case
-            assert batch.info["found"].startswith(found)
+            assert batch["found"].startswith(found)
 
 
 def test_a_finite_update_starts_the_count_anew_and_three_in_a_row_end_the_run(ranks, files):

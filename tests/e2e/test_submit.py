@@ -109,7 +109,7 @@ def test_an_update_with_a_nan_is_skipped_and_recorded(submit, cluster, tmp_path)
     metrics = read_metrics(folder)
     assert [metrics[step]["hpo/updates_not_finite"] for step in (1, 2, 3)] == [0, 1, 0]
     file = folder / "not_finite_0001_rank0.pt"
-    assert load(file).info["versions"]["hpo-verl"] == __version__
+    assert load(file)["versions"]["hpo-verl"] == __version__
     wait_until_idle(cluster)
 
 

@@ -151,7 +151,7 @@ def test_nothing_changes_where_an_input_is_not_finite(engine, tmp_path, name, fi
     assert output["metrics"] == {plugin.NOT_FINITE: [1.0], plugin.NO_ADVANTAGE: [0.0]}
     (path,) = tmp_path.glob("not_finite_*")
     shown = field.removesuffix("s") if field == "old_log_probs" else field
-    assert load(path).info["found"].startswith(f"micro-batch 0: {shown}: 1 of 8 live values")
+    assert load(path)["found"].startswith(f"micro-batch 0: {shown}: 1 of 8 live values")
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(engine, tmp_path):
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(engine, tmp_pat
     assert unchanged(engine, before)
     (path,) = tmp_path.glob("not_finite_*")
     # Two of the three tokens are live, and the last weight is no token's.
-    assert load(path).info["found"] == (
+    assert load(path)["found"] == (
         "gradient of first: 2 of 4 values are not finite; so in 2 of 2 parameters, the last second"
     )
 
@@ -171,7 +171,7 @@ def test_a_norm_that_overflows_is_told_apart(engine, tmp_path, monkeypatch):
     engine.train_batch(data(), guarded(tmp_path))
     assert unchanged(engine, before)
     (path,) = tmp_path.glob("not_finite_*")
-    assert load(path).info["found"] == "gradient: finite, but its norm is not"
+    assert load(path)["found"] == "gradient: finite, but its norm is not"
 
 
 def test_a_norm_over_all_ranks_that_is_not_finite_counts_too(engine, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_norm_over_all_ranks_that_is_not_finite_counts_too(engine, tmp_path, m
     output = engine.train_batch(data(), guarded(tmp_path))
     assert output["metrics"] == {plugin.NOT_FINITE: [1.0], plugin.NO_ADVANTAGE: [0.0]}
     (path,) = tmp_path.glob("not_finite_*")
-    assert load(path).info["found"] == "gradient: finite on each rank, but the norm over all is not"
+    assert load(path)["found"] == "gradient: finite on each rank, but the norm over all is not"
 
 
 def test_with_a_scaler_such_gradients_are_its_own_business(engine, tmp_path):

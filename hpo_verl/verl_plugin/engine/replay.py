@@ -5,8 +5,15 @@ function reads. `evaluate` calls `ppo_loss` itself on them again, on the CPU: ch
 aggregation, entropy and KL terms, and the gradient with respect to the log-probabilities. The
 model's own forward and backward pass is not in it.
 
+A recording is a dict of plain values and tensors:
+
+- `found`: text on the first tensor that was not finite; `versions`: of the packages.
+- `actor`: the plain settings of verl's actor config, with its `policy_loss`.
+- `counts`: verl's counts of the global mini-batch; `mini_batch`: what the loss has of all of it.
+- `micro_batches`: for each, tensors by name, `[batch, response]`, on the CPU.
+
 A file may come from anybody. torch's restricted unpickler builds nothing but tensors and plain
-values of it, and all of them are checked.
+values of it; what else is wrong with it shows when the loss is evaluated.
 """
 
 from __future__ import annotations
@@ -15,9 +22,9 @@ import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,11 +33,12 @@ from hpo_verl.core.masking import not_finite
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.extras import MINI_BATCH
+from hpo_verl.verl_plugin.losses import selected_loss
 
-FORMAT = "hpo_verl not finite 2"
 MAX_BYTES = 1 << 30
 TEXT_CHARACTERS = 2000
 MASK = "response_mask"
+COUNTS = ("dp_size", "batch_num_tokens", "global_batch_size")
 # Name here -> field of the micro-batch, in the order in which a step makes them.
 FIELDS = {
     "old_log_prob": "old_log_probs",
@@ -41,26 +49,8 @@ FIELDS = {
 }
 # Name here -> key of the model's output.
 OUTPUTS = {"log_prob": "log_probs", "entropy": "entropy"}
-NUMBERS = (*FIELDS, *OUTPUTS)
-REQUIRED = {"log_prob", "old_log_prob", "advantages", MASK}
-COUNTS = ("dp_size", "batch_num_tokens", "global_batch_size")
 
 Tensors = dict[str, torch.Tensor]
-
-
-class RecordedBatch(NamedTuple):
-    """A rank's mini-batch.
-
-    Attributes:
-        info: Plain values: settings, counts, and what was found.
-        micro_batches: Tensors by name, `[batch, response]` each, on the CPU.
-    """
-
-    info: dict[str, Any]
-    micro_batches: list[Tensors]
-
-
-# ---------------------------------------------------------------- recording
 
 
 def loss_tensors(model_output: Mapping[str, Any], data: Any) -> Tensors:
@@ -89,7 +79,7 @@ def _padded(tensor: torch.Tensor) -> torch.Tensor:
 def first_not_finite(tensors: Tensors) -> str | None:
     """Name the first tensor with a live value that is not finite; None if there is none."""
     mask = tensors[MASK]
-    names = [name for name in NUMBERS if name in tensors]
+    names = [name for name in (*FIELDS, *OUTPUTS) if name in tensors]
     bad = torch.stack([(~torch.isfinite(tensors[name]) & mask).any() for name in names])
     # Where all is well, one flag comes from the device.
     if not bool(bad.any()):
@@ -98,20 +88,20 @@ def first_not_finite(tensors: Tensors) -> str | None:
 
 
 def loss_settings_of(config: Any) -> dict[str, Any]:
-    """The plain settings of verl's actor config, and what the loss has of the whole mini-batch."""
+    """What a loss reads beside tensors and counts: `actor` and `mini_batch` of a recording."""
     from verl.workers.config import ActorConfig
 
     summed = extras.get(MINI_BATCH)
+    policy_loss = {"policy_loss": _nested_settings(config.policy_loss)}
     return {
-        "actor": _plain_settings(config, ActorConfig),
-        "policy_loss": _nested_settings(config.policy_loss),
+        "actor": _plain_settings(config, ActorConfig) | policy_loss,
         MINI_BATCH: summed and list(summed),
     }
 
 
 def _plain_settings(section: Any, kind: Any) -> dict[str, Any]:
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if _is_plain(value)}
+    return {k: v for k, v in values.items() if isinstance(v, bool | int | float | str | None)}
 
 
 def _nested_settings(section: Any) -> dict[str, Any]:
@@ -120,51 +110,50 @@ def _nested_settings(section: Any) -> dict[str, Any]:
     return _plain_settings(section, section) | nested
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-# ---------------------------------------------------------------- file
-
-
-def save(path: Path, batch: RecordedBatch) -> None:
-    """Write a batch so that it is there whole or not at all, readable by its owner alone."""
+def save(path: Path, recording: Mapping[str, Any]) -> None:
+    """Write a recording so that it is there whole or not at all, readable by its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     partial.unlink(missing_ok=True)
     # A view would bring all of its storage.
-    copies = [{n: tensor.clone() for n, tensor in one.items()} for one in batch.micro_batches]
+    copies = [
+        {n: tensor.clone() for n, tensor in one.items()} for one in recording["micro_batches"]
+    ]
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-        torch.save({"format": FORMAT, "info": batch.info, "micro_batches": copies}, stream)
+        torch.save({**recording, "micro_batches": copies}, stream)
     os.replace(partial, path)
 
 
-def load(path: Path) -> RecordedBatch:
+def load(path: Path) -> dict[str, Any]:
     """Read a file of `save`; nothing in it is executed.
 
     Raises:
         DataError: Names the file and what is wrong with it.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise DataError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
     try:
+        if not path.is_file():
+            raise DataError("no such file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DataError(f"{size} bytes; at most {MAX_BYTES} are read")
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > size:
                 raise DataError("it is compressed, which torch.save does not do")
-        # Mapped, so that no tensor is larger than the file.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        batch = _checked_batch(content)
-        # Tensors may share a storage, too.
-        if sum(tensor.nbytes for one in batch.micro_batches for tensor in one.values()) > size:
+        recording = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for index, tensors in enumerate(recording["micro_batches"]):
+            shape = tensors[MASK].shape
+            for name, tensor in tensors.items():
+                if type(tensor) is not torch.Tensor or tensor.shape != shape:
+                    raise DataError(f"micro-batch {index}: {name}: must be a tensor like {MASK}")
+            # Tensors may share a storage, or repeat one value.
+            size -= sum(tensor.nbytes for tensor in tensors.values())
+        if size < 0:
             raise DataError("its tensors are larger than the file")
     except Exception as error:
         raise DataError(
             f"{path} is no file of an update that was not finite: {_line(error)}"
-        ) from (error)
-    return batch
+        ) from error
+    return recording
 
 
 def _line(what: object) -> str:
@@ -172,47 +161,11 @@ def _line(what: object) -> str:
     return json.dumps(str(what).partition("\n")[0][:TEXT_CHARACTERS])[1:-1]
 
 
-def _checked_batch(content: Any) -> RecordedBatch:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"its format must be {FORMAT!r}")
-    info, micro_batches = content["info"], content["micro_batches"]
-    for key in COUNTS:
-        count = info["counts"][key]
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise DataError(f"counts.{key} = {count!r}: must be a positive integer")
-    if not isinstance(info["found"], str):
-        raise DataError("found: must be a text")
-    summed = info[MINI_BATCH]
-    if summed is not None and not all(isinstance(number, float) for number in summed):
-        raise DataError(f"{MINI_BATCH} = {summed!r}: must be numbers")
-    actor_config(info)
-    mini_batch_result(info)
-    if not isinstance(micro_batches, list) or not micro_batches:
-        raise DataError("micro_batches: must be a list with entries")
-    for index, tensors in enumerate(micro_batches):
-        _check_tensors(f"micro-batch {index}", tensors)
-    return RecordedBatch(info, micro_batches)
-
-
-def _check_tensors(where: str, tensors: Any) -> None:
-    if not isinstance(tensors, dict) or not tensors.keys() >= REQUIRED:
-        raise DataError(f"{where}: must hold {', '.join(sorted(REQUIRED))}")
-    for name, tensor in tensors.items():
-        if name not in (*NUMBERS, MASK):
-            raise DataError(f"{where}: tensor {name!r}: unknown")
-        if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
-            raise DataError(f"{where}: {name}: must be a plain tensor")
-        kind_fits = tensor.dtype == torch.bool if name == MASK else tensor.is_floating_point()
-        shape_fits = tensor.dim() == 2 and tensor.shape == tensors[MASK].shape
-        if not kind_fits or not shape_fits or not tensor.numel() or not tensor.is_contiguous():
-            raise DataError(f"{where}: {name}: {tensor.dtype}, shape {tuple(tensor.shape)}")
-
-
-# ---------------------------------------------------------------- evaluation
-
-
 class _Section(dict[str, Any]):
     """Settings by name, with the access of verl's own configs: as attributes, and by `get`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__({k: _Section(v) if isinstance(v, dict) else v for k, v in values.items()})
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -221,44 +174,14 @@ class _Section(dict[str, Any]):
             raise AttributeError(name) from error
 
 
-def _section(name: str, values: Any) -> _Section:
-    if not isinstance(values, dict):
-        raise DataError(f"{name}: must be a mapping to numbers and texts")
-    return _Section(
-        {k: v if _is_plain(v) else _section(f"{name}.{k}", v) for k, v in values.items()}
-    )
-
-
-def actor_config(info: Mapping[str, Any]) -> Any:
-    """Rebuild as much of verl's actor config as `loss_settings_of` tells; no class is looked up.
-
-    Raises:
-        DataError: A value is neither number nor text.
-        TypeError: verl's actor config has no such setting.
-    """
-    from verl.workers.config import ActorConfig
-
-    policy_loss = _section("policy_loss", info["policy_loss"])
-    actor = _section("actor", info["actor"])
-    return ActorConfig(**actor, policy_loss=policy_loss)  # type: ignore[arg-type]
-
-
-def mini_batch_result(info: Mapping[str, Any]) -> Any:
-    """Rebuild what the loss made of its sums over the whole mini-batch; None without any."""
-    loss = OUR_LOSSES.get(info["policy_loss"].get("loss_mode"))
-    if loss is None or loss.mini_batch_sums is None or info[MINI_BATCH] is None:
-        return None
-    return loss.mini_batch_sums.kind(*info[MINI_BATCH])
-
-
 def evaluate(
-    tensors: Tensors, info: Mapping[str, Any]
+    tensors: Tensors, recording: Mapping[str, Any]
 ) -> tuple[float | None, float | None, str | None]:
     """Compute loss and gradient of a micro-batch as the actor does, up to log_prob.
 
     Args:
-        tensors: One of `RecordedBatch.micro_batches`.
-        info: `RecordedBatch.info`.
+        tensors: One of the recording's `micro_batches`.
+        recording: Settings and counts.
 
     Returns:
         The micro-batch's part of the loss, the largest entry of the gradient with respect to
@@ -266,14 +189,14 @@ def evaluate(
         are None if an input is not finite.
     """
     from verl.utils import tensordict_utils as tu
+    from verl.workers.config import ActorConfig
     from verl.workers.utils.losses import ppo_loss
-
-    from hpo_verl.verl_plugin.engine.loss_statistics import token_fields
 
     found = first_not_finite(tensors)
     if found is not None:
         return None, None, found
-    config = actor_config(info)
+    # No class that the settings name is looked up.
+    config = ActorConfig(**_Section(recording["actor"]))
     mask = tensors[MASK]
     rows, width = mask.shape
 
@@ -288,57 +211,62 @@ def evaluate(
     empty = {"prompts": torch.zeros(rows, 1), "responses": torch.zeros(rows, width), MASK: mask}
     data = tu.get_tensordict(
         {name: nested(tensor) for name, tensor in (fields | empty).items()},
-        non_tensor_dict={key: info["counts"][key] for key in COUNTS},
+        non_tensor_dict={key: recording["counts"][key] for key in COUNTS},
     )
     log_prob = tensors["log_prob"].detach().requires_grad_()
     output = {"log_probs": behind_a_prompt(log_prob)}
     if "entropy" in tensors:
         output["entropy"] = behind_a_prompt(tensors["entropy"])
-    summed = extras.provide(**{MINI_BATCH: mini_batch_result(info)})
-    with summed, token_fields(config, data), torch.random.fork_rng(devices=[]):
-        loss, _ = ppo_loss(config, output, data)
-        value = loss.item()
-        (gradient,) = torch.autograd.grad(loss, log_prob)
-    if not bool(torch.isfinite(loss)):
+    provided, loss = {}, selected_loss(config.policy_loss)
+    if loss is not None:
+        provided = {name: tensors[name] for name in loss.token_fields}
+        if loss.mini_batch_sums is not None:
+            provided[MINI_BATCH] = loss.mini_batch_sums.kind(*recording[MINI_BATCH])
+    with extras.provide(**provided), torch.random.fork_rng(devices=[]):
+        total, _ = ppo_loss(config, output, data)
+        value = total.item()
+        (gradient,) = torch.autograd.grad(total, log_prob)
+    if not bool(torch.isfinite(total)):
         found = f"loss: {value}"
     else:
         found = not_finite("gradient of log_prob", gradient, torch.ones_like(mask))
     return value, gradient.abs().max().item(), found
 
 
-def first_found(batch: RecordedBatch) -> str | None:
+def first_found(recording: Mapping[str, Any]) -> str | None:
     """Name the first tensor of a mini-batch that is not finite, with its micro-batch."""
-    for index, tensors in enumerate(batch.micro_batches):
-        *_, found = evaluate(tensors, batch.info)
+    for index, tensors in enumerate(recording["micro_batches"]):
+        *_, found = evaluate(tensors, recording)
         if found is not None:
             return f"micro-batch {index}: {found}"
     return None
 
 
-def report(path: Path, batch: RecordedBatch) -> Iterator[str]:
-    """Evaluate the mini-batch of a file again, line by line.
+def report(path: Path) -> list[str]:
+    """Evaluate the mini-batch of a file again, and tell of each micro-batch in a line.
 
     Raises:
-        DataError: The loss cannot be evaluated with what the file holds.
+        DataError: It is no such file, or the loss cannot be evaluated with what it holds.
     """
-    info, first = batch.info, None
-    names = f"{info['policy_loss'].get('loss_mode')}, {info['actor'].get('loss_agg_mode')}"
-    yield f"{path}: loss {_line(names)}"
-    yield f"recorded: {_line(info['found'])}"
-    for index, tensors in enumerate(batch.micro_batches):
-        where = f"micro-batch {index}"
-        try:
-            loss, largest, found = evaluate(tensors, info)
-        except Exception as error:
-            raise DataError(f"{path}: {where} cannot be evaluated: {_line(error)}") from error
-        shown = found or f"loss {loss:.6g}, largest gradient of log_prob {largest:.6g}"
-        rows, width = tensors[MASK].shape
-        yield f"{where} [{rows} x {width}]: {shown}"
-        if found and first is None:
-            first = f"{where}: {found}"
+    recording, first = load(path), None
+    try:
+        actor = recording["actor"]
+        names = f"{actor['policy_loss']['loss_mode']}, {actor['loss_agg_mode']}"
+        lines = [f"{path}: loss {_line(names)}", f"recorded: {_line(recording['found'])}"]
+        for index, tensors in enumerate(recording["micro_batches"]):
+            loss, largest, found = evaluate(tensors, recording)
+            shown = found or f"loss {loss:.6g}, largest gradient of log_prob {largest:.6g}"
+            where, (rows, width) = f"micro-batch {index}", tensors[MASK].shape
+            lines.append(f"{where} [{rows} x {width}]: {shown}")
+            first = first or (found and f"{where}: {found}")
+    except Exception as error:
+        raise DataError(f"{path} cannot be evaluated: {_line(error)}") from error
     nothing = (
         "nothing that the loss reads or returns; what was recorded arose in the model's backward "
         "pass, or on another rank"
     )
-    yield f"first not finite: {first or nothing}"
-    yield "not evaluated here: the model's forward and backward pass, which the file does not hold"
+    return [
+        *lines,
+        f"first not finite: {first or nothing}",
+        "not evaluated here: the model's forward and backward pass, which the file does not hold",
+    ]

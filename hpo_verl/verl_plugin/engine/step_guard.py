@@ -37,7 +37,6 @@ from hpo_verl.installed import package_versions
 from hpo_verl.verl_plugin.engine.replay import (
     COUNTS,
     MASK,
-    RecordedBatch,
     Tensors,
     first_found,
     first_not_finite,
@@ -185,11 +184,14 @@ class Update:
         if self.found is None:
             self.found, self.in_backward = bad_gradients(module), True
 
-    def recorded(self) -> RecordedBatch:
-        """The mini-batch with what is needed to evaluate it again."""
-        info = {**self.info, "versions": package_versions(), "found": self.found or ""}
-        on_cpu = [{name: t.cpu() for name, t in one.items()} for one in self.micro_batches]
-        return RecordedBatch(info, on_cpu)
+    def recorded(self) -> dict[str, Any]:
+        """The mini-batch as `replay` saves and evaluates it."""
+        return {
+            **self.info,
+            "versions": package_versions(),
+            "found": self.found or "",
+            "micro_batches": [{n: t.cpu() for n, t in one.items()} for one in self.micro_batches],
+        }
 
 
 def guarded_engine(parent: type) -> type:
