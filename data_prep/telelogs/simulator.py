@@ -37,15 +37,6 @@ from data_prep.telelogs.network import (
 
 LOW_THROUGHPUT = 600.0  # Mbit/s: below it the user suffers
 
-DISTANCE_TOO_FAR = (1150.0, 2800.0)
-SPEED_NORMAL = (6.0, 34.0)  # km/h, before fluctuations of at most 5
-SPEED_TOO_HIGH = (48.0, 68.0)
-MEAN_RBS_NORMAL = (166.0, 198.0)
-MEAN_RBS_TOO_LOW = (100.0, 152.0)
-DOWNTILT_TOO_LARGE = (32, 44)  # degrees, mechanical plus digital; healthy is at most 17
-LEVEL_NORMAL = (-91.0, -75.0)  # dBm
-WEAK_COVERAGE = (-94.0, -91.5)
-
 
 @dataclass
 class DriveTest:
@@ -77,7 +68,7 @@ class _Plan:
     cells: list[Cell]
     bearing: float  # from the serving site to the road, radians
     road: tuple[float, float, float, float]  # east, north, heading, curvature per metre
-    base_speed: float
+    base_speed: float  # km/h, before fluctuations of at most 5
     speed_limits: tuple[float, float]
     level: float  # dBm of the serving cell in the middle of the low rows
     offsets: Array  # dB against the serving cell, per cell
@@ -133,11 +124,11 @@ def _plan(random: np.random.Generator) -> _Plan:
         cells=cells,
         bearing=bearing,
         road=road,
-        base_speed=float(random.uniform(*SPEED_NORMAL)),
+        base_speed=float(random.uniform(6.0, 34.0)),
         speed_limits=(0.0, 39.0),
-        level=float(random.uniform(*LEVEL_NORMAL)),
+        level=float(random.uniform(-91.0, -75.0)),
         offsets=offsets,
-        mean_rbs=float(random.uniform(*MEAN_RBS_NORMAL)),
+        mean_rbs=float(random.uniform(166.0, 198.0)),
         serving=serving,
         low_rows=low_rows,
         last_target=int(after),
@@ -149,15 +140,16 @@ def _too_much_downtilt(plan: _Plan, random: np.random.Generator) -> None:
     metres = float(np.hypot(plan.road[0] - cell.east, plan.road[1] - cell.north))
     before = vertical_loss(cell, metres)
     digital = cell.downtilt - cell.mechanical_downtilt
-    wanted = int(random.integers(*DOWNTILT_TOO_LARGE, endpoint=True))
+    # Mechanical plus digital; that of a healthy cell is at most 17 degrees.
+    wanted = int(random.integers(32, 44, endpoint=True))
     cell.mechanical_downtilt = min(wanted - digital, 35)
     lost = float(vertical_loss(cell, metres) - before)
     # The complaint comes from the far end: the road lies where coverage just ends.
-    plan.level = min(max(plan.level - lost, WEAK_COVERAGE[0]), WEAK_COVERAGE[1])
+    plan.level = min(max(plan.level - lost, -94.0), -91.5)
 
 
 def _too_far(plan: _Plan, random: np.random.Generator) -> None:
-    metres = float(random.uniform(*DISTANCE_TOO_FAR))
+    metres = float(random.uniform(1150.0, 2800.0))
     site = plan.cells[SERVING].gnodeb_id
     for cell in plan.cells:
         if cell.gnodeb_id == site:
@@ -194,12 +186,12 @@ def _same_pci_residue(plan: _Plan, random: np.random.Generator) -> None:
 
 
 def _too_fast(plan: _Plan, random: np.random.Generator) -> None:
-    plan.base_speed = float(random.uniform(*SPEED_TOO_HIGH))
+    plan.base_speed = float(random.uniform(48.0, 68.0))
     plan.speed_limits = (0.0, 75.0)
 
 
 def _too_few_rbs(plan: _Plan, random: np.random.Generator) -> None:
-    plan.mean_rbs = float(random.uniform(*MEAN_RBS_TOO_LOW))
+    plan.mean_rbs = float(random.uniform(100.0, 152.0))
 
 
 _FAULTS: dict[str, Callable[[_Plan, np.random.Generator], None]] = {
