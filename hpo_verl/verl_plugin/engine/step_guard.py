@@ -163,17 +163,6 @@ class Update:
         # The backward pass is still made: in it FSDP's ranks wait for one another.
         return values.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0, {}
 
-    def has_advantage(self) -> bool:
-        """Whether a live advantage of this rank is not 0."""
-        return any(
-            bool(((tensors["advantages"] != 0) & tensors[MASK]).any())
-            for tensors in self.micro_batches
-        )
-
-    def loss_is_finite(self) -> bool:
-        """Whether the losses of all micro-batches that were evaluated are finite."""
-        return not self.losses or bool(torch.isfinite(torch.stack(self.losses)).all())
-
     def find(self, module: torch.nn.Module) -> None:
         """Name what is not finite although all that the loss reads is."""
         try:
@@ -248,21 +237,21 @@ def guarded_engine(parent: type) -> type:
             # With a scaler (float16) such gradients are part of its search for a scale.
             scaled = getattr(self, "scaler", None) is not None
             bad_gradient = not scaled and not math.isfinite(norm)
-            bad = update.found is not None or bad_gradient or not update.loss_is_finite()
-            learns = norm != 0 or update.has_advantage()
+            losses = torch.stack(update.losses) if update.losses else torch.zeros(1)
+            bad_loss = not bool(torch.isfinite(losses).all())
+            bad = update.found is not None or bad_gradient or bad_loss
+            learns = norm != 0 or any(
+                bool((one["advantages"] != 0)[one[MASK]].any()) for one in update.micro_batches
+            )
             flags = torch.tensor([bad, learns], dtype=torch.int32).to(get_device_id())
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
             any_bad, any_learns = flags.tolist()
-            if any_bad:
+            if any_bad or not any_learns:
                 if bad and update.found is None:
                     update.find(self.module)
                 self.optimizer_zero_grad()
-                update.outcome = NOT_FINITE
-                return math.nan
-            if not any_learns:
-                self.optimizer_zero_grad()
-                update.outcome = NO_ADVANTAGE
-                return 0.0
+                update.outcome = NOT_FINITE if any_bad else NO_ADVANTAGE
+                return math.nan if any_bad else 0.0
             total = super().optimizer_step()
             if not scaled and not math.isfinite(total):
                 # verl has made no step either.

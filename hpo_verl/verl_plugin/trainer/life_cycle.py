@@ -94,9 +94,8 @@ class LifeCycle:
                 "is saved, and then nothing may still be written"
             )
         trainer = config.trainer
-        kept = trainer.get("max_actor_ckpt_to_keep")
-        if trainer.get("remove_previous_ckpt_in_save"):
-            kept = 1
+        only_last = trainer.get("remove_previous_ckpt_in_save")
+        kept = 1 if only_last else trainer.get("max_actor_ckpt_to_keep")
         # As for verl, a number that is not positive keeps all. verl itself would count from zero
         # at every start, and remove the last one before the next is whole.
         self._checkpoints_kept = kept if isinstance(kept, int) and kept > 0 else None
@@ -178,10 +177,7 @@ class LifeCycle:
         super().on_step_begin()  # type: ignore[misc]
 
     def _fetch_one_gen_batch(self) -> Any:
-        """Fetch prompts; their names and the seed of the DataLoader's workers follow from the step.
-
-        In verl both are random, so that neither a second run nor one that goes on has the same.
-        """
+        """Fetch prompts; names and workers' seed follow from the step; in verl they are random."""
         self._seed_workers()
         if self.train_dataloader_it is None:
             # verl makes an iterator only here, and another one after the last batch of an epoch.
@@ -221,8 +217,7 @@ class LifeCycle:
     ) -> Any:
         """Sort the responses, and deal every mini-batch to the ranks by itself.
 
-        In verl they stand in the order in which they finished, and the whole batch is dealt, so
-        that mini-batches differ with the number of ranks. verl adds padding rows here.
+        verl deals the whole batch, in the order in which responses finished. It also pads here.
         """
         if is_guarded(self.config):
             check_rewards(
@@ -248,28 +243,26 @@ class LifeCycle:
         return batch
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        batch.fields = self._columns_of("old_log_prob", batch)
-        batch = super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
-        batch.fields = None
-        return batch
+        compute = super()._compute_old_log_prob  # type: ignore[misc]
+        return self._with_columns("old_log_prob", compute, batch, metrics)
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        batch.fields = self._columns_of("update_actor", batch)
-        batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
-        batch.fields = None
-        return batch
+        update = super()._update_actor  # type: ignore[misc]
+        return self._with_columns("update_actor", update, batch, metrics)
 
-    def _columns_of(self, phase: str, batch: Any) -> list[str]:
-        """What workers fetch of a batch; in verl they fetch all columns."""
+    def _with_columns(self, phase: str, call: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Let workers fetch only what they read of a batch; in verl they fetch all columns."""
         if phase not in self._columns:
             self._columns[phase] = columns_for_workers(batch)
-        return self._columns[phase]
+        batch.fields = self._columns[phase]
+        batch = call(batch, metrics)
+        batch.fields = None
+        return batch
 
     def on_step_end(self) -> None:
         """Here verl sends the weights. After a request to stop, this step is the last.
 
-        verl's loop ends where `global_steps` reaches `total_training_steps`, and its modes
-        prepare no further step then. The step is validated and logged as ever.
+        verl's loop ends, and prepares no step, where `global_steps` is `total_training_steps`.
         """
         stop = stop_message(self._folder)
         if self.global_steps < self.total_training_steps and stop.read() == REQUESTED:
