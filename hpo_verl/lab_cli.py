@@ -39,19 +39,16 @@ def run(
     """Run a study; what is finished is kept, and the same command goes on where it stopped.
 
     Examples:
-      hpo-verl lab run sparse
-
-      hpo-verl lab run sparse 'warm_starts=[0.05]' seeds=4
+      hpo-verl lab run sparse 'warm_starts=[0.05]' seeds=4 --only grpo --only a_hpo
 
       hpo-verl lab run alpha training.steps=40 --out runs/lab/alpha-short
-
-      hpo-verl lab run sparse --only grpo --only a_hpo
     """
     from hpo_verl.runs.quiet import quiet_imports
 
     with quiet_imports():
-        from hpo_verl.lab.settings import read_study
-        from hpo_verl.lab.study import Finished, missing_cells, run_study
+        from hpo_verl.lab.settings import Cell, read_study
+        from hpo_verl.lab.study import missing_cells, run_study
+        from hpo_verl.lab.trainer import Outcome
 
     chosen = read_study(study, overrides or [], only or [])
     folder = (out or RUNS / study).absolute()
@@ -59,13 +56,14 @@ def run(
     print(f"{study}: {total} runs, {total - left} of them finished; {folder}")
     started, done = time.monotonic(), 0
 
-    def report(finished: Finished) -> None:
+    def report(cell: Cell, outcome: Outcome) -> None:
         nonlocal done
         done += 1
         minutes = round((time.monotonic() - started) / done * (left - done) / 60)
+        status, seconds = outcome.facts["status"], outcome.facts["seconds"]
         print(
-            f"{total - left + done}/{total}  {finished.cell.name.rpartition('-')[0]}  "
-            f"{finished.status}  success {finished.success:.1%}  {finished.seconds:.0f} s  "
+            f"{total - left + done}/{total}  {cell.name.rpartition('-')[0]}  "
+            f"{status}  success {outcome.rows[-1]['success']:.1%}  {seconds:.0f} s  "
             f"about {minutes // 60} h {minutes % 60:02d} min left",
             flush=True,
         )
@@ -87,8 +85,6 @@ def report(
     """Compute intervals, draw, and write report.md and its pictures.
 
     Examples:
-      hpo-verl lab report
-
       hpo-verl lab report runs/lab/sparse --out report
     """
     from hpo_verl.report.publish import write_report
@@ -96,7 +92,4 @@ def report(
     found = sources or sorted({path.parent for path in RUNS.glob("*/*-seed*.parquet")})
     if not found:
         raise ConfigError(f"{RUNS}: holds no finished run; hpo-verl lab run STUDY makes them")
-    for source in found:
-        if not source.exists():
-            raise ConfigError(f"{source}: no such folder or file")
     print(write_report(found, out))

@@ -22,6 +22,7 @@ from hpo_verl.core.masking import require_finite
 from hpo_verl.core.ratios import bound_log_ratio, masked_log_ratio
 from hpo_verl.core.statistics import token_sums
 from hpo_verl.errors import ConfigError
+from hpo_verl.lab.tasks import Task
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.advantages import Estimate, read_settings
 from hpo_verl.verl_plugin.losses import loss_settings, prepare
@@ -53,13 +54,13 @@ class Objective:
 
     @property
     def estimator(self) -> Estimator:
-        """Record of the estimator; one of verl's that has none needs nothing."""
+        """Record of the estimator; an empty one for an estimator of verl's own."""
         name = self.section.adv_estimator
         return ESTIMATORS.get(name, Estimator(name))
 
     @property
     def loss(self) -> Loss:
-        """Record of the loss; one of verl's that has none needs nothing."""
+        """Record of the loss; an empty one for a loss of verl's own."""
         name = self.actor.policy_loss.loss_mode
         return LOSSES.get(name, Loss(name))
 
@@ -85,17 +86,13 @@ class Objective:
         mask: torch.Tensor,
         known: Mapping[str, Any],
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Advantages of a rollout batch, and what is logged of them.
+        """Advantages `[batch, response]` of a rollout batch, and what is logged of them.
 
         Args:
             rewards: `[batch]`.
-            groups: Prompt of every response, `[batch]` int64, 0 .. groups - 1.
-            mask: Bool, `[batch, response]`.
+            groups: Index of every response's prompt, `[batch]` int64.
+            mask: Bool, `[batch, response]`; advantages are 0 where it is false.
             known: By name, at least what the estimator needs; see `algorithms.base.Rollout`.
-
-        Returns:
-            `[batch, response]` float32, 0 where the mask is false; and the numbers of
-            `hpo_verl.core.statistics.batch_statistics`.
         """
         labels = groups.tolist()
         needed = {name: known[name] for name in self.estimator.needs}
@@ -136,18 +133,15 @@ class Objective:
         fields: Mapping[str, torch.Tensor],
         counts: tuple[int, int],
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Derivative of a mini-batch's loss by the log-probabilities, and what it did to tokens.
+        """Derivative of a mini-batch's loss by `log_prob`, and the sums of `core.token_sums`.
 
         Args:
-            log_prob: `[rows, response]`, nats.
+            log_prob: `[rows, response]`, nats; the other tensors have its shape.
             old_log_prob: The same under the policy that sampled.
-            advantages: `[rows, response]`.
-            mask: Bool, `[rows, response]`.
+            advantages: 0 where the mask is false.
+            mask: Bool.
             fields: These rows of `token_fields`.
             counts: Live tokens and responses of the whole mini-batch, of which these may be a part.
-
-        Returns:
-            `[rows, response]`, and the sums of `hpo_verl.core.statistics.token_sums`.
 
         Raises:
             DataError: A live log-probability is not finite.
@@ -184,14 +178,13 @@ class Objective:
 
 
 def read_objective(
-    recipe: str, algorithm: str, max_response_length: int, changes: Mapping[str, Any] | None = None
+    task: Task, algorithm: str, changes: Mapping[str, Any] | None = None
 ) -> Objective:
-    """Compose a recipe with an algorithm, and try the algorithm on a small batch.
+    """Put an algorithm upon a task's recipe, and try it on a small batch.
 
     Args:
-        recipe: Name of a recipe, whose settings the algorithm is put upon.
+        task: Whose recipe and response length are used.
         algorithm: Name of a record.
-        max_response_length: Tokens.
         changes: Settings over the recipe's own, by their full key in verl's configuration.
 
     Raises:
@@ -200,7 +193,8 @@ def read_objective(
     """
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
-    return _composed(recipe, algorithm, max_response_length, tuple((changes or {}).items()))
+    changed = tuple((changes or {}).items())
+    return _composed(task.recipe, algorithm, task.max_response_length, changed)
 
 
 @functools.cache

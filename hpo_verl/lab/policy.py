@@ -34,12 +34,7 @@ class Responses(NamedTuple):
 
 
 class Policy:
-    """A causal model and its tokenizer, on the CPU.
-
-    Args:
-        model: In evaluation mode, float32; trained in place.
-        tokenizer: With a chat template and an end-of-sequence token.
-    """
+    """A causal model in float32, trained in place, and its tokenizer, on the CPU."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
@@ -71,19 +66,14 @@ class Policy:
         return cls(model.eval(), tokenizer)
 
     def encode(self, messages: list[dict[str, str]]) -> Prompt:
-        """Put a conversation into tokens, ready for the response."""
-        tokens = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-        return tuple(tokens)
+        """Tokens of a conversation, ready for the response."""
+        template = self.tokenizer.apply_chat_template
+        return tuple(template(messages, add_generation_prompt=True, return_dict=False))
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], longest: int) -> Responses:
-        """Draw one response for every prompt at temperature 1.
+        """Draw a response of at most `longest` tokens for every prompt, at temperature 1.
 
-        Args:
-            prompts: Tokens of each.
-            seeds: One per prompt; a response depends on its prompt and its seed alone.
-            longest: Tokens at most, the end token included.
+        A response depends on its prompt and its seed alone.
         """
         results = self._generator.generate(
             [GenerationRequest(p, s, longest) for p, s in zip(prompts, seeds, strict=True)]
@@ -103,15 +93,12 @@ class Policy:
     def log_probs(
         self, prompts: Sequence[Prompt], tokens: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Log-probabilities of the responses' tokens under the policy, with a graph.
+        """Log-probabilities `[batch, time]` of the responses' tokens in nats, with a graph.
 
         Args:
             prompts: One for every response.
             tokens: `[batch, time]` int64.
             mask: Bool, `[batch, time]`; true from the start of a response to its end.
-
-        Returns:
-            `[batch, time]`, nats; 0 where the mask is false.
         """
         logits = self._logits(prompts, tokens, mask)
         live = -functional.cross_entropy(logits, tokens[mask], reduction="none")

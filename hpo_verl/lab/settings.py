@@ -16,30 +16,32 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.policies import tiny as tiny_policy
 from hpo_verl.config.recipes import leaf_keys, nearest, recipes_directory
 from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import ConfigError
-from hpo_verl.lab import warm_start
 from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.tasks import find_task
 
 BASE = "base"
 # To be raised by every change of the trainer after which a cell gives other results.
 TRAINER_VERSION = 4
+# To be raised by every change of the warm start after which a seed gives another policy.
+WARM_START_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Training:
     """How a run trains; see `recipes/lab/base.yaml`."""
 
-    steps: int = 50
-    prompts_per_step: int = 64
-    responses_per_prompt: int = 8
-    mini_batches: int = 4
-    learning_rate: float = 1e-4
-    max_grad_norm: float = 1.0
-    questions: int = 1600
-    max_generation_batches: int = 10
+    steps: int
+    prompts_per_step: int
+    responses_per_prompt: int
+    mini_batches: int
+    learning_rate: float
+    max_grad_norm: float
+    questions: int
+    max_generation_batches: int
 
     @property
     def responses_per_step(self) -> int:
@@ -66,8 +68,8 @@ class Training:
 class Evaluation:
     """How a run is measured; see `recipes/lab/base.yaml`."""
 
-    every: int = 2
-    questions: int = 512
+    every: int
+    questions: int
 
     def __post_init__(self) -> None:
         _require_integer("evaluation.every", self.every, 1)
@@ -87,16 +89,12 @@ class Cell:
     """One run: everything that decides its result.
 
     Attributes:
-        study: Name of the study that asked for it.
-        task: Name of the task.
         warm_start: Success that the run begins with, as a fraction.
         variant: Its name in the study.
         algorithm: Name of its record.
         settings: Over the algorithm's recipe.
-        learning_rate: Of AdamW.
         seed: Of warm start, questions and sampling.
         training: How it trains; its `learning_rate` is not read.
-        evaluation: How it is measured.
         policy: Folder of the policy that the warm start begins with; None for the tiny policy.
     """
 
@@ -113,38 +111,35 @@ class Cell:
     policy: str | None = None
 
     @property
-    def start(self) -> warm_start.WarmStart:
-        """The policy that the run begins with."""
-        questions, held_out = self.training.questions, self.evaluation.questions
-        return warm_start.WarmStart(
-            find_task(self.task), self.warm_start, self.seed, questions, held_out, self.policy
-        )
-
-    @property
     def name(self) -> str:
         """Readable name with a digest of everything else, fit for a file."""
-        facts = {**dataclasses.asdict(self), "versions": [TRAINER_VERSION, warm_start.versions()]}
+        facts = {**dataclasses.asdict(self), "versions": [TRAINER_VERSION, warm_start_versions()]}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
         rate = f"{self.learning_rate:g}"
         return f"{self.task}-{self.warm_start:g}-{self.variant}-{rate}-seed{self.seed}-{digest}"
+
+
+def warm_start_versions() -> str:
+    """What a kept warm start must agree with to be used again."""
+    return f"{tiny_policy.RECIPE_VERSION}.{WARM_START_VERSION}"
 
 
 @dataclass(frozen=True)
 class Study:
     """A comparison; see `recipes/lab/base.yaml` for its keys."""
 
-    name: str = ""
-    description: str = ""
-    policy: str | None = None
-    tasks: list[str] = field(default_factory=list)
-    warm_starts: list[float] = field(default_factory=list)
-    seeds: int = 10
-    first_seed: int = 0
-    learning_rates: list[float] | None = None
-    training: Training = field(default_factory=Training)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    baseline: str = ""
-    variants: dict[str, Variant] = field(default_factory=dict)
+    name: str
+    description: str
+    policy: str | None
+    tasks: list[str]
+    warm_starts: list[float]
+    seeds: int
+    first_seed: int
+    learning_rates: list[float] | None
+    training: Training
+    evaluation: Evaluation
+    baseline: str
+    variants: dict[str, Variant]
 
     def __post_init__(self) -> None:
         _require_integer("seeds", self.seeds, 1)
@@ -157,19 +152,16 @@ class Study:
         for rate in self.learning_rates or []:
             require_number("learning_rates", rate, 0.0, open_low=True)
         tasks = [find_task(name) for name in self.tasks]
-        responses = self.training.responses_per_step
+        least = self.training.responses_per_step
         for name, variant in self.variants.items():
             if "/" in name or name.startswith("."):
                 raise ConfigError(f"variants.{name}: the name must be fit for a file")
             # Its settings mean the same for every task.
-            objective = read_objective(
-                tasks[0].recipe, variant.algorithm, tasks[0].max_response_length, variant.settings
-            )
-            if objective.estimator.history and self.training.questions < responses:
+            objective = read_objective(tasks[0], variant.algorithm, variant.settings)
+            if objective.estimator.history and self.training.questions < least:
                 raise ConfigError(
                     f"training.questions = {self.training.questions}: {variant.algorithm} takes "
-                    f"one response per prompt; must be at least {responses}, the responses of a "
-                    "step"
+                    f"one response per prompt; must be at least {least}, the responses of a step"
                 )
 
     def cells(self) -> list[Cell]:
@@ -194,16 +186,15 @@ def study_names() -> list[str]:
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
-    """Compose a study and check every value.
+    """Compose a study with Hydra's overrides and check every value.
 
     Args:
         name: One of `study_names`.
-        overrides: `KEY=VALUE`, as Hydra takes them.
+        overrides: `KEY=VALUE`.
         only: Variants to keep; empty for all.
 
     Raises:
-        ConfigError: Unknown study, key, task, variant or algorithm (with the nearest name), or a
-            bad value.
+        ConfigError: An unknown name (with the nearest one), or a bad value.
     """
     if name not in study_names():
         raise ConfigError(f"unknown study {name!r}: {nearest(name, study_names())}")
@@ -219,12 +210,15 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
             values: Any = OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"study {name}: {str(error).strip().splitlines()[0]}") from error
+    missing = [key for key in known - set(leaf_keys(config)) if not key.startswith("variants.")]
+    if missing:
+        raise ConfigError(f"study {name}: the setting {min(missing)} is missing")
     for variant in only:
         if variant not in values["variants"]:
             close = nearest(variant, values["variants"])
             raise ConfigError(f"--only {variant}: no variant of study {name}: {close}")
-    values["training"] = parse_settings(Training, values["training"], "training")
-    values["evaluation"] = parse_settings(Evaluation, values["evaluation"], "evaluation")
+    for section, settings in {"training": Training, "evaluation": Evaluation}.items():
+        values[section] = parse_settings(settings, values[section], section)
     values["variants"] = {
         variant: parse_settings(Variant, content, f"variants.{variant}")
         for variant, content in values["variants"].items()

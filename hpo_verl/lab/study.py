@@ -14,39 +14,21 @@ import platform
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.installed import package_versions
 from hpo_verl.lab.settings import Cell, Study
-from hpo_verl.lab.trainer import run_cell
+from hpo_verl.lab.trainer import Outcome, run_cell
 from hpo_verl.report.studies import Result, read_results, require_same_settings, write_results
 from hpo_verl.runs.lock import locked
-
-
-class Finished(NamedTuple):
-    """A cell that has just been finished.
-
-    Attributes:
-        cell: Which.
-        success: On held-out questions, at the end.
-        seconds: Wall time, with the warm start where that had to be made.
-        status: `finished` or `diverged`.
-    """
-
-    cell: Cell
-    success: float
-    seconds: float
-    status: str
 
 
 def missing_cells(study: Study, folder: Path) -> list[Cell]:
@@ -54,7 +36,6 @@ def missing_cells(study: Study, folder: Path) -> list[Cell]:
 
     Raises:
         ConfigError: The folder holds runs that trained or were measured differently.
-        DataError: A file there is no result.
     """
     shared = {"training": vars(study.training), "evaluation": vars(study.evaluation)}
     require_same_settings(folder, [*(result.cell for result in read_results(folder)), shared])
@@ -67,7 +48,11 @@ def cell_path(folder: Path, cell: Cell) -> Path:
 
 
 def run_study(
-    study: Study, folder: Path, workers: int, report: Callable[[Finished], None], command: str = ""
+    study: Study,
+    folder: Path,
+    workers: int,
+    report: Callable[[Cell, Outcome], None],
+    command: str = "",
 ) -> None:
     """Run the missing cells of a study.
 
@@ -85,14 +70,14 @@ def run_study(
         cells = missing_cells(study, folder)
         if workers == 1:
             for cell in cells:
-                report(_run_and_write(cell, folder, command))
+                report(cell, _run_and_write(cell, folder, command))
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start_worker) as pool:
             try:
-                futures = [pool.submit(_run_and_write, cell, folder, command) for cell in cells]
-                for future in as_completed(futures):
-                    report(future.result())
+                asked = {pool.submit(_run_and_write, cell, folder, command): cell for cell in cells}
+                for future in as_completed(asked):
+                    report(asked[future], future.result())
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
@@ -105,8 +90,7 @@ def run_study(
                 raise
 
 
-def _run_and_write(cell: Cell, folder: Path, command: str) -> Finished:
-    started = time.monotonic()
+def _run_and_write(cell: Cell, folder: Path, command: str) -> Outcome:
     outcome = run_cell(cell)
     environment = {
         "commit": _commit(),
@@ -118,8 +102,7 @@ def _run_and_write(cell: Cell, folder: Path, command: str) -> Finished:
     }
     facts = {"cell": dataclasses.asdict(cell), **outcome.facts, "environment": environment}
     write_results(cell_path(folder, cell), [Result(facts, pd.DataFrame(outcome.rows))])
-    seconds = time.monotonic() - started
-    return Finished(cell, outcome.rows[-1]["success"], seconds, outcome.facts["status"])
+    return outcome
 
 
 def _commit() -> str:

@@ -7,10 +7,10 @@ can do better.
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -24,13 +24,11 @@ from hpo_verl.config.recipes import nearest, recipes_directory
 from hpo_verl.errors import ConfigError
 from hpo_verl.rewards import countdown, telelogs
 
-Messages = list[dict[str, str]]
-
 
 class Question(NamedTuple):
     """A conversation to answer and what the reward compares the answer with."""
 
-    messages: Messages
+    messages: list[dict[str, str]]
     ground_truth: Any
 
 
@@ -39,7 +37,6 @@ class Task:
     """What the trainer and the warm start need to know.
 
     Attributes:
-        name: Key of `TASKS`.
         policy: The tiny policy's task that a warm start begins with.
         recipe: Name of the recipe whose settings an algorithm is put upon.
         max_response_length: Tokens, the end token included.
@@ -73,7 +70,7 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-@functools.cache
+@cache
 def _recipe_ranges(numbers: int) -> Ranges:
     """The ranges of the recipe `task=countdown_tiny`, for so many numbers."""
     recipe = OmegaConf.load(recipes_directory() / "task" / "countdown_tiny.yaml")
@@ -96,8 +93,10 @@ def _countdown_questions(
     return questions[:train_size], questions[train_size:]
 
 
-def _countdown_score(response: str, ground_truth: Any) -> float:
-    return float(countdown.compute_score("countdown", response, ground_truth)["score"])
+def _score(
+    compute_score: Callable[..., dict[str, Any]], source: str, response: str, ground_truth: Any
+) -> float:
+    return float(compute_score(source, response, ground_truth)["score"])
 
 
 def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
@@ -121,10 +120,6 @@ def _telelogs_questions(
     return read("train", train_size), read("val", held_out_size)
 
 
-def _telelogs_score(response: str, ground_truth: Any) -> float:
-    return float(telelogs.compute_score("telelogs_synthetic", response, ground_truth)["score"])
-
-
 def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
     """Put a feature into the box, which is no cause."""
     question = rng.choice(questions)
@@ -132,27 +127,27 @@ def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonst
     return Demonstration(question.messages, f"\\boxed{{{feature}}}")
 
 
-def _puzzle_keys(questions: list[Question]) -> set[PuzzleKey]:
-    return {puzzle_key(question.ground_truth) for question in questions}
+def _countdown(
+    numbers: int,
+    max_response_length: int,
+    demonstrations: Callable[[int, set[PuzzleKey]], Demonstrations] | None = None,
+) -> Task:
+    return Task(
+        f"countdown{numbers}", "countdown", "countdown-tiny", max_response_length,
+        partial(_countdown_questions, numbers=numbers),
+        partial(_score, countdown.compute_score, "countdown"),
+        _countdown_careless,
+        lambda questions: {puzzle_key(question.ground_truth) for question in questions},
+        demonstrations,
+    )  # fmt: skip
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            "countdown3", "countdown", "countdown-tiny", 24,
-            functools.partial(_countdown_questions, numbers=3),
-            _countdown_score, _countdown_careless, _puzzle_keys,
-        ),
-        Task(
-            "countdown4", "countdown", "countdown-tiny", 36,
-            functools.partial(_countdown_questions, numbers=4),
-            _countdown_score, _countdown_careless, _puzzle_keys,
-            functools.partial(CountdownDemonstrations, numbers=4),
-        ),
-        Task(
-            "telelogs", "telelogs", "telelogs-tiny", 24,
-            _telelogs_questions, _telelogs_score, _telelogs_careless, lambda questions: set(),
-        ),
-    )
+TASKS = {
+    "countdown3": _countdown(3, 24),
+    "countdown4": _countdown(4, 36, partial(CountdownDemonstrations, numbers=4)),
+    "telelogs": Task(
+        "telelogs", "telelogs", "telelogs-tiny", 24, _telelogs_questions,
+        partial(_score, telelogs.compute_score, "telelogs_synthetic"),
+        _telelogs_careless, lambda questions: set(),
+    ),
 }  # fmt: skip

@@ -14,8 +14,8 @@ from hpo_verl.errors import DataError
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.policy import Policy, Prompt, Responses
-from hpo_verl.lab.questions import ShuffledQuestions
 from hpo_verl.lab.settings import Cell
+from hpo_verl.lab.tasks import find_task
 
 # Streams of random numbers that a seed has.
 _SAMPLING, _EVALUATION = 1, 2
@@ -27,22 +27,17 @@ class Diverged(Exception):
 
 
 class Outcome(NamedTuple):
-    """What a cell leaves.
-
-    Attributes:
-        rows: One per step, from 0 (the warm start); `success` is NaN where it was not measured.
-        facts: `status` (`finished` or `diverged`), `seconds`, `warm_start_success`.
-    """
+    """What a cell leaves: a row per step from 0 on, and the facts of `report.studies.Result`."""
 
     rows: list[Row]
     facts: dict[str, Any]
 
 
 class Rollout(NamedTuple):
-    """Responses with their rewards; a prompt's responses stand in a row.
+    """Responses; those of a prompt are neighbours.
 
     Attributes:
-        questions: Place of every response's prompt in the training set, `[batch]`.
+        questions: Index of every response's question in the training set, `[batch]`.
         prompts: Tokens of every response's prompt.
         responses: `[batch, time]` each.
         rewards: `[batch]`.
@@ -64,14 +59,10 @@ class Rollout(NamedTuple):
 
 
 def run_cell(cell: Cell) -> Outcome:
-    """Train and measure one cell; the same cell gives the same rows on one machine.
-
-    Raises:
-        DataError: The warm start cannot be made.
-    """
-    warm_start_success = warm_start.make(cell.start)
+    """Train and measure one cell; the same cell gives the same rows on one machine."""
+    warm_start_success = warm_start.make(cell)
     started = time.perf_counter()
-    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    trainer = Trainer(cell, Policy.load(warm_start.policy_folder(cell)))
     status = "finished"
     rows: list[Row] = [{"step": 0.0, "success": trainer.success(0)}]
     try:
@@ -84,10 +75,12 @@ def run_cell(cell: Cell) -> Outcome:
             {"step": float(step), "success": 0.0 if trainer.is_measured(step) else math.nan}
             for step in range(len(rows), cell.training.steps + 1)
         ]
-    seconds = time.perf_counter() - started
-    return Outcome(
-        rows, {"status": status, "seconds": seconds, "warm_start_success": warm_start_success}
-    )
+    facts = {
+        "status": status,
+        "seconds": time.perf_counter() - started,
+        "warm_start_success": warm_start_success,
+    }
+    return Outcome(rows, facts)
 
 
 class Trainer:
@@ -101,14 +94,11 @@ class Trainer:
     def __init__(self, cell: Cell, policy: Policy) -> None:
         self.cell = cell
         self.policy = policy
-        self.task = cell.start.task
-        self.objective = read_objective(
-            self.task.recipe, cell.algorithm, self.task.max_response_length, cell.settings
-        )
+        self.task = find_task(cell.task)
+        self.objective = read_objective(self.task, cell.algorithm, cell.settings)
         settings = cell.training
-        self.questions, self.held_out = self.task.questions(
-            settings.questions, cell.evaluation.questions, cell.seed
-        )
+        sizes = settings.questions, cell.evaluation.questions
+        self.questions, self.held_out = self.task.questions(*sizes, cell.seed)
         self.parameters = list(policy.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=cell.learning_rate, weight_decay=0.0, fused=True
@@ -117,7 +107,7 @@ class Trainer:
         self.history = self.objective.history(settings.questions)
         # Every algorithm has the same number of responses per step.
         self.group = settings.responses_per_prompt if self.history is None else 1
-        self.order = self.history or ShuffledQuestions(settings.questions)
+        self._left: list[int] = []
         self.generator = torch.Generator().manual_seed(cell.seed)
         self._last: dict[int, tuple[torch.Tensor, ...]] = {}
 
@@ -151,15 +141,22 @@ class Trainer:
         stream = (self.cell.seed, _EVALUATION, step)
         return warm_start.success_rate(self.policy, self.task, self.held_out, stream)
 
+    def draw(self, count: int) -> list[int]:
+        """Take the next questions: as the history asks, or each once per epoch in a new order."""
+        if self.history is not None:
+            return self.history.draw(count, self.generator)
+        while len(self._left) < count:
+            self._left += torch.randperm(len(self.questions), generator=self.generator).tolist()
+        drawn, self._left = self._left[:count], self._left[count:]
+        return drawn
+
     def _sample(self, step: int) -> list[Rollout]:
         """Sample a step's batch; with `filter_groups`, until enough groups have a spread."""
-        batches = [self._generate((self.cell.seed, _SAMPLING, step, 0))]
-        if self.objective.section.filter_groups.enable:
-            while (
-                len(self._chosen(batches).rewards) < self.cell.training.responses_per_step
-                and len(batches) < self.cell.training.max_generation_batches
-            ):
-                batches.append(self._generate((self.cell.seed, _SAMPLING, step, len(batches))))
+        batches: list[Rollout] = []
+        for attempt in range(self.cell.training.max_generation_batches):
+            batches.append(self._generate((self.cell.seed, _SAMPLING, step, attempt)))
+            if len(self._chosen(batches).rewards) == self.cell.training.responses_per_step:
+                break
         return batches
 
     def _chosen(self, batches: list[Rollout]) -> Rollout:
@@ -178,7 +175,7 @@ class Trainer:
 
     def _generate(self, stream: tuple[int, ...]) -> Rollout:
         count = self.cell.training.responses_per_step // self.group
-        drawn = self.order.draw(count, self.generator)
+        drawn = self.draw(count)
         rows = torch.tensor(drawn).repeat_interleave(self.group)
         questions = [self.questions[row] for row in rows.tolist()]
         encoded = {row: self.policy.encode(self.questions[row].messages) for row in drawn}
@@ -196,10 +193,9 @@ class Trainer:
         """Take a step's optimizer steps; `progress` is 0 at the first step, 1 at the last."""
         prompts, (tokens, mask, log_probs) = rollout.prompts, rollout.responses
         groups = torch.arange(len(mask)) // self.group
-        known: dict[str, Any] = {
-            "progress": progress,
-            "values": self.order.values()[rollout.questions],
-        }
+        known: dict[str, Any] = {"progress": progress}
+        if self.history is not None:
+            known["values"] = self.history.values()[rollout.questions]
         fields: dict[str, torch.Tensor] = {}
         if self.objective.needs_entropy:
             known["entropy"] = self.policy.entropy(prompts, tokens, mask)
@@ -211,23 +207,25 @@ class Trainer:
         row["entropy"] = -float(log_probs.sum() / mask.sum())
         row["response_length"] = float(lengths.mean())
         row["response_length_std"] = float(lengths.std())
-        sums: dict[str, float] = {}
-        norms = []
+        parts, norms = [], []
         for part in torch.arange(int(groups[-1]) + 1).chunk(self.cell.training.mini_batches):
             rows = torch.isin(groups, part).nonzero().squeeze(1)
             part_sums, norm = self._mini_batch(rollout, advantages, fields, rows)
             norms.append(norm)
-            for key, value in part_sums.items():
-                sums[key] = sums.get(key, 0.0) + value
+            parts += [part_sums] if part_sums else []
         row["gradient_norm"] = sum(norms) / len(norms)
-        return row | (token_means(sums) if sums else {})
+        if not parts:
+            return row
+        return row | token_means({key: sum(part[key] for part in parts) for key in parts[0]})
 
     def _learn(self, rollout: Rollout) -> Row:
         """Let the history of questions take in a batch; returns what it logs."""
+        if self.history is None:
+            return {}
         drift = torch.zeros(len(rollout.rewards), dtype=torch.float64)
         rows = rollout.questions.tolist()
         seen = [i for i, row in enumerate(rows) if row in self._last]
-        if self.order.measures_drift:
+        if self.history.measures_drift:
             if seen:
                 last = zip(*(self._last[rows[i]] for i in seen), strict=True)
                 tokens, mask, log_probs = (torch.stack(part) for part in last)
@@ -237,7 +235,7 @@ class Trainer:
                 moved = (now - log_probs).abs().double().masked_fill(~mask, 0.0)
                 drift[seen] = moved.sum(dim=-1) / mask.sum(dim=-1)
             self._last |= zip(rows, zip(*rollout.responses, strict=True), strict=True)
-        return self.order.learn(rollout.questions, rollout.rewards, drift, len(seen))
+        return self.history.learn(rollout.questions, rollout.rewards, drift, len(seen))
 
     def _mini_batch(
         self,
@@ -246,7 +244,7 @@ class Trainer:
         fields: dict[str, torch.Tensor],
         rows: torch.Tensor,
     ) -> tuple[dict[str, float], float]:
-        """One optimizer step; returns sums over tokens and the gradient's norm before clipping."""
+        """Take one optimizer step; return sums over tokens, and the norm before clipping."""
         whole = rollout.responses.mask[rows]
         useful = (advantages[rows] != 0).any(dim=-1)
         if self.objective.may_leave_out:

@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +28,10 @@ from data_prep.policies.folder import check_files, read_manifest, save_policy
 from data_prep.policies.training import train
 from hpo_verl.errors import DataError
 from hpo_verl.lab.policy import Policy
-from hpo_verl.lab.tasks import Question, Task
+from hpo_verl.lab.settings import WARM_START_VERSION, Cell, warm_start_versions
+from hpo_verl.lab.tasks import Question, Task, find_task
 from hpo_verl.runs.files import sha256_once
 
-# To be raised by every change after which a seed gives another policy.
-VERSION = 3
 FACTS = "lab.json"
 # Share of guesses that the tiny policy is shown at the end. Few for Countdown, so that it keeps
 # its skill; TeleLogs keeps its own, since a policy that is sure of the cause leaves a few steps'
@@ -48,75 +46,54 @@ _HABIT_BATCH = 32
 _MEASURED = 1024
 
 
-class WarmStart(NamedTuple):
-    """Which policy a run begins with.
-
-    Attributes:
-        task: The task.
-        level: Success wanted, as a fraction.
-        seed: Of weights, demonstrations and questions.
-        questions: Number of training questions.
-        held_out: Number of held-out questions, which no demonstration poses.
-        policy: Folder of the skilled policy; None for the tiny policy.
-    """
-
-    task: Task
-    level: float
-    seed: int
-    questions: int
-    held_out: int
-    policy: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where the policy is kept."""
-        name = f"{self.task.name}-{self.level:g}-seed{self.seed}-{self.questions}-{self.held_out}"
-        if self.policy is not None:
-            files = sorted(Path(self.policy).expanduser().glob("*.safetensors"))
-            digests = "".join(sha256_once(file) for file in files)
-            name += f"-{hashlib.sha256(digests.encode()).hexdigest()[:10]}"
-        return cache_folder() / name
-
-
 def cache_folder() -> Path:
     """`$HPO_VERL_CACHE/lab`, by default `~/.cache/hpo_verl/lab`."""
     root = os.environ.get("HPO_VERL_CACHE") or Path.home() / ".cache" / "hpo_verl"
     return Path(root).expanduser() / "lab"
 
 
-def versions() -> str:
-    """What a kept policy must agree with to be used again."""
-    return f"{tiny_policy.RECIPE_VERSION}.{VERSION}"
+def policy_folder(cell: Cell) -> Path:
+    """Where the policy that a run begins with is kept."""
+    sizes = f"{cell.training.questions}-{cell.evaluation.questions}"
+    name = f"{cell.task}-{cell.warm_start:g}-seed{cell.seed}-{sizes}"
+    if cell.policy is not None:
+        files = sorted(Path(cell.policy).expanduser().glob("*.safetensors"))
+        digests = "".join(sha256_once(file) for file in files)
+        name += f"-{hashlib.sha256(digests.encode()).hexdigest()[:10]}"
+    return cache_folder() / name
 
 
-def make(start: WarmStart) -> float:
-    """Make a policy if it is not there, and return its success.
+def make(cell: Cell) -> float:
+    """Make the policy that a run begins with if it is not there, and return its success.
 
     Raises:
         DataError: Imitating careless answers does not bring the success down to the level, or
             the cache cannot be used.
     """
+    task, folder = find_task(cell.task), policy_folder(cell)
     threads = torch.get_num_threads()
-    with _locked(start.seed):
+    with _locked(cell.seed):
         try:
-            manifest = read_manifest(start.folder, FACTS, ("versions", "success"))
-            check_files(start.folder, FACTS, manifest, "")
-            if manifest["versions"] == versions():
+            manifest = read_manifest(folder, FACTS, ("versions", "success"))
+            check_files(folder, FACTS, manifest, "")
+            if manifest["versions"] == warm_start_versions():
                 return float(manifest["success"])
         except DataError:
             # Missing, changed or damaged: made anew.
             pass
-        questions, held_out = start.task.questions(start.questions, start.held_out, start.seed)
+        questions, held_out = task.questions(
+            cell.training.questions, cell.evaluation.questions, cell.seed
+        )
         # How sums are split among threads changes their last bits.
         torch.set_num_threads(1)
         try:
-            policy = Policy.load(start.policy or _skilled_folder(start, held_out))
-            success = _unlearn(policy, start, questions)
+            policy = Policy.load(cell.policy or _skilled_folder(task, cell.seed, held_out))
+            success = _unlearn(policy, cell, task, questions)
         finally:
             torch.set_num_threads(threads)
-        shutil.rmtree(start.folder, ignore_errors=True)
-        facts = {"versions": versions(), "success": success}
-        save_policy(start.folder, policy.model, policy.tokenizer, FACTS, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        facts = {"versions": warm_start_versions(), "success": success}
+        save_policy(folder, policy.model, policy.tokenizer, FACTS, facts)
     return success
 
 
@@ -154,10 +131,11 @@ def success_rate(
     return sum(rewards) / len(rewards)
 
 
-def _skilled_folder(start: WarmStart, held_out: list[Question]) -> Path:
+def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:
     """Folder of the tiny policy that has the skill, made if it is not there."""
-    task, seed, keys = start.task, start.seed, start.task.keys(held_out)
-    folder = cache_folder() / f"skilled{VERSION}-{task.name}-seed{seed}-{puzzles_digest(keys)[:10]}"
+    keys = task.keys(held_out)
+    name = f"skilled{WARM_START_VERSION}-{task.name}-seed{seed}-{puzzles_digest(keys)[:10]}"
+    folder = cache_folder() / name
     try:
         tiny_policy.check(folder)
     except DataError:
@@ -182,23 +160,23 @@ def _skilled_folder(start: WarmStart, held_out: list[Question]) -> Path:
     return folder
 
 
-def _unlearn(policy: Policy, start: WarmStart, questions: list[Question]) -> float:
+def _unlearn(policy: Policy, cell: Cell, task: Task, questions: list[Question]) -> float:
     """Imitate careless answers until success has fallen to the level; return the success.
 
     A skilled policy below the level stays as it is; the success is what was measured.
     """
-    rng = random.Random(start.seed)  # noqa: S311 - no secret
+    rng = random.Random(cell.seed)  # noqa: S311 - no secret
     shown = rng.choices(questions, k=_MEASURED)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_HABIT_LEARNING_RATE)
-    success = success_rate(policy, start.task, shown, (start.seed,))
+    success = success_rate(policy, task, shown, (cell.seed,))
     for _ in range(_HABIT_STEPS):
-        if success <= start.level:
+        if success <= cell.warm_start:
             return success
-        careless = [start.task.careless(rng, questions) for _ in range(_HABIT_BATCH)]
+        careless = [task.careless(rng, questions) for _ in range(_HABIT_BATCH)]
         batch = token_batch([encode(policy.tokenizer, each) for each in careless])
         train(policy.model, [batch], [optimizer])
-        success = success_rate(policy, start.task, shown, (start.seed,))
+        success = success_rate(policy, task, shown, (cell.seed,))
     raise DataError(
-        f"warm start {start.task.name}, seed {start.seed}: after {_HABIT_STEPS} careless batches "
-        f"the success is still {success:.1%}, above the level {start.level:.1%}"
+        f"warm start {task.name}, seed {cell.seed}: after {_HABIT_STEPS} careless batches "
+        f"the success is still {success:.1%}, above the level {cell.warm_start:.1%}"
     )

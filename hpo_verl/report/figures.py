@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -15,8 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hpo_verl.errors import ConfigError
-from hpo_verl.report.statistics import MEASURES, interval
-from hpo_verl.report.studies import Comparison, Row
+from hpo_verl.report.statistics import interval
+from hpo_verl.report.studies import Comparison
 
 FORMATS = (".png", ".svg", ".pdf")
 COLOUR = "#0072B2"
@@ -70,61 +70,28 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], baseline: str, path: Path) -
             panel.set_title(fill(f"{name} ({curve.shape[1]})", _TITLE_WIDTH))
         figure.supxlabel("step")
         figure.supylabel("success")
-        _save(figure, path)
+        partial = path.with_name(f".{path.name}")
+        # Without a date the same runs give the same bytes.
+        metadata: Any = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(partial, dpi=150, format=path.suffix[1:], metadata=metadata)
+    os.replace(partial, path)
 
 
 def draw_study(comparison: Comparison, folder: Path) -> list[tuple[Path, str]]:
-    """Draw the figures of every regime of a study as SVG.
-
-    Args:
-        comparison: The study.
-        folder: Made if missing.
-
-    Returns:
-        Path and caption of each figure.
-    """
+    """Draw the curves of every regime of a study as SVG; path and caption of each figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures: list[tuple[Path, str]] = []
-    text = "interquartile mean over seeds with 95 % interval"
+    figures = []
     for regime, methods in comparison.runs.items():
-        stem = f"{comparison.study}-{regime.task}-{regime.warm_start:g}"
-        path = folder / f"{stem}-curves.svg"
+        name = f"{comparison.study}-{regime.task}-{regime.warm_start:g}-curves.svg"
         curves = {
-            name: pd.DataFrame(
-                {s: r.measured.set_index("step")["success"] for s, r in runs.items()}
+            variant: pd.DataFrame(
+                {seed: run.measured.set_index("step")["success"] for seed, run in runs.items()}
             )
-            for name, runs in ((name, found["result"]) for name, found in methods.items())
+            for variant, runs in ((variant, found["result"]) for variant, found in methods.items())
         }
-        draw_curves(curves, comparison.baseline, path)
-        caption = f"success on held-out questions, {text}; dashed: {comparison.baseline}"
-        figures.append((path, f"{regime.title}: {caption}."))
-        path = folder / f"{stem}-intervals.svg"
-        _draw_intervals(comparison.rows(regime), comparison.baseline, path)
-        caption = f"{text}; the vertical line is {comparison.baseline}"
-        figures.append((path, f"{regime.title}: {caption}."))
+        draw_curves(curves, comparison.baseline, folder / name)
+        caption = "success on held-out questions, interquartile mean over seeds with 95 % interval"
+        figures.append(
+            (folder / name, f"{regime.title}: {caption}; dashed: {comparison.baseline}.")
+        )
     return figures
-
-
-def _draw_intervals(rows: Sequence[Row], baseline: str, path: Path) -> None:
-    places = np.arange(len(rows))[::-1]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 0.9 + 0.28 * len(rows)), layout="constrained")
-        panels = figure.subplots(1, len(MEASURES), sharey=True)
-        for panel, (name, title) in zip(panels, MEASURES.items(), strict=True):
-            for place, row in zip(places, rows, strict=True):
-                point, low, high = row.measures[name]
-                if row.variant == baseline:
-                    panel.axvline(point, color="grey", linewidth=1)
-                panel.plot([low, high], [place, place], color=COLOUR, linewidth=3, alpha=0.5)
-                panel.plot([point], [place], "o", color=COLOUR, markersize=4)
-            panel.set_yticks(places, [row.variant for row in rows])
-            panel.set_title(title)
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}")
-    # Without a date the same runs give the same bytes.
-    metadata: Any = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(partial, dpi=150, format=path.suffix[1:], metadata=metadata)
-    os.replace(partial, path)

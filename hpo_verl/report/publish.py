@@ -61,28 +61,20 @@ def comparisons(sources: Sequence[Path]) -> list[Comparison]:
 
     Raises:
         ConfigError: A source holds nothing, or runs that cannot be compared.
-        DataError: A file is damaged or holds no runs.
     """
     by_study: dict[str, list[Result]] = {}
     for source in sources:
         results = read_results(source)
         if not results:
-            raise ConfigError(f"{source}: holds no finished run; hpo-verl lab run makes them")
+            what = "holds no finished run" if source.exists() else "no such folder or file"
+            raise ConfigError(f"{source}: {what}; hpo-verl lab run makes them")
         for result in results:
             by_study.setdefault(result.cell["study"], []).append(result)
     return [Comparison(study, results) for study, results in by_study.items()]
 
 
 def write_report(sources: Sequence[Path], out: Path) -> Path:
-    """Write one Markdown page, `report.md`, and its pictures.
-
-    Args:
-        sources: See `comparisons`, which also says what is refused.
-        out: Folder.
-
-    Returns:
-        The page.
-    """
+    """Write a Markdown page and its pictures into a folder, and return the page's path."""
     studies = comparisons(sources)
     parts = [_PREFACE]
     try:
@@ -121,7 +113,7 @@ def publish(folders: Sequence[Path], kept: Path) -> None:
 
 
 def manifest(results: Sequence[Result]) -> dict[str, Any]:
-    """What some runs were made with: number, seeds, hours, commits, versions, machine, command."""
+    """What some runs were made with."""
     environments = {
         json.dumps({k: v for k, v in result.facts["environment"].items() if k != "finished"})
         for result in results
@@ -173,7 +165,7 @@ def _table(comparison: Comparison, regime: Regime) -> str:
             "method": f"`{row.variant}`",
             "lr": f"{row.learning_rate:g}",
             "runs": str(row.runs),
-            "collapsed": str(row.collapses),
+            "collapsed": str(row.collapsed),
             "responses": f"{row.responses:.0f}",
             **{title: text(row.measures[name], ".3f") for name, title in MEASURES.items()},
             f"{COMPARED} - {comparison.baseline}": text(row.difference, ".3f"),

@@ -18,7 +18,6 @@ from hpo_verl.report.statistics import interval
 from hpo_verl.runs.metrics import MetricsFile
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml")
-NUMBERS = ("steps", "seed", "success_before", "success_after")
 # What may differ between two runs of one experiment.
 SEED_KEYS = frozenset({"seed", "data_loader_seed"})
 PLACES = ("ray_kwargs", "trainer.default_local_dir", "trainer.logger")
@@ -50,11 +49,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run.
-
-    Raises:
-        DataError: The folder holds no finished run; names what it lacks.
-    """
+    """Read one run; raises DataError that names what a folder without a finished run lacks."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     lacking = [name for name in FILES if not (folder / name).is_file()]
@@ -69,9 +64,6 @@ def read_run(folder: Path) -> Run:
         metrics.read_new()
         if not isinstance(config, DictConfig):
             raise TypeError("config.yaml is not a mapping")
-        for name in NUMBERS:
-            if not isinstance(summary[name], int | float | None):
-                raise TypeError(f"summary.json: {name}={summary[name]!r}")
         names = config.get("names") or {}
         recipe = "-".join(names.values()) or str(config.trainer.experiment_name)
         # The median: the first step is slower than the others.
@@ -91,11 +83,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read runs; all folders that are none are named in one error.
-
-    Raises:
-        DataError: A folder is no run, or is given twice.
-    """
+    """Read runs; one DataError names all folders that hold none or are given twice."""
     runs: dict[Path, Run] = {}
     problems = []
     for folder in folders:

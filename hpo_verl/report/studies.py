@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,8 +35,8 @@ class Result(NamedTuple):
     """A finished run of the lab.
 
     Attributes:
-        facts: The run's settings (`cell`), `status`, `seconds`, `warm_start_success`, and
-            `environment`: commit, versions, machine, command, time.
+        facts: The run's settings (`cell`), `status` (`finished` or `diverged`), `seconds`,
+            `warm_start_success`, and `environment`: commit, versions, machine, command, time.
         rows: A row per step: `step`, `success` (NaN where not measured), statistics of the batch.
     """
 
@@ -46,12 +45,12 @@ class Result(NamedTuple):
 
     @property
     def cell(self) -> dict[str, Any]:
-        """Settings of the run, by the names of `hpo_verl.lab.settings.Cell`."""
+        """Fields of its `hpo_verl.lab.settings.Cell`."""
         return self.facts["cell"]
 
     @property
     def measured(self) -> pd.DataFrame:
-        """The rows in which success was measured."""
+        """Rows in which success was measured."""
         return self.rows.dropna(subset="success")
 
     def thinned(self) -> Result:
@@ -163,23 +162,20 @@ class Regime(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is reported of one variant.
+    """What is reported of one variant; differences are from the baseline, None for it.
 
     Attributes:
-        variant: Name of the method.
-        learning_rate: Of its runs.
         runs: How many.
-        collapses: How many of them lost half of the success that they began with, or diverged.
-        responses: Responses sampled per step.
-        measures: Interval of every measure.
-        difference: Paired difference of `COMPARED` from the baseline; None for it.
-        improvement: Probability of improvement over the baseline; None for it.
+        collapsed: How many lost half of the success that they began with, or diverged.
+        responses: Sampled per step.
+        difference: Of `COMPARED`, paired by seed.
+        improvement: Probability that a random run is better by `COMPARED`.
     """
 
     variant: str
     learning_rate: float
     runs: int
-    collapses: int
+    collapsed: int
     responses: float
     measures: dict[str, Interval]
     difference: Interval | None
@@ -260,7 +256,6 @@ class Comparison:
             f"standard deviation {first['response_length_std']:.1f}."
         )
 
-    @functools.cache  # noqa: B019 - a comparison lives as long as the command
     def rows(self, regime: Regime) -> list[Row]:
         """Table of a regime; variants without a run are left out."""
         found, rows = self.runs[regime], []

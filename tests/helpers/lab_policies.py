@@ -9,7 +9,7 @@ from data_prep.policies.folder import save_policy
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.policy import Policy
-from hpo_verl.lab.settings import read_study
+from hpo_verl.lab.settings import read_study, warm_start_versions
 
 END, PAD = 0, 1
 QUICK = [
@@ -50,8 +50,8 @@ def tiny_random_policy(seed=0):
 def keep_warm_starts(study):
     """Put random policies where the cells of a study look for their warm starts."""
     policy = tiny_random_policy()
-    facts = {"versions": warm_start.versions(), "success": 0.05}
-    for folder in {cell.start.folder for cell in study.cells()}:
+    facts = {"versions": warm_start_versions(), "success": 0.05}
+    for folder in {warm_start.policy_folder(cell) for cell in study.cells()}:
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_policy(folder, policy.model, policy.tokenizer, warm_start.FACTS, facts)
 

@@ -1,17 +1,21 @@
 """Algorithms by their recipes, on verl's registries: what arrives, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab.objective import read_objective
+from hpo_verl.lab.tasks import find_task
 
 ACTOR = "actor_rollout_ref.actor"
 
 
 def read(name, changes=None, length=24):
-    return read_objective("countdown-tiny", name, length, changes)
+    task = replace(find_task("countdown3"), max_response_length=length)
+    return read_objective(task, name, changes)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

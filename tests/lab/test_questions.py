@@ -2,33 +2,37 @@
 
 import pytest
 import torch
-from lab_policies import keep_warm_starts, quick_study
+from lab_policies import quick_study, tiny_random_policy
 
-from hpo_verl.lab.policy import Policy, Responses
-from hpo_verl.lab.questions import ShuffledQuestions
+from hpo_verl.lab.policy import Responses
 from hpo_verl.lab.trainer import Rollout, Trainer
 
 
-def test_every_question_comes_once_per_epoch_in_another_order_each():
-    def draws(*counts):
-        source, generator = ShuffledQuestions(10), torch.Generator().manual_seed(0)
-        return [source.draw(count, generator) for count in counts]
+@pytest.fixture
+def trainer_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path))
+    study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
+    return lambda variant: Trainer(
+        next(cell for cell in study.cells() if cell.variant == variant), tiny_random_policy()
+    )
 
-    first, second = draws(10, 10)
-    assert sorted(first) == sorted(second) == list(range(10))
+
+def test_every_question_comes_once_per_epoch_in_another_order_each(trainer_of):
+    def draws(*counts):
+        trainer = trainer_of("grpo")
+        return [trainer.draw(count) for count in counts]
+
+    first, second = draws(16, 16)
+    assert sorted(first) == sorted(second) == list(range(16))
     assert first != second
-    start, rest = draws(4, 16)
+    start, rest = draws(4, 28)
     assert start + rest == first + second
 
 
-def test_a_history_learns_how_far_the_policy_has_moved(tmp_path, monkeypatch):
-    monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path))
-    study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
-    keep_warm_starts(study)
-    cell = next(cell for cell in study.cells() if cell.variant == "spo")
-    trainer = Trainer(cell, Policy.load(cell.start.folder))
+def test_a_history_learns_how_far_the_policy_has_moved(trainer_of, monkeypatch):
+    trainer = trainer_of("spo")
     learnt = []
-    monkeypatch.setattr(trainer.order, "learn", lambda *given: learnt.append(given) or {})
+    monkeypatch.setattr(trainer.history, "learn", lambda *given: learnt.append(given) or {})
     monkeypatch.setattr(
         trainer.policy, "log_probs", lambda prompts, tokens, mask: torch.full(mask.shape, -1.0)
     )

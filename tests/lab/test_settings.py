@@ -1,10 +1,13 @@
 """Studies: what the files say, and what is refused."""
 
+import dataclasses
+
 import pytest
 
 from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.errors import ConfigError
-from hpo_verl.lab.settings import Study, Variant, read_study, study_names
+from hpo_verl.lab.settings import Variant, read_study, study_names
+from hpo_verl.lab.warm_start import policy_folder
 
 
 def test_the_five_studies_exist_and_hold_what_the_specification_asks_for():
@@ -36,8 +39,8 @@ def test_ratios_matter_and_seeds_are_paired_in_every_study(name):
     first = cells[: len(cells) // study.seeds]
     assert {cell.seed for cell in first} == {study.first_seed}
     # All variants of a seed begin with the same policy and questions.
-    starts = {(cell.task, cell.warm_start): cell.start.folder for cell in first}
-    assert all(cell.start.folder == starts[cell.task, cell.warm_start] for cell in first)
+    starts = {(cell.task, cell.warm_start): policy_folder(cell) for cell in first}
+    assert all(policy_folder(cell) == starts[cell.task, cell.warm_start] for cell in first)
 
 
 def test_a_cell_keeps_its_name_when_others_are_added_and_changes_it_with_its_settings():
@@ -58,6 +61,9 @@ def test_a_cell_keeps_its_name_when_others_are_added_and_changes_it_with_its_set
         ("sparse", "sede=3", "unknown setting 'sede' in 'sede=3': did you mean seeds"),
         ("sparse", "training.stpes=3", "did you mean training.steps"),
         ("sparse", "+training.warmup=3", "training.warmup = 3: unknown setting"),
+        ("sparse", "~seeds", "study sparse: the setting seeds is missing"),
+        ("sparse", "training=null", "the setting training.learning_rate is missing"),
+        ("sparse", "~variants.hpo.algorithm", "unknown algorithm ''"),
         ("sparse", "seeds=0", "seeds = 0: must be an integer of at least 1"),
         ("sparse", "seeds=many", "seeds = 'many'"),
         ("sparse", "training.steps=1.5", "training.steps = 1.5"),
@@ -86,7 +92,7 @@ def test_what_is_wrong_is_refused_with_the_nearest_name(study, override, message
 
 def test_a_variants_name_must_be_fit_for_a_file():
     with pytest.raises(ConfigError, match="fit for a file"):
-        Study("x", tasks=["countdown3"], warm_starts=[0.1], variants={"a/b": Variant("grpo")})
+        dataclasses.replace(read_study("alpha"), variants={"a/b": Variant("grpo")})
 
 
 def test_some_variants_may_be_chosen():
@@ -100,12 +106,12 @@ def test_some_variants_may_be_chosen():
 
 def test_a_study_may_begin_with_a_policy_of_its_own(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    start = read_study("alpha", [f"policy={tmp_path}"]).cells()[0].start
-    assert start.policy == str(tmp_path)
-    folder = start.folder
-    assert folder != read_study("alpha").cells()[0].start.folder
+    cell = read_study("alpha", [f"policy={tmp_path}"]).cells()[0]
+    assert cell.policy == str(tmp_path)
+    folder = policy_folder(cell)
+    assert folder != policy_folder(read_study("alpha").cells()[0])
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
-    assert start.folder != folder
+    assert policy_folder(cell) != folder
 
 
 def test_a_history_of_prompts_needs_as_many_questions_as_responses():

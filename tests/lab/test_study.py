@@ -38,7 +38,7 @@ def test_a_cache_whose_file_system_keeps_no_locks(monkeypatch):
 
     monkeypatch.setattr("hpo_verl.lab.warm_start.fcntl.flock", refuse)
     with pytest.raises(DataError, match=r"no locks \(No locks available\); set HPO_VERL_CACHE"):
-        warm_start.make(quick_study().cells()[0].start)
+        warm_start.make(quick_study().cells()[0])
 
 
 def cell_of(study, variant, seed=0):
@@ -133,7 +133,7 @@ def test_without_any_reward_there_is_no_update(study):
 
 def test_momentum_alone_moves_nothing(study, graded):
     cell = cell_of(study, "a_hpo")
-    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    trainer = Trainer(cell, Policy.load(warm_start.policy_folder(cell)))
     trainer.step(1)
     (rollout,) = trainer._sample(2)
     before = [parameter.detach().clone() for parameter in trainer.parameters]
@@ -146,7 +146,7 @@ def test_momentum_alone_moves_nothing(study, graded):
 def test_leaving_out_rows_without_advantage_changes_no_update(study, graded, monkeypatch):
     """The mini-batch that the trainer makes, against the whole one."""
     cell = cell_of(study, "a_hpo")
-    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    trainer = Trainer(cell, Policy.load(warm_start.policy_folder(cell)))
     (rollout,) = trainer._sample(1)
     tokens, mask, old_log_prob = rollout.responses
     groups = torch.arange(4).repeat_interleave(4)
@@ -177,7 +177,7 @@ def test_a_run_that_diverges_counts_as_one_without_success(study, monkeypatch):
 
 def test_a_weight_that_is_not_finite_is_a_divergence(study, graded):
     cell = cell_of(study, "grpo")
-    trainer = Trainer(cell, Policy.load(cell.start.folder))
+    trainer = Trainer(cell, Policy.load(warm_start.policy_folder(cell)))
     (rollout,) = trainer._sample(1)
     with torch.no_grad():
         trainer.parameters[0].fill_(torch.nan)
@@ -207,9 +207,9 @@ def test_a_result_is_there_whole_or_not_at_all(study, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail)
         with pytest.raises(DataError, match="cannot write"):
-            run_study(study, folder, 1, lambda finished: None)
+            run_study(study, folder, 1, lambda cell, outcome: None)
     assert not [path for path in folder.iterdir() if "parquet" in path.name]
-    run_study(study, folder, 1, lambda finished: None, "the command")
+    run_study(study, folder, 1, lambda cell, outcome: None, "the command")
     results = read_results(folder)
     cells = {cell.name: json.loads(json.dumps(dataclasses.asdict(cell))) for cell in study.cells()}
     assert [result.cell for result in results] == [cells[name] for name in sorted(cells)]
@@ -230,22 +230,22 @@ def test_a_finished_cell_is_never_run_again(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_module, "run_cell", run)
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, tmp_path, 1, lambda finished: None)
+        run_study(study, tmp_path, 1, lambda cell, outcome: None)
     first = list(ran)
     ran.clear()
     monkeypatch.setattr(
         study_module, "run_cell", lambda cell: ran.append(cell.name) or outcome_of(cell)
     )
     reports = []
-    run_study(study, tmp_path, 1, reports.append)
+    run_study(study, tmp_path, 1, lambda cell, outcome: reports.append(cell.name))
     assert sorted(first + ran) == sorted(cell.name for cell in study.cells())
-    assert len(reports) == len(ran)
+    assert reports == ran
     assert missing_cells(study, tmp_path) == []
 
 
 def test_runs_that_trained_differently_do_not_share_a_folder(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "run_cell", outcome_of)
-    run_study(study, tmp_path, 1, lambda finished: None)
+    run_study(study, tmp_path, 1, lambda cell, outcome: None)
     other = quick_study("alpha", "training.steps=3")
     with pytest.raises(ConfigError, match=r"training.steps = 2 and 3.*--out"):
         missing_cells(other, tmp_path)
@@ -253,7 +253,7 @@ def test_runs_that_trained_differently_do_not_share_a_folder(study, tmp_path, mo
 
 def test_two_studies_do_not_run_in_one_folder_at_once(study, tmp_path):
     with locked(tmp_path), pytest.raises(EnvironmentCheckError, match="--out"):
-        run_study(study, tmp_path, 1, lambda finished: None)
+        run_study(study, tmp_path, 1, lambda cell, outcome: None)
 
 
 @pytest.mark.timeout(300)
@@ -279,7 +279,7 @@ def test_a_killed_command_leaves_its_finished_cells_and_no_process(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert before, error[-2000:]
     assert len(missing_cells(chosen, out)) == 7 - len(before)
-    run_study(chosen, out, 1, lambda finished: None)
+    run_study(chosen, out, 1, lambda cell, outcome: None)
     after = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(after) == 7
     assert before.items() <= after.items()

@@ -1,16 +1,17 @@
-"""Questions, rewards, and the authors of the warm start."""
+"""Questions, rewards, and the authors of the warm cell."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
-from lab_policies import tiny_random_policy
+from lab_policies import quick_study, tiny_random_policy
 
 from data_prep.countdown.puzzles import puzzle_key
 from data_prep.policies.demos import encode
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.lab import warm_start
+from hpo_verl.lab import settings, warm_start
 from hpo_verl.lab.tasks import TASKS, find_task
 
 SIZES = (60, 30)
@@ -70,9 +71,10 @@ def test_an_unknown_task_is_refused_with_the_nearest_name():
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def cell(tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path))
-    return warm_start.WarmStart(find_task("countdown3"), 0.1, 0, 20, 10)
+    changes = ["warm_starts=[0.1]", "training.questions=20", "evaluation.questions=10"]
+    return quick_study("alpha", *changes).cells()[0]
 
 
 def measured(monkeypatch, values):
@@ -97,46 +99,46 @@ def skilled(monkeypatch):
     return policy
 
 
-def test_careless_answers_are_imitated_until_the_level_is_reached(start, skilled, monkeypatch):
+def test_careless_answers_are_imitated_until_the_level_is_reached(cell, skilled, monkeypatch):
     before = [weight.detach().clone() for weight in skilled.model.parameters()]
     left = measured(monkeypatch, [0.4, 0.2, 0.09, 0.05])
-    assert warm_start.make(start) == 0.09
+    assert warm_start.make(cell) == 0.09
     assert left == [0.05]
     changed = zip(before, skilled.model.parameters(), strict=True)
     assert any((old != new).any() for old, new in changed)
     # It is kept: nothing is measured again.
-    assert warm_start.make(start) == 0.09
+    assert warm_start.make(cell) == 0.09
     assert left == [0.05]
 
 
-def test_a_skilled_policy_below_the_level_stays_as_it_is(start, skilled, monkeypatch):
+def test_a_skilled_policy_below_the_level_stays_as_it_is(cell, skilled, monkeypatch):
     measured(monkeypatch, [0.07])
     before = [weight.detach().clone() for weight in skilled.model.parameters()]
-    assert warm_start.make(start) == 0.07
+    assert warm_start.make(cell) == 0.07
     assert all(map(torch.equal, before, skilled.model.parameters()))
 
 
-def test_a_level_that_is_not_reached_is_an_error(start, skilled, monkeypatch):
+def test_a_level_that_is_not_reached_is_an_error(cell, skilled, monkeypatch):
     monkeypatch.setattr(warm_start, "_HABIT_STEPS", 2)
     measured(monkeypatch, [0.5] * 4)
     with pytest.raises(DataError, match=r"still 50\.0%"):
-        warm_start.make(start)
-    assert not start.folder.exists()
+        warm_start.make(cell)
+    assert not warm_start.policy_folder(cell).exists()
 
 
-def test_a_damaged_or_outdated_policy_is_made_again(start, skilled, monkeypatch):
+def test_a_damaged_or_outdated_policy_is_made_again(cell, skilled, monkeypatch):
     measured(monkeypatch, [0.09, 0.095, 0.085])
-    assert warm_start.make(start) == 0.09
-    (start.folder / "model.safetensors").write_bytes(b"damaged")
-    assert warm_start.make(start) == 0.095
-    monkeypatch.setattr(warm_start, "VERSION", warm_start.VERSION + 1)
-    assert warm_start.make(start) == 0.085
+    assert warm_start.make(cell) == 0.09
+    (warm_start.policy_folder(cell) / "model.safetensors").write_bytes(b"damaged")
+    assert warm_start.make(cell) == 0.095
+    monkeypatch.setattr(settings, "WARM_START_VERSION", settings.WARM_START_VERSION + 1)
+    assert warm_start.make(cell) == 0.085
 
 
-def test_a_policy_of_the_users_is_where_the_warm_start_begins(start, skilled, monkeypatch):
+def test_a_policy_of_the_users_is_where_the_warm_start_begins(cell, skilled, monkeypatch):
     asked = []
     load = warm_start.Policy.load
     monkeypatch.setattr(warm_start.Policy, "load", lambda f: asked.append(f) or load(f))
     measured(monkeypatch, [0.07])
-    warm_start.make(start._replace(policy="mine"))
+    warm_start.make(dataclasses.replace(cell, policy="mine"))
     assert asked == ["mine"]

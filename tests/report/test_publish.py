@@ -56,8 +56,8 @@ def test_a_block_that_cannot_be_filled_is_an_error(tmp_path, text, message):
         fill(text, {"a": "1"}, tmp_path)
 
 
-def test_an_empty_folder_is_refused_and_changes_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="holds no finished run"):
+def test_a_missing_folder_is_refused_and_changes_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder or file"):
         publish([tmp_path / "nothing"], tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 

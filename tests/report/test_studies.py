@@ -33,7 +33,7 @@ def test_rows_by_hand():
     # In the order of the study's file.
     assert comparison.variants == ["a_hpo", "grpo", "dapo"]
     a_hpo = row_of(comparison, "a_hpo")
-    assert (a_hpo.runs, a_hpo.collapses, a_hpo.responses) == (5, 0, 512.0)
+    assert (a_hpo.runs, a_hpo.collapsed, a_hpo.responses) == (5, 0, 512.0)
     # Final success 0.3 + 0.01 seed; without the lowest and the highest of five: 0.32.
     assert a_hpo.measures["final"].point == pytest.approx(0.32)
     # The area is the mean of a straight line: half-way.
@@ -44,7 +44,7 @@ def test_rows_by_hand():
     assert row_of(comparison, "grpo").difference is None
     # Success falls from 0.1 to -0.06: below half of what it began with in every seed.
     dapo = row_of(comparison, "dapo")
-    assert dapo.collapses == 5
+    assert dapo.collapsed == 5
     assert dapo.improvement.point == 0.0
 
 
@@ -52,7 +52,7 @@ def test_rows_by_hand():
 def test_a_run_that_lost_half_of_its_success_has_collapsed(last, count):
     cell = results_of()[0].cell
     row = row_of(Comparison("sparse", [made_up_result(cell, [0.1, 0.2, last])]), cell["variant"])
-    assert row.collapses == count
+    assert row.collapsed == count
 
 
 def test_diverged_runs_are_counted_and_stay_in_every_number():
@@ -63,7 +63,7 @@ def test_diverged_runs_are_counted_and_stay_in_every_number():
         for r in results_of()
     ]
     row = row_of(Comparison("sparse", results), "a_hpo")
-    assert (row.runs, row.collapses) == (5, 1)
+    assert (row.runs, row.collapsed) == (5, 1)
     assert row.measures["final"].point == pytest.approx((0.31 + 0.32 + 0.33) / 3)
 
 
@@ -108,17 +108,16 @@ def test_the_report_says_what_was_measured(tmp_path, monkeypatch, capsys):
     for text in ("0.040 [0.040, 0.040]", "### countdown3, warm start 5%", '"commit": "abc"'):
         assert text in page
     for level in LEVELS:
-        for kind in ("curves", "intervals"):
-            name = f"pictures/sparse-countdown3-{level}-{kind}.svg"
-            assert f"]({name})" in page
-            assert (out / name).read_bytes().startswith(b"<?xml")
+        name = f"pictures/sparse-countdown3-{level}-curves.svg"
+        assert f"]({name})" in page
+        assert (out / name).read_bytes().startswith(b"<?xml")
 
 
 def test_without_the_baseline_there_are_no_differences(tmp_path):
     results = [r for r in results_of((0.05,)) if r.cell["variant"] != "grpo"]
     comparison = Comparison("sparse", results)
     assert all(row.difference is None for row in comparison.rows(*comparison.runs))
-    assert len(draw_study(comparison, tmp_path)) == 2
+    assert len(draw_study(comparison, tmp_path)) == 1
 
 
 def test_a_folder_without_results_and_runs_that_differ_are_refused(tmp_path):
