@@ -213,6 +213,7 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     missing = [key for key in known - set(leaf_keys(config)) if not key.startswith("variants.")]
     if missing:
         raise ConfigError(f"study {name}: the setting {min(missing)} is missing")
+    values["variants"] = values["variants"] or {}
     for variant in only:
         if variant not in values["variants"]:
             close = nearest(variant, values["variants"])

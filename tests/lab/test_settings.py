@@ -78,6 +78,7 @@ def test_a_cell_keeps_its_name_when_others_are_added_and_changes_it_with_its_set
         ("sparse", "evaluation.every=0", "evaluation.every = 0"),
         ("sparse", "tasks=[countdown5]", "unknown task 'countdown5': did you mean countdown"),
         ("sparse", "tasks=[]", "tasks is empty"),
+        ("sparse", "variants=null", "variants is empty"),
         ("sparse", "warm_starts=[1.5]", "warm_starts = 1.5"),
         ("lr", "learning_rates=[0]", "learning_rates = 0"),
         ("sparse", "variants.hpo.algorithm=hpoo", "unknown algorithm 'hpoo': did you mean hpo"),
