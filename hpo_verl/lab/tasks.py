@@ -94,7 +94,7 @@ def _countdown_questions(
 
 
 def _score(
-    compute_score: Callable[..., dict[str, Any]], source: str, response: str, ground_truth: Any
+    compute_score: Callable[..., Any], source: str, response: str, ground_truth: Any
 ) -> float:
     return float(compute_score(source, response, ground_truth)["score"])
 
