@@ -6,7 +6,6 @@ import math
 import time
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from hpo_verl.core.statistics import token_means
@@ -84,12 +83,7 @@ def run_cell(cell: Cell) -> Outcome:
 
 
 class Trainer:
-    """Policy, optimizer and questions of one cell.
-
-    Args:
-        cell: What to run.
-        policy: The warm start; trained in place.
-    """
+    """Optimizer and questions of one cell, and the warm start's policy, trained in place."""
 
     def __init__(self, cell: Cell, policy: Policy) -> None:
         self.cell = cell
@@ -180,14 +174,8 @@ class Trainer:
         questions = [self.questions[row] for row in rows.tolist()]
         encoded = {row: self.policy.encode(self.questions[row].messages) for row in drawn}
         prompts = [encoded[row] for row in rows.tolist()]
-        seeds = np.random.default_rng(stream).integers(2**63, size=len(rows)).tolist()
-        responses = self.policy.sample(prompts, seeds, self.task.max_response_length)
-        texts = self.policy.decode(responses)
-        rewards = [
-            self.task.score(text, question.ground_truth)
-            for text, question in zip(texts, questions, strict=True)
-        ]
-        return Rollout(rows, prompts, responses, torch.tensor(rewards))
+        responses, rewards = warm_start.answers(self.policy, self.task, questions, prompts, stream)
+        return Rollout(rows, prompts, responses, rewards)
 
     def _update(self, rollout: Rollout, progress: float) -> Row:
         """Take a step's optimizer steps; `progress` is 0 at the first step, 1 at the last."""

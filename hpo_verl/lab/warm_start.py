@@ -8,13 +8,11 @@ level wanted. So all levels of a seed share their skill and differ in how seldom
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +25,11 @@ from data_prep.policies.demos import encode, token_batch
 from data_prep.policies.folder import check_files, read_manifest, save_policy
 from data_prep.policies.training import train
 from hpo_verl.errors import DataError
-from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.policy import Policy, Prompt, Responses
 from hpo_verl.lab.settings import WARM_START_VERSION, Cell, warm_start_versions
 from hpo_verl.lab.tasks import Question, Task, find_task
 from hpo_verl.runs.files import sha256_once
+from hpo_verl.runs.lock import locked
 
 FACTS = "lab.json"
 # Share of guesses that the tiny policy is shown at the end. Few for Countdown, so that it keeps
@@ -67,12 +66,14 @@ def make(cell: Cell) -> float:
     """Make the policy that a run begins with if it is not there, and return its success.
 
     Raises:
-        DataError: Imitating careless answers does not bring the success down to the level, or
-            the cache cannot be used.
+        DataError: Imitating careless answers does not bring the success down to the level.
+        EnvironmentCheckError: The cache cannot be locked.
     """
     task, folder = find_task(cell.task), policy_folder(cell)
     threads = torch.get_num_threads()
-    with _locked(cell.seed):
+    # One process at a time makes the policies of a seed; the others wait for it.
+    lock = cache_folder() / f"seed{cell.seed}.lock"
+    with locked(lock, remedy="set HPO_VERL_CACHE to a folder", wait=True):
         try:
             manifest = read_manifest(folder, FACTS, ("versions", "success"))
             check_files(folder, FACTS, manifest, "")
@@ -97,38 +98,28 @@ def make(cell: Cell) -> float:
     return success
 
 
-@contextlib.contextmanager
-def _locked(seed: int) -> Iterator[None]:
-    """Let one process at a time make the policies of a seed; the others wait for it."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / f".seed{seed}.lock").open("w")
-    except OSError as error:
-        raise DataError(f"{folder}: cannot write: {error.strerror}") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: its file system keeps no locks ({error.strerror}); "
-                "set HPO_VERL_CACHE to a folder on a local disk"
-            ) from error
-        yield
+def answers(
+    policy: Policy,
+    task: Task,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    stream: tuple[int, ...],
+) -> tuple[Responses, torch.Tensor]:
+    """Responses at temperature 1, and their rewards `[batch]`; `stream` seeds the sampling."""
+    seeds = np.random.default_rng(stream).integers(2**63, size=len(questions)).tolist()
+    responses = policy.sample(prompts, seeds, task.max_response_length)
+    pairs = zip(policy.decode(responses), questions, strict=True)
+    rewards = [task.score(text, question.ground_truth) for text, question in pairs]
+    return responses, torch.tensor(rewards)
 
 
 def success_rate(
     policy: Policy, task: Task, questions: Sequence[Question], stream: tuple[int, ...]
 ) -> float:
-    """Share of right answers at temperature 1, one per question; `stream` seeds the sampling."""
-    seeds = np.random.default_rng(stream).integers(2**63, size=len(questions)).tolist()
+    """Share of right answers, one per question."""
     prompts = [policy.encode(question.messages) for question in questions]
-    texts = policy.decode(policy.sample(prompts, seeds, task.max_response_length))
-    rewards = [
-        task.score(text, question.ground_truth)
-        for text, question in zip(texts, questions, strict=True)
-    ]
-    return sum(rewards) / len(rewards)
+    _, rewards = answers(policy, task, questions, prompts, stream)
+    return float(rewards.double().mean())
 
 
 def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +100,7 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
-    """Read the runs of a file, or of all files of a folder in order of their names.
-
-    Raises:
-        DataError: A file is damaged or holds no runs.
-    """
+    """Read the runs of a file or a folder; raises DataError for a file that holds none."""
     if not path.is_file():
         return [result for file in sorted(path.glob("*.parquet")) for result in read_results(file)]
     try:
@@ -125,27 +121,21 @@ def read_results(path: Path) -> list[Result]:
     return results
 
 
-def require_same_settings(folder: Path, cells: Iterable[dict[str, Any]]) -> None:
+def require_same_settings(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
     """Refuse to compare runs that trained or were measured differently.
 
-    Args:
-        folder: For the message.
-        cells: Settings of runs; `training` and `evaluation` must be the same in all.
-
     Raises:
-        ConfigError: Names the first setting that differs, and its values.
+        ConfigError: Names the folder, the first setting that differs, and its values.
     """
-    first: dict[str, Any] | None = None
-    for cell in cells:
-        first = first or cell
-        for section in _SETTINGS:
+    for section in _SETTINGS:
+        for cell in cells:
             for key, value in cell[section].items():
+                first = cells[0][section][key]
                 # The run's own learning rate counts, not the study's default.
-                if key != "learning_rate" and value != first[section][key]:
+                if key != "learning_rate" and value != first:
                     raise ConfigError(
-                        f"{folder}: holds runs with {section}.{key} = {first[section][key]} and "
-                        f"{value}, which cannot be compared; give one of them a folder of its own "
-                        "with --out"
+                        f"{folder}: holds runs with {section}.{key} = {first} and {value}, which "
+                        "cannot be compared; give one of them a folder of its own with --out"
                     )
 
 

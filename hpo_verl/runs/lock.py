@@ -15,12 +15,15 @@ LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> Iterator[None]:
+def locked(
+    folder: Path, remedy: str = "choose another with hydra.run.dir=", *, wait: bool = False
+) -> Iterator[None]:
     """Hold the folder's lock; the system releases it when this process ends.
 
     Args:
         folder: made if missing.
         remedy: what to do where another process holds it, for the message.
+        wait: until another process has released it.
 
     Raises:
         EnvironmentCheckError: another process holds it, the file system keeps no locks, or the
@@ -33,7 +36,7 @@ def locked(folder: Path, remedy: str = "choose another with hydra.run.dir=") -> 
         raise EnvironmentCheckError(f"run folder {folder}: {error.strerror}") from error
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise EnvironmentCheckError(
                 f"run folder {folder}: another run is using it; {remedy}"

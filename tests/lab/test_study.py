@@ -36,8 +36,8 @@ def test_a_cache_whose_file_system_keeps_no_locks(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("hpo_verl.lab.warm_start.fcntl.flock", refuse)
-    with pytest.raises(DataError, match=r"no locks \(No locks available\); set HPO_VERL_CACHE"):
+    monkeypatch.setattr("hpo_verl.runs.lock.fcntl.flock", refuse)
+    with pytest.raises(EnvironmentCheckError, match=r"no locks \(ENOLCK: .*set HPO_VERL_CACHE"):
         warm_start.make(quick_study().cells()[0])
 
 
