@@ -129,7 +129,7 @@ def report(
         "report.png"
     ),
 ) -> None:
-    """Compare finished runs: a table, means over seeds, and a picture of success over steps.
+    """Compare finished runs: a table, interquartile means over seeds, and a picture.
 
     The dashed curve in the picture is that of the first group of runs.
 

@@ -162,7 +162,7 @@ def runs_table(groups: Mapping[str, Sequence[Run]]) -> str:
         )
         if len(runs) > 1:
             # A mean over other seeds than the row says would mislead.
-            table.loc[f"mean of {len(runs)} seeds"] = [
+            table.loc[f"interquartile mean of {len(runs)} seeds"] = [
                 NOT_MEASURED
                 if values[name].isna().any()
                 else interval(values[name]).shown(template)
