@@ -103,15 +103,17 @@ def _hub_rows(split: str, token: str, commit: str) -> Iterable[Any]:
     """The only function that reads rows over the network."""
     from datasets import load_dataset
 
-    load = partial(load_dataset, HUB_DATASET, split=split, revision=commit, token=token)
+    def load(name: str | None) -> Iterable[Any]:
+        return load_dataset(HUB_DATASET, name, split=split, revision=commit, token=token)
+
     try:
         # The dataset was published under this configuration name and also without one.
-        return load(name="troubleshooting")
+        return load("troubleshooting")
     except ValueError as error:
         # What `datasets` raises for a configuration that does not exist.
         if "BuilderConfig" not in str(error):
             raise
-        return load()
+        return load(None)
 
 
 def _checked(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
