@@ -19,17 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from data_prep.command import CommandParser, integer_in, progress_bar, run
 from data_prep.countdown.puzzles import PuzzleKey, puzzles_digest, read_puzzles
 from data_prep.output import check_output
-from data_prep.policies.demos_countdown import CountdownDemonstrations
-from data_prep.policies.demos_telelogs import TeleLogsDemonstrations
 from data_prep.policies.folder import check_files, read_manifest, save_policy
-from data_prep.policies.tokenizer import build_tokenizer
-from data_prep.policies.training import Schedule, build_model, warm_start
+from data_prep.policies.schedule import Schedule
 from hpo_verl.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -96,6 +90,15 @@ def make_policy(
     Raises:
         DataError: The folder cannot be written, or holds something else.
     """
+    # Whoever only checks a policy needs none of these.
+    import torch
+    import transformers
+
+    from data_prep.policies.demos_countdown import CountdownDemonstrations
+    from data_prep.policies.demos_telelogs import TeleLogsDemonstrations
+    from data_prep.policies.tokenizer import build_tokenizer
+    from data_prep.policies.training import build_model, warm_start
+
     out = Path(out).absolute()
     schedule = schedule or SCHEDULES[task]
     check_output(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from data_prep.policies.demos import IGNORED, Demonstrations
+from data_prep.policies.schedule import Schedule
 from data_prep.policies.tokenizer import END_OF_TEXT, MAX_VALUE, TURN_END, step_part
 
 _PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50, 100)
@@ -32,27 +32,6 @@ _WEIGHT_OF_WEIGHTY = 2.0
 # The loss is divided by this many tokens a response, about the mean, so that a
 # batch of short responses weighs no more than one of long ones.
 _RESPONSE_TOKENS = 15.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long the warm start trains, and on which mixture.
-
-    Mostly worked demonstrations teach the skill; then mostly unworked ones teach the
-    habit of using it seldom. Steps are batches; a direct share is that of unworked
-    demonstrations, of which the last sets the policy's success.
-    """
-
-    skill_steps: int = 1200
-    habit_steps: int = 150
-    batch_size: int = 16
-    skill_direct_share: float = 0.17
-    habit_direct_share: float = 0.88
-
-    @property
-    def steps(self) -> int:
-        """All batches."""
-        return self.skill_steps + self.habit_steps
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.installed import package_versions
@@ -72,6 +71,9 @@ def write_summary(
 
 def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     """Draw `curve.png`: success rate, alpha and the signs of the advantages over steps."""
+    # Half a second that no run needs before its end.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 7), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     top.plot(*metrics.series("hpo/solve_rate"), color=BLUE, alpha=0.5, label="training batch")

@@ -209,7 +209,14 @@ def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case)
 QUICK = ("recipe", "targets", "code", "settings", "learning", "steps", "lengths", "modules")
 
 
-@pytest.mark.parametrize("case", [case for case in ANYWHERE if case[1] in QUICK][::5], ids=identity)
+# The last one is found after the data, the reward and the policy have been looked at.
+WITHOUT_TORCH = [
+    *[case for case in ANYWHERE if case[1] in QUICK][::5],
+    *[case for case in ON_THIS_MACHINE if case[1] == "positions"],
+]
+
+
+@pytest.mark.parametrize("case", WITHOUT_TORCH, ids=identity)
 def test_a_refused_override_imports_neither_verl_nor_ray_nor_torch(case, places, tmp_path):
     code = (
         "import sys; from hpo_verl.cli import main\n"

@@ -15,8 +15,8 @@ from data_prep.policies import folder, training
 from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.demos import IGNORED, Demonstration, encode, token_batch
 from data_prep.policies.demos_countdown import MAX_RESPONSE_TOKENS, CountdownDemonstrations
+from data_prep.policies.schedule import Schedule
 from data_prep.policies.tokenizer import build_tokenizer
-from data_prep.policies.training import Schedule
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.countdown import compute_score
 
@@ -83,9 +83,7 @@ def test_it_loads_as_a_float32_qwen2_that_ends_turns(policy, tokenizer):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [(tiny_policy, "warm_start"), (folder, "write_manifest")]
-)
+@pytest.mark.parametrize(("where", "name"), [(training, "warm_start"), (folder, "write_manifest")])
 def test_the_folder_is_complete_or_absent(tmp_path, monkeypatch, where, name):
     def fail(*arguments):
         raise KeyboardInterrupt
