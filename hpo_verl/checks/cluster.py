@@ -34,8 +34,12 @@ HOW_TO_ANSWER = (
 )
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of an address.
+def split_address(address: str, forms: str = FORMS) -> tuple[str, str, int]:
+    """Scheme (empty where none is given), host and port of an address.
+
+    Args:
+        address: as a user gives it.
+        forms: what is permitted, for the message.
 
     Raises:
         ConfigError: not of a permitted form.
@@ -43,17 +47,18 @@ def split_address(address: str) -> tuple[str, int]:
     scheme, separator, _ = address.partition("://")
     if separator and scheme not in SCHEMES:
         hint = nearest(scheme, SCHEMES)
-        text = f"--address={address}: {scheme}:// is not permitted; {hint} Need {FORMS}"
+        text = f"--address={address}: {scheme}:// is not permitted; {hint} Need {forms}"
         raise ConfigError(text)
     try:
         parts = urlsplit(address if separator else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError as problem:
-        raise ConfigError(f"--address={address}: {problem}; need {FORMS}") from problem
-    if not host or not port or parts.path not in ("", "/"):
-        hint = "" if separator or ":" in address else f"; {nearest(address, [AUTO])}"
-        raise ConfigError(f"--address={address}: must be {FORMS}{hint}")
-    return host, port
+        raise ConfigError(f"--address={address}: {problem}; need {forms}") from problem
+    if not host or not port or parts.path not in ("", "/") or parts.query or parts.username:
+        offered = [AUTO] if AUTO in forms and not separator and ":" not in address else []
+        hint = f"; {nearest(address, offered)}" if offered else ""
+        raise ConfigError(f"--address={address}: must be {forms}{hint}")
+    return parts.scheme, host, port
 
 
 def is_elsewhere(address: str | None) -> bool:
@@ -62,7 +67,7 @@ def is_elsewhere(address: str | None) -> bool:
         return False
     own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     try:
-        return socket.gethostbyname(split_address(address)[0]) not in own
+        return socket.gethostbyname(split_address(address)[1]) not in own
     except (ConfigError, OSError):
         return True
 
@@ -86,7 +91,7 @@ def check_address(run: PlannedRun) -> list[Finding]:
                 "head, or start one with `ray start --head`"
             )
         return [ok(f"{address} answers")]
-    host, port = split_address(address)
+    _, host, port = split_address(address)
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except OSError as problem:

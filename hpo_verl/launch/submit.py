@@ -16,11 +16,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from packaging.version import Version
 
 from hpo_verl.checks import machine
+from hpo_verl.checks.cluster import split_address
 from hpo_verl.checks.finding import first_line, raise_first_error
 from hpo_verl.checks.list import run_checks
 from hpo_verl.checks.planned_run import PlannedRun
@@ -30,7 +30,7 @@ from hpo_verl.installed import LOWEST_RAY
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import RUN_FOLDER_KEY, named_folder, run_folder, without_run_folder
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+DASHBOARD = "the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 1.0
@@ -43,19 +43,10 @@ def dashboard_address(text: str) -> str:
     """The URL of a cluster's dashboard, as `http://HOST:PORT`.
 
     Raises:
-        ConfigError: it is something else, such as Ray's own `ray://` or `HOST:6379`.
+        ConfigError: it is something else, such as Ray's own `ray://`.
     """
-    url = urlsplit(text if "://" in text else f"http://{text}")
-    try:
-        valid = url.scheme in ("http", "https") and url.hostname and url.port
-    except ValueError:
-        valid = False
-    if not valid or url.path.strip("/") or url.query or url.username:
-        raise ConfigError(
-            f"--address {text}: must be the URL of the cluster's dashboard, http://HOST:PORT, "
-            f"such as {DEFAULT_ADDRESS}"
-        )
-    return f"{url.scheme}://{url.netloc}"
+    scheme, host, port = split_address(text, DASHBOARD)
+    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def connect(address: str) -> Any:
@@ -67,7 +58,7 @@ def connect(address: str) -> Any:
     """
 
     def refusal(text: str) -> EnvironmentCheckError:
-        return EnvironmentCheckError(f"--address {address}: {text}")
+        return EnvironmentCheckError(f"--address={address}: {text}")
 
     # Ray's client waits without a time limit, and takes any version.
     try:
@@ -113,7 +104,7 @@ def living_nodes(address: str) -> list[machine.Node]:
             address=address, filters=[("state", "=", "ALIVE")], limit=10_000
         )
     except Exception as error:
-        raise EnvironmentCheckError(f"--address {address}: {first_line(error)}") from error
+        raise EnvironmentCheckError(f"--address={address}: {first_line(error)}") from error
     card, resources = machine.Card("GPU", math.inf, 0.0), [node.resources_total for node in found]
     return [
         machine.Node((card,) * int(has.get("GPU", 0)), has.get("CPU", 0.0), math.inf)
@@ -166,7 +157,7 @@ def submit(
         )
     except Exception as error:
         raise EnvironmentCheckError(
-            f"--address {address}: the cluster takes no job ({first_line(error)})"
+            f"--address={address}: the cluster takes no job ({first_line(error)})"
         ) from error
     announce(f"job: {job}")
     announce(f"run folder, on the cluster: {folder}")

@@ -244,11 +244,11 @@ def test_a_real_cluster_is_asked_through_its_head_and_by_a_job(planned, made, he
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
-        ("head.cluster:6379", ("head.cluster", 6379)),
-        ("http://127.0.0.1:8265", ("127.0.0.1", 8265)),
-        ("https://head:8265/", ("head", 8265)),
-        ("[::1]:6379", ("::1", 6379)),
+        ("10.0.0.1:6379", ("", "10.0.0.1", 6379)),
+        ("head.cluster:6379", ("", "head.cluster", 6379)),
+        ("http://127.0.0.1:8265", ("http", "127.0.0.1", 8265)),
+        ("https://head:8265/", ("https", "head", 8265)),
+        ("[::1]:6379", ("", "::1", 6379)),
     ],
 )
 def test_permitted_forms(address, expected):
@@ -265,6 +265,8 @@ def test_permitted_forms(address, expected):
         ("ray://10.0.0.1:10001", "ray:// is not permitted"),
         ("htp://10.0.0.1:8265", "htp:// is not permitted; did you mean http or https"),
         ("http://10.0.0.1:8265/jobs", "must be auto, HOST:PORT"),
+        ("http://10.0.0.1:8265/?x=1", "must be auto, HOST:PORT"),
+        ("http://user:word@head:8265", "must be auto"),  # pragma: allowlist secret
         ("", "--address=: must be auto"),
     ],
 )

@@ -49,8 +49,11 @@ def test_addresses(text, url):
     ],
 )
 def test_what_is_no_address(text):
-    with pytest.raises(ConfigError, match="--address"):
+    with pytest.raises(
+        ConfigError, match=r"--address=.* the URL of the cluster's dashboard"
+    ) as said:
         submit.dashboard_address(text)
+    assert "auto" not in str(said.value).removeprefix(f"--address={text}")
 
 
 @contextlib.contextmanager
