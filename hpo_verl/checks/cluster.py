@@ -20,7 +20,7 @@ from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.probe import LOCAL, find_answer, process_versions
 from hpo_verl.config.recipes import nearest
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
-from hpo_verl.runs.process import ChildProcess, last_line
+from hpo_verl.runs.process import ChildProcess, last_line, tail
 
 NAME = "plugin in Ray"
 PROBE_SECONDS = 180.0
@@ -125,8 +125,8 @@ def ask(run: PlannedRun) -> dict[str, Any]:
                 process.go(log)
                 process.wait(watch)
         except TimeoutError:
-            return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(log)}"}
-        return find_answer(log.read_text(errors="replace")) or {"failure": last_line(log)}
+            return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(tail(log))}"}
+        return find_answer(log.read_text(errors="replace")) or {"failure": last_line(tail(log))}
 
 
 def read_paths(run: PlannedRun) -> list[str]:

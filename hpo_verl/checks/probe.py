@@ -25,6 +25,7 @@ from hpo_verl.checks.packages import plugin_fault
 from hpo_verl.config.cluster import job_runtime_env
 from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.installed import package_versions
+from hpo_verl.runs.process import last_line
 
 MARK = "hpo_verl.checks.probe: "
 LOCAL = "local"
@@ -96,17 +97,11 @@ def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, A
                 try:
                     state = ray.get(reference)
                 except Exception as error:
-                    state = {"failure": _last_line(str(error))}
+                    state = {"failure": last_line(str(error))[:500]}
             nodes[node["NodeManagerAddress"]] = {**state, "resources": node["Resources"]}
         return {"nodes": nodes}
     finally:
         ray.shutdown()
-
-
-def _last_line(text: str) -> str:
-    """What a worker or job said last, without the way there."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no output"
 
 
 def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +124,7 @@ def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
                 return {"failure": f"the job {job} has not ended within {ANSWER_SECONDS:.0f} s"}
             time.sleep(POLL_SECONDS)
         log = client.get_job_logs(job)
-        return find_answer(log) or {"failure": f"the job {job} failed: {_last_line(log)}"}
+        return find_answer(log) or {"failure": f"the job {job} failed: {last_line(log)[:500]}"}
     finally:
         if not client.get_job_status(job).is_terminal():
             client.stop_job(job)

@@ -28,7 +28,7 @@ from hpo_verl.installed import package_versions
 from hpo_verl.lab.settings import Cell, Study
 from hpo_verl.lab.trainer import Outcome, run_cell
 from hpo_verl.report.studies import Result, read_results, require_same_settings, write_results
-from hpo_verl.runs.lock import locked
+from hpo_verl.runs.files import locked
 
 
 def missing_cells(study: Study, folder: Path) -> list[Cell]:

@@ -28,8 +28,7 @@ from hpo_verl.errors import DataError
 from hpo_verl.lab.policy import Policy, Prompt, Responses
 from hpo_verl.lab.settings import WARM_START_VERSION, Cell, warm_start_versions
 from hpo_verl.lab.tasks import Question, Task, find_task
-from hpo_verl.runs.files import sha256_once
-from hpo_verl.runs.lock import locked
+from hpo_verl.runs.files import locked, sha256_once
 
 FACTS = "lab.json"
 # Share of guesses that the tiny policy is shown at the end. Few for Countdown, so that it keeps

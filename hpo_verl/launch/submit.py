@@ -29,6 +29,7 @@ from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, 
 from hpo_verl.installed import LOWEST_RAY
 from hpo_verl.launch.resume import FLAG
 from hpo_verl.launch.train import RUN_FOLDER_KEY, named_folder, run_folder, without_run_folder
+from hpo_verl.runs.process import last_line
 
 DASHBOARD = "the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -242,5 +243,4 @@ def reported_error(log: str, message: str | None) -> str:
     for position in reversed(range(len(lines))):
         if lines[position].startswith("error: "):
             return "\n".join(lines[position:]).removeprefix("error: ").rstrip()
-    said = [line.strip() for line in (log.strip() or message or "").splitlines() if line.strip()]
-    return said[-1] if said else "no output"
+    return last_line(log.strip() or message or "")

@@ -34,7 +34,7 @@ from hpo_verl.launch.resume import (
     refuse_used_folder,
 )
 from hpo_verl.runs.checkpoints import TRACKER
-from hpo_verl.runs.lock import locked
+from hpo_verl.runs.files import locked
 from hpo_verl.runs.metrics import MetricsFile
 from hpo_verl.runs.process import ChildProcess
 from hpo_verl.runs.stop import GracefulStop, stage_message, stop_message

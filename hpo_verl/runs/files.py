@@ -1,10 +1,18 @@
-"""Files that are there whole or not at all, and the digest that tells."""
+"""Files that are there whole or not at all, the digest that tells, and a lock on a folder."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from hpo_verl.errors import EnvironmentCheckError
+
+LOCK_NAME = ".lock"
 
 
 def file_sha256(path: Path) -> str:
@@ -79,3 +87,42 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(
+    folder: Path, remedy: str = "choose another with hydra.run.dir=", *, wait: bool = False
+) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when this process ends.
+
+    Args:
+        folder: made if missing.
+        remedy: what to do where another process holds it, for the message.
+        wait: until another process has released it.
+
+    Raises:
+        EnvironmentCheckError: another process holds it, the file system keeps no locks, or the
+            folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK_NAME).open("a+")
+    except OSError as error:
+        raise EnvironmentCheckError(f"run folder {folder}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise EnvironmentCheckError(
+                f"run folder {folder}: another run is using it; {remedy}"
+            ) from error
+        except OSError as error:
+            reason = f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}"
+            raise EnvironmentCheckError(
+                f"run folder {folder}: its file system keeps no locks ({reason}); {remedy} on a "
+                "local disk, or mount this one with locks (Lustre: option flock; NFS: lock service)"
+            ) from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield

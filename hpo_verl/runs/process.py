@@ -122,7 +122,7 @@ class ChildProcess:
         reported = self.temporary / FAILURE_NAME
         if reported.is_file():
             return self._mask(reported.read_text(encoding="utf-8"))
-        last = last_line(self._log_file) if self._log_file else "no output"
+        last = last_line(tail(self._log_file) if self._log_file else "")
         if self._child.returncode >= 0:
             return last
         number = -self._child.returncode
@@ -239,9 +239,14 @@ def remove_shared_memory(names: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def last_line(log_file: Path) -> str:
-    """The last line of a log that is not empty."""
+def tail(log_file: Path) -> str:
+    """The end of a log that may be long."""
     with log_file.open("rb") as log:
         log.seek(max(0, log_file.stat().st_size - TAIL_BYTES))
-        lines = log.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+        return log.read().decode(errors="replace")
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty."""
+    lines = (line.strip() for line in reversed(text.split("\n")))
+    return next(filter(None, lines), "no output")

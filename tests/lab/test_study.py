@@ -24,7 +24,7 @@ from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.study import missing_cells, run_study
 from hpo_verl.lab.trainer import Diverged, Outcome, Trainer, run_cell
 from hpo_verl.report.studies import read_results
-from hpo_verl.runs.lock import locked
+from hpo_verl.runs.files import locked
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_a_cache_whose_file_system_keeps_no_locks(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("hpo_verl.runs.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("hpo_verl.runs.files.fcntl.flock", refuse)
     with pytest.raises(EnvironmentCheckError, match=r"no locks \(ENOLCK: .*set HPO_VERL_CACHE"):
         warm_start.make(quick_study().cells()[0])
 

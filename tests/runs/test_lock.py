@@ -6,7 +6,7 @@ import os
 import pytest
 
 from hpo_verl.errors import EnvironmentCheckError
-from hpo_verl.runs.lock import locked
+from hpo_verl.runs.files import locked
 
 
 def test_a_run_folder_in_use(tmp_path):
@@ -25,7 +25,7 @@ def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, n
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("hpo_verl.runs.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("hpo_verl.runs.files.fcntl.flock", refuse)
     with pytest.raises(EnvironmentCheckError) as raised, locked(tmp_path / "run"):
         pass
     message = str(raised.value)
