@@ -12,7 +12,6 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -157,42 +156,32 @@ def _check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a run is about to write of itself.
-
-    Attributes:
-        config_text: content of `config.yaml`.
-        manifest: content of `manifest.json`.
-        checkpoints: where verl writes checkpoints; the first manifest is copied there.
-    """
-
-    config_text: str
-    manifest: dict[str, Any]
-    checkpoints: Path
-
-    def write(self, folder: Path) -> None:
-        """Write both files to the run's folder, which exists."""
-        text = json.dumps(self.manifest, indent=2) + "\n"
-        write_atomically(folder / CONFIG_NAME, self.config_text)
-        write_atomically(folder / FILE_NAME, text)
-        if not holds_checkpoints(self.checkpoints):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.checkpoints / FILE_NAME, text)
-
-
-def checked_record(config: DictConfig, command: Sequence[str]) -> Record:
-    """Describe a run, and refuse to continue from checkpoints of another.
+def checked_manifest(config: DictConfig, command: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Describe a run, and refuse to continue from checkpoints of another; writes nothing.
 
     The configuration is resolved and without Hydra's own part.
 
+    Returns:
+        The content of `config.yaml` and of `manifest.json`.
+
     Raises:
-        DataError: the checkpoints there are another run's. Nothing is written.
+        DataError: the checkpoints there are another run's.
     """
     text = OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=True))))
     manifest = _describe_run(config, text, command)
-    checkpoints = Path(config.trainer.default_local_dir).expanduser()
     if config.trainer.get("resume_mode") == "resume_path":
         _check_checkpoints(Path(config.trainer.resume_from_path).expanduser().parent, manifest)
-    _check_checkpoints(checkpoints, manifest)
-    return Record(text, manifest, checkpoints)
+    _check_checkpoints(Path(config.trainer.default_local_dir).expanduser(), manifest)
+    return text, manifest
+
+
+def write_manifest(
+    folder: Path, checkpoints: Path, config_text: str, manifest: dict[str, Any]
+) -> None:
+    """Write both files to the run's folder; the first manifest also beside the checkpoints."""
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_atomically(folder / CONFIG_NAME, config_text)
+    write_atomically(folder / FILE_NAME, text)
+    if not holds_checkpoints(checkpoints):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(checkpoints / FILE_NAME, text)

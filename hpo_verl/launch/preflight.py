@@ -22,11 +22,9 @@ from hpo_verl.checks.list import run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import without_hydra
-from hpo_verl.errors import HpoVerlError
-from hpo_verl.launch.resume import begin
+from hpo_verl.errors import EXIT_FAILED, HpoVerlError
+from hpo_verl.launch.resume import CHECKPOINTS_NAME, begin, logger_paths
 from hpo_verl.runs.process import MARKER
-
-EXIT_BAD_INPUT, EXIT_DEFECT = 2, 1
 
 
 def check(config: DictConfig) -> None:
@@ -61,7 +59,7 @@ class Preflight(Callback):
             folder = Path(config.hydra.run.dir).absolute()
             with open_dict(config):
                 if not config.trainer.default_local_dir:
-                    config.trainer.default_local_dir = str(folder / "checkpoints")
+                    config.trainer.default_local_dir = str(folder / CHECKPOINTS_NAME)
             if not launched:
                 # Under `hpo-verl train` the run is recorded already.
                 folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +73,11 @@ class Preflight(Callback):
         except HpoVerlError as error:
             print(f"error: {error}", file=sys.stderr)
             # Hydra turns a callback's exceptions into warnings; this is none.
-            raise SystemExit(EXIT_BAD_INPUT) from error
+            raise SystemExit(error.exit_code) from error
         except Exception as error:
             # A defect of ours, after which nothing would have been checked.
             traceback.print_exc()
-            raise SystemExit(EXIT_DEFECT) from error
-        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / "metrics.jsonl"))
-        os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
+            raise SystemExit(EXIT_FAILED) from error
+        for name, path in logger_paths(folder).items():
+            os.environ.setdefault(name, path)
         cluster.forward_environment(config)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.config.settings import leaves
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.launch.manifest import CONFIG_NAME, checked_record
+from hpo_verl.launch.manifest import CONFIG_NAME, checked_manifest, write_manifest
 from hpo_verl.runs import checkpoints
 from hpo_verl.runs.files import write_atomically
 
@@ -21,6 +21,14 @@ CHECKPOINTS_NAME = "checkpoints"
 # They say where a run starts, not what it computes.
 RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
 DIFFERENCES_SHOWN = 12
+
+
+def logger_paths(folder: Path) -> dict[str, str]:
+    """Environment variables that tell verl's loggers where to write."""
+    return {
+        "VERL_FILE_LOGGER_PATH": str(folder / METRICS_NAME),
+        "TENSORBOARD_DIR": str(folder / "tensorboard"),
+    }
 
 
 def _holds_run(folder: Path) -> bool:
@@ -145,26 +153,27 @@ def begin(
         DataError: the checkpoints are another run's, or another user's, or none is whole.
             Nothing is written then.
     """
-    record = checked_record(config, command)
+    text, manifest = checked_manifest(config, command)
+    saved = Path(config.trainer.default_local_dir).expanduser()
     start = _starting_point(config, resume)
     if start is not None:
-        for text in start.left_out:
-            announce(f"not used: {text}")
+        for fault in start.left_out:
+            announce(f"not used: {fault}")
         before = folder / CONFIG_NAME
         if before.is_file():
-            changed = _changed_settings(before.read_text(), record.config_text)
-            for text in changed[:DIFFERENCES_SHOWN]:
-                announce(f"changed since the last start: {text}")
+            changed = _changed_settings(before.read_text(), text)
+            for change in changed[:DIFFERENCES_SHOWN]:
+                announce(f"changed since the last start: {change}")
             if len(changed) > DIFFERENCES_SHOWN:
                 announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
         announce(f"going on after step {start.step}, from {start.path}")
         _keep_log(folder / LOG_NAME)
         cut_metrics(folder / METRICS_NAME, start.step)
-        if start.path.parent == record.checkpoints.absolute():
+        if start.path.parent == saved.absolute():
             # verl's own note may be torn, and is read later.
-            write_atomically(record.checkpoints / checkpoints.TRACKER, str(start.step))
+            write_atomically(saved / checkpoints.TRACKER, str(start.step))
         with open_dict(config):
             config.trainer.resume_mode = "resume_path"
             config.trainer.resume_from_path = str(start.path)
-    record.write(folder)
+    write_manifest(folder, saved, text, manifest)
     return start

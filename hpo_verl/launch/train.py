@@ -31,6 +31,7 @@ from hpo_verl.launch.resume import (
     METRICS_NAME,
     begin,
     latest_run,
+    logger_paths,
     refuse_used_folder,
 )
 from hpo_verl.runs.checkpoints import TRACKER
@@ -70,8 +71,7 @@ def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
 def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, str]:
     """Environment variables of verl's processes, for a run's folder and temporary folder."""
     variables = {
-        "VERL_FILE_LOGGER_PATH": str(folder / METRICS_NAME),
-        "TENSORBOARD_DIR": str(folder / "tensorboard"),
+        **logger_paths(folder),
         "HYDRA_FULL_ERROR": "1",
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",

@@ -17,7 +17,7 @@ from torch import ones
 from data_prep.policies import hub as hub_policy
 from hpo_verl.config.prepare import check_made, make_missing
 from hpo_verl.errors import DataError
-from hpo_verl.launch.manifest import checked_record
+from hpo_verl.launch.manifest import checked_manifest
 from hpo_verl.runs import files
 
 REPO, COMMIT = "some-team/Some-Model-1.5B", "0123456789abcdef" * 2 + "01234567"
@@ -263,8 +263,8 @@ def start(hub, out, tmp_path, monkeypatch):
         if launched:
             make_missing(config, lambda text: None)
         check_made(config)
-        record = checked_record(config, [])
-        return record.manifest["policy"]["sha256"], [name for name in read if name in WEIGHTS]
+        _, manifest = checked_manifest(config, [])
+        return manifest["policy"]["sha256"], [name for name in read if name in WEIGHTS]
 
     return run
 

@@ -127,7 +127,7 @@ def test_train_never_begins_anew_where_it_was_to_go_on_and_never_overwrites_a_ru
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "make_and_check", lambda *given: [])
-    monkeypatch.setattr(resume, "checked_record", lambda *given: None)
+    monkeypatch.setattr(resume, "checked_manifest", lambda *given: ("", {}))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step":0,"data":{}}\n')
     monkeypatch.setattr(sys, "argv", ["hpo-verl", "train", "countdown-tiny", *arguments])

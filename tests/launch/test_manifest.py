@@ -52,7 +52,8 @@ COMMAND = ["hpo-verl", "train", "countdown-tiny", "seed=3", "+x.WANDB_API_KEY=ab
 
 
 def record(config, folder):
-    manifest.checked_record(config, COMMAND).write(folder)
+    checkpoints = Path(config.trainer.default_local_dir)
+    manifest.write_manifest(folder, checkpoints, *manifest.checked_manifest(config, COMMAND))
     return json.loads((folder / "manifest.json").read_text())
 
 

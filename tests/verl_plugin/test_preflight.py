@@ -4,8 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from hpo_verl.config.recipes import compose_recipe
+from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from hpo_verl.launch import preflight, resume
-from hpo_verl.launch.manifest import Record
 from hpo_verl.runs import checkpoints
 from hpo_verl.runs.process import MARKER
 
@@ -38,8 +38,7 @@ def started(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "elsewhere")
     monkeypatch.setattr(preflight, "check", lambda config: None)
     monkeypatch.setattr(preflight.cluster, "forward_environment", lambda config: None)
-    record = Record("{}\n", {}, folder)
-    monkeypatch.setattr(resume, "checked_record", lambda config, command: record)
+    monkeypatch.setattr(resume, "checked_manifest", lambda config, command: ("{}\n", {}))
     return config, folder
 
 
@@ -58,7 +57,7 @@ def test_no_whole_checkpoint_ends_the_start(started, capsys):
         (folder / f"global_step_{step}" / checkpoints.SEAL).unlink()
     with pytest.raises(SystemExit) as ended:
         preflight.Preflight().on_run_start(config)
-    assert ended.value.code == preflight.EXIT_BAD_INPUT
+    assert ended.value.code == EXIT_BAD_INPUT
     assert f"{folder} holds no complete checkpoint" in capsys.readouterr().err
 
 
@@ -72,7 +71,7 @@ def test_a_defect_of_a_check_ends_the_start_too(started, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "check", break_down)
     with pytest.raises(SystemExit) as ended:
         preflight.Preflight().on_run_start(config)
-    assert ended.value.code == preflight.EXIT_DEFECT
+    assert ended.value.code == EXIT_FAILED
     assert "ZeroDivisionError: a defect" in capsys.readouterr().err
 
 
@@ -98,5 +97,5 @@ def test_stock_verl_on_a_cluster_refuses_a_relative_folder(monkeypatch, capsys):
     relative = compose_recipe("countdown-tiny", ["hydra.run.dir=run"])
     with pytest.raises(SystemExit) as ended:
         preflight.Preflight().on_run_start(relative)
-    assert ended.value.code == preflight.EXIT_BAD_INPUT
+    assert ended.value.code == EXIT_BAD_INPUT
     assert "error: paths: hydra.run.dir=run: must be absolute" in capsys.readouterr().err
