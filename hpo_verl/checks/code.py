@@ -51,11 +51,7 @@ def check_code(run: PlannedRun) -> list[Finding]:
 
 
 def check_targets(whole: Any) -> Finding:
-    """Whether every `_target_` belongs to verl, to this package, or is one of Hydra's own.
-
-    Args:
-        whole: the composed configuration as plain containers, Hydra's part included.
-    """
+    """Whether every `_target_` belongs to verl, to this package, or is one of Hydra's own."""
     targets = [(key, str(value)) for key, value in leaves(whole) if _last(key) == "_target_"]
     others = [
         f"{key}={value}"
@@ -72,12 +68,8 @@ def check_targets(whole: Any) -> Finding:
 
 
 def check_loaded_code(config: Any) -> Finding:
-    """Whether verl would load modules, files or a model's code besides its own and this package's.
-
-    Args:
-        config: the resolved configuration as plain containers.
-    """
-    modules, files = loaded_code(config)
+    """Whether verl would load modules, files or a model's code besides its own and ours."""
+    modules, files = _loaded_code(config)
     texts = [f"{one}: not code of verl or hpo_verl" for one in modules]
     texts += [f"{key}={path}: no such file" for key, path in files if not path.is_file()]
     fixes = ["name a file of yours, which is shown, or pkg://hpo_verl.<module>"] if texts else []
@@ -93,15 +85,8 @@ def check_loaded_code(config: Any) -> Finding:
     return ok("nothing is loaded but verl and hpo_verl", "code")
 
 
-def loaded_code(config: Any) -> tuple[list[str], list[tuple[str, Path]]]:
-    """Code that verl would load besides its own and this package's.
-
-    Args:
-        config: the configuration as plain containers.
-
-    Returns:
-        `key=value` of every module, and key and path of every file.
-    """
+def _loaded_code(config: Any) -> tuple[list[str], list[tuple[str, Path]]]:
+    """`key=value` of every such module, and key and path of every such file."""
     modules, files = [], []
     for key, value in leaves(config):
         if not isinstance(value, str) or not value:

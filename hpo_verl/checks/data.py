@@ -46,11 +46,7 @@ def check_files(run: PlannedRun) -> Finding:
 
 
 def _rows(key: str, path: Path) -> int:
-    """Number of rows of a file.
-
-    Raises:
-        DataError: it does not exist, is no parquet file, is empty or lacks a column.
-    """
+    """Number of rows of a file; a DataError where it cannot be trained on."""
     if not path.is_file():
         raise DataError(f"{key}: {path} does not exist")
     try:

@@ -93,15 +93,7 @@ BEFORE_RAY = tuple(check for check in CHECKS if not {"cluster", "ray"} & set(che
 
 
 def run_checks(run: PlannedRun, checks: Iterable[Check] = BEFORE_RAY) -> Iterator[Finding]:
-    """Make checks in their order.
-
-    Args:
-        run: what is looked at.
-        checks: those of the list that are to be made.
-
-    Yields:
-        Their findings, each as soon as it is made.
-    """
+    """Make checks in their order, and yield each finding as soon as it is made."""
     errors: list[str] = []
     skips: list[str] = []
     for check in checks:
@@ -134,25 +126,15 @@ def _look(run: PlannedRun, check: Check, errors: list[str], skips: list[str]) ->
 
 
 def check_quickly(run: PlannedRun) -> list[str]:
-    """Make the checks that neither read data or models nor import verl.
-
-    Returns:
-        A line for each warning.
-
-    Raises:
-        CheckFailedError: the first error, as the doctor says it.
-    """
+    """Make the checks that neither read data or models nor import verl; see `raise_first_error`."""
     return raise_first_error(run_checks(run, (check for check in CHECKS if check.is_quick)))
 
 
 def make_and_check(run: PlannedRun, announce: Callable[[str], None]) -> list[str]:
     """Make the other checks, and between them what the recipe makes and is missing.
 
-    Nothing is made for a configuration of which something else is wrong.
-
-    Args:
-        run: what is to run, and has passed `check_quickly`.
-        announce: told what is being made.
+    Nothing is made for a configuration of which something else is wrong; it has passed
+    `check_quickly`.
 
     Returns:
         A line for each warning.

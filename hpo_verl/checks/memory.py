@@ -191,13 +191,7 @@ def tokens_at_once(config: DictConfig) -> int:
 
 
 def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
-    """Estimate a card's memory in each phase.
-
-    Args:
-        size: dimensions of the policy.
-        config: verl's whole configuration.
-        card: memory of one card, GiB.
-    """
+    """Estimate the memory taken in each phase of a card of so many GiB."""
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
     cards, parameters = cards_a_copy(config), size.parameters
     weights = 0.0 if fsdp.offload_policy else 4 * parameters / cards / GIB

@@ -52,12 +52,8 @@ def check_model(run: PlannedRun) -> Finding:
 def check_policy(folder: Path, hint: str = "") -> None:
     """Check that a folder holds a configuration, a tokenizer and whole weights.
 
-    Args:
-        folder: of the policy.
-        hint: said where there is no folder.
-
     Raises:
-        DataError: names the folder and what it lacks.
+        DataError: names the folder and what it lacks; with the hint where there is no folder.
     """
     where = f"{POLICY_KEY}: {folder}"
     if not folder.is_dir():

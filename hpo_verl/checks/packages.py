@@ -131,12 +131,9 @@ def check_packages(run: PlannedRun) -> list[Finding]:
 
 
 def compare_packages(kind: str, needs_vllm: bool, on_cpu: bool = False) -> list[Finding]:
-    """Compare the installed packages with a tested set.
+    """Compare the installed packages with a tested set, `cpu` or `cuda`.
 
-    Args:
-        kind: `cpu` or `cuda`, a key of `TESTED`.
-        needs_vllm: whether vLLM samples the responses.
-        on_cpu: whether the CPU backend is used, which knows the internals of one verl.
+    With `on_cpu` the CPU backend is used, which knows the internals of one verl.
     """
     findings = [_compare(name, kind) for name in ("torch", "ray", "transformers")]
     if needs_vllm and kind == "cpu":

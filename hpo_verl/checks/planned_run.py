@@ -18,6 +18,7 @@ from hpo_verl.config.prepare import Preparation, preparations
 from hpo_verl.config.recipes import compose_recipe, recipe_names, without_hydra
 from hpo_verl.config.settings import data_files, policy_folder
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.runs.checkpoints import FOLDER_NAME
 from hpo_verl.runs.quiet import quiet_imports
 
 
@@ -101,7 +102,7 @@ class PlannedRun:
     def checkpoint_folder(self) -> Path:
         """Where verl would write checkpoints."""
         given = self.get("trainer.default_local_dir")
-        return Path(given).expanduser() if given else self.run_folder / "checkpoints"
+        return Path(given).expanduser() if given else self.run_folder / FOLDER_NAME
 
     @property
     def policy_folder(self) -> Path:

@@ -43,9 +43,6 @@ def process_versions() -> dict[str, str]:
 def node_state(paths: Sequence[str]) -> dict[str, Any]:
     """What a worker process knows of its machine and its environment.
 
-    Args:
-        paths: files and folders that a run reads.
-
     Returns:
         Plain values: `plugin` (see `plugin_fault`), `node` (see `Node`; null where it cannot be
         told), `versions`, and `missing`, those of the paths that are not there.
@@ -63,12 +60,7 @@ def node_state(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, Any]:
-    """Run `node_state` in one worker of every node.
-
-    Args:
-        address: of the cluster; `local` starts a Ray of one node.
-        temporary: where the local Ray puts its files.
-        paths: see `node_state`.
+    """Run `node_state` in one worker of every node; `local` starts a Ray in a temporary folder.
 
     Returns:
         `nodes`: node's address -> its state with Ray's `resources`, or with a `failure`.

@@ -42,12 +42,8 @@ class Sample(NamedTuple):
 def read_rows(key: str, path: Path) -> Sample:
     """Check every row of a file, and keep some.
 
-    Args:
-        key: the setting that names the file.
-        path: a parquet file with verl's columns.
-
     Raises:
-        DataError: names key, file, row (1 is the first) and column.
+        DataError: names the setting, file, row (1 is the first) and column.
     """
     file = pq.ParquetFile(path)
     rows = file.metadata.num_rows
@@ -130,10 +126,7 @@ def _faults(batch: Any) -> Iterator[tuple[int, str, str]]:
 def _wrong(column: Any, has_type: bool, test: Callable[[Any], Any]) -> Iterator[int]:
     """Position of the first value that is null or fails a test; the first where the type is wrong.
 
-    Args:
-        column: an Arrow array.
-        has_type: whether its type is one that the test takes.
-        test: gives true or more than 0 for a right value.
+    A test gives true or more than 0 for a right value.
     """
     if len(column) and not has_type:
         yield 0

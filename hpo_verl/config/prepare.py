@@ -33,14 +33,7 @@ PERMITTED_PREFIX = "data_prep."
 
 @dataclass(frozen=True)
 class Preparation:
-    """One command that makes something a recipe needs.
-
-    Attributes:
-        name: key under `prepare`.
-        module: module to run, below `data_prep`.
-        output: folder that it writes.
-        arguments: further command-line options, `--key value`.
-    """
+    """One command that makes something a recipe needs: an entry under `prepare`."""
 
     name: str
     module: str
@@ -62,9 +55,6 @@ def preparations(config: DictConfig) -> Iterator[Preparation]:
     """The commands that a composed recipe lists, and whose output it names elsewhere.
 
     A recipe that was given another policy or other data does not need those it lists.
-
-    Args:
-        config: composed recipe, without Hydra's own part.
 
     Raises:
         ConfigError: a module lies outside `data_prep`.
@@ -113,13 +103,9 @@ def check_made(config: DictConfig) -> None:
 
 
 def make_missing(config: DictConfig, announce: Callable[[str], None]) -> None:
-    """Run the commands whose output is missing.
+    """Run the commands whose output is missing, and announce each.
 
     A module under `prepare` may offer `made(folder)`, which is told what it has just made.
-
-    Args:
-        config: composed recipe.
-        announce: told what is being made.
 
     Raises:
         DataError: a command failed.

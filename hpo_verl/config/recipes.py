@@ -60,9 +60,7 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
 def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a recipe with Hydra overrides, as `verl.trainer.main_ppo` would.
 
-    Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides; those of Hydra itself (`hydra.run.dir=...`) too.
+    Overrides of Hydra itself (`hydra.run.dir=...`) are permitted.
 
     Returns:
         The whole configuration, Hydra's own part included.

@@ -29,15 +29,9 @@ def examine_installation() -> list[Finding]:
 
 
 def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -> list[Finding]:
-    """Make every check for a recipe. Trains nothing and writes nothing.
+    """Make every check for a recipe, in their order. Trains nothing and writes nothing.
 
-    Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides.
-        address: of a Ray cluster; None for that which the run itself would join, or start.
-
-    Returns:
-        The findings, in the order in which the checks were made.
+    Without an address, the Ray cluster is that which the run itself would join, or start.
     """
     folder, here = run_folder(recipe, overrides), not is_elsewhere(address)
     run = PlannedRun(recipe, tuple(overrides), folder, address, here)

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from hpo_verl.errors import DataError, EnvironmentCheckError
 from hpo_verl.launch.manifest import CONFIG_NAME
-from hpo_verl.launch.resume import CHECKPOINTS_NAME, METRICS_NAME
-from hpo_verl.runs.checkpoints import SEAL, TRACKER, holds_checkpoints, step_folders
+from hpo_verl.launch.resume import METRICS_NAME
+from hpo_verl.runs.checkpoints import FOLDER_NAME, SEAL, TRACKER, holds_checkpoints, step_folders
 from hpo_verl.runs.metrics import MetricsFile
 from hpo_verl.runs.quiet import quiet_imports
 
@@ -25,7 +25,7 @@ POLICY_NAME = "policy"
 def _checkpoints_of(source: Path) -> Path:
     """Where checkpoints lie: in a folder, below it, or where a run's `config.yaml` says."""
     config = source / CONFIG_NAME
-    places = [source, source / CHECKPOINTS_NAME]
+    places = [source, source / FOLDER_NAME]
     if config.is_file():
         try:
             named = OmegaConf.select(OmegaConf.load(config), "trainer.default_local_dir")

@@ -49,11 +49,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write `summary.json` and return what it holds; success rates are fractions, or null.
 
-    Args:
-        folder: the run's folder.
-        config: the composed recipe.
-        metrics: all metrics of the run.
-        seconds: wall time from the start of verl's process.
+    `seconds` is the wall time from the start of verl's process.
     """
     steps, success = metrics.success()
     summary = {

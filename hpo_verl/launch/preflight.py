@@ -23,15 +23,12 @@ from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import without_hydra
 from hpo_verl.errors import EXIT_FAILED, HpoVerlError
-from hpo_verl.launch.resume import CHECKPOINTS_NAME, begin, logger_paths
+from hpo_verl.launch.resume import begin, logger_paths, place_checkpoints
 from hpo_verl.runs.process import MARKER
 
 
 def check(config: DictConfig) -> None:
     """Make every check that `hpo-verl train` makes, and print the warnings.
-
-    Args:
-        config: the composed configuration, Hydra's own part included.
 
     Raises:
         CheckFailedError: the first error, as the doctor says it.
@@ -57,9 +54,7 @@ class Preflight(Callback):
             if not launched:
                 check(config)
             folder = Path(config.hydra.run.dir).absolute()
-            with open_dict(config):
-                if not config.trainer.default_local_dir:
-                    config.trainer.default_local_dir = str(folder / CHECKPOINTS_NAME)
+            place_checkpoints(config, folder)
             if not launched:
                 # Under `hpo-verl train` the run is recorded already.
                 folder.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,6 @@ def prepare_recipe(
 ) -> list[Preparation]:
     """Make what a recipe lists under `prepare` where it is missing, and check what is there.
 
-    Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides.
-        announce: told what is being made.
-
     Returns:
         Everything that the recipe lists; all of it is there now.
 

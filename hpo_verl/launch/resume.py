@@ -17,7 +17,6 @@ from hpo_verl.runs.files import write_atomically
 FLAG = "--resume"
 METRICS_NAME = "metrics.jsonl"
 LOG_NAME = "train.log"
-CHECKPOINTS_NAME = "checkpoints"
 # They say where a run starts, not what it computes.
 RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
 DIFFERENCES_SHOWN = 12
@@ -31,11 +30,19 @@ def logger_paths(folder: Path) -> dict[str, str]:
     }
 
 
+def place_checkpoints(config: DictConfig, folder: Path) -> None:
+    """Let verl write checkpoints to the run's folder, where the configuration says nothing."""
+    with open_dict(config):
+        config.trainer.default_local_dir = str(
+            config.trainer.default_local_dir or folder / checkpoints.FOLDER_NAME
+        )
+
+
 def _holds_run(folder: Path) -> bool:
     """Whether a folder holds metrics or checkpoints, which another run would overwrite."""
     metrics = folder / METRICS_NAME
     written = metrics.is_file() and metrics.stat().st_size > 0
-    return written or checkpoints.holds_checkpoints(folder / CHECKPOINTS_NAME)
+    return written or checkpoints.holds_checkpoints(folder / checkpoints.FOLDER_NAME)
 
 
 def refuse_used_folder(folder: Path) -> None:

@@ -125,13 +125,13 @@ def submit(
     """Submit a recipe as a job, and follow it to its end. Ctrl-C stops the job.
 
     Args:
-        recipe: name of a recipe.
-        overrides: Hydra overrides.
+        recipe: its name.
+        overrides: Hydra overrides. With `resume` they must name the run folder.
         address: of the cluster's dashboard.
         wait: whether to follow the job to its end.
         announce: told what happens, a line at a time.
         write: given the job's output as it comes.
-        resume: whether the job continues the run in the run folder, which must be named.
+        resume: whether the job continues the run in the run folder.
 
     Raises:
         HpoVerlError: wrong input, found before or by the job before training starts.

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.checks.list import check_quickly, make_and_check
 from hpo_verl.checks.planned_run import PlannedRun
@@ -25,13 +25,13 @@ from hpo_verl.launch import outputs
 from hpo_verl.launch.export import make_policy
 from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.resume import (
-    CHECKPOINTS_NAME,
     FLAG,
     LOG_NAME,
     METRICS_NAME,
     begin,
     latest_run,
     logger_paths,
+    place_checkpoints,
     refuse_used_folder,
 )
 from hpo_verl.runs.checkpoints import TRACKER
@@ -124,7 +124,7 @@ def train(
     """Train as a recipe says, and collect what the run leaves; return its folder.
 
     Args:
-        recipe: name of a recipe.
+        recipe: its name.
         overrides: Hydra overrides.
         announce: told what happens, one line each.
         on_poll: called about three times a second with the metrics so far and what the run is
@@ -157,10 +157,7 @@ def train(
         for remark in dict.fromkeys(remarks):
             announce(remark)
         with locked(folder):
-            with open_dict(config):
-                config.trainer.default_local_dir = str(
-                    config.trainer.default_local_dir or folder / CHECKPOINTS_NAME
-                )
+            place_checkpoints(config, folder)
             start = begin(config, folder, sys.argv, resume, announce)
             arguments = [
                 *("--config-dir", str(recipes_directory()), "--config-name", recipe),

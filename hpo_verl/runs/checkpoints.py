@@ -22,6 +22,8 @@ from pathlib import Path
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import file_sha256, sync, write_atomically
 
+FOLDER_NAME = "checkpoints"
+"""Of a run folder, unless the configuration names another place."""
 SEAL = "complete.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's own note of the last step; it may be torn, so nothing here relies on it."""
