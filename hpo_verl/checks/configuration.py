@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
-from hpo_verl.checks.machine import ACTOR, ROLLOUT
 from hpo_verl.checks.packages import MODULES
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.recipes import group_options, nearest, recipes_directory
+from hpo_verl.config.settings import ACTOR, ROLLOUT
 from hpo_verl.errors import ConfigError
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.quiet import quiet_imports

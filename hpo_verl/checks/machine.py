@@ -13,9 +13,9 @@ import psutil
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.memory import GIB, RECIPE_CARD_GIB, card_memory, host_memory
 from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.config.settings import ACTOR, ROLLOUT
 from hpo_verl.errors import EnvironmentCheckError
 
-ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 UNKNOWN_SIZE = "the policy's folder does not tell its dimensions"
 SMI = "nvidia-smi"
 SMI_SECONDS = 20

@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
 from hpo_verl.checks.machine import driver_version
 from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.config.settings import ACTOR, MODEL, ROLLOUT
 from hpo_verl.installed import (
     LOWEST_RAY,
     PERMITTED_VERL,
@@ -46,9 +47,7 @@ INSTALL_VERL = f"pip install 'verl=={TESTED_VERL}'"
 # CUDA's major version -> the lowest driver that runs its builds on every card.
 LOWEST_DRIVER = {"13": 580}
 
-MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
-STRATEGY = "actor_rollout_ref.actor.strategy"
-ENGINE = f"{ROLLOUT}.checkpoint_engine.backend"
+STRATEGY, ENGINE = f"{ACTOR}.strategy", f"{ROLLOUT}.checkpoint_engine.backend"
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
 # Key -> value -> modules that verl 0.9.1 imports for it, long after the start; with what pip
 # installs where that has another name. vLLM and what every run imports have their versions checked.
@@ -83,7 +82,7 @@ MODULES: dict[str, dict[Any, tuple[str, ...]]] = {
     },
     "transfer_queue.backend.storage_backend": {"MooncakeStore": ("mooncake",)},
     "global_profiler.tool": {"nsys": ("nvtx",)},
-    "actor_rollout_ref.actor.optim.optimizer_impl": {
+    f"{ACTOR}.optim.optimizer_impl": {
         "torchao.optim": ("torchao",),
         "bitsandbytes.optim": ("bitsandbytes",),
     },

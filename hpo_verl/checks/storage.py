@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
-from hpo_verl.checks.machine import ACTOR, ROLLOUT, UNKNOWN_SIZE
+from hpo_verl.checks.machine import UNKNOWN_SIZE
 from hpo_verl.checks.memory import GIB
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import preparations
-from hpo_verl.config.settings import POLICY_KEY, cards_a_copy
+from hpo_verl.config.settings import ACTOR, POLICY_KEY, ROLLOUT, cards_a_copy
 from hpo_verl.runs.process import SHARED_MEMORY
 
 # Bytes a parameter of what verl saves, all in float32 at most: of each copy that cards share,

@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-POLICY_KEY = "actor_rollout_ref.model.path"
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+MODEL = "actor_rollout_ref.model"
+POLICY_KEY = f"{MODEL}.path"
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -220,8 +220,9 @@ WITHOUT_TORCH = [
 def test_a_refused_override_imports_neither_verl_nor_ray_nor_torch(case, places, tmp_path):
     code = (
         "import sys; from hpo_verl.cli import main\n"
+        "slow = {'torch', 'ray', 'verl', 'transformers', 'matplotlib'}\n"
         "try: main()\n"
-        "finally: print(sorted({'torch', 'ray', 'verl', 'transformers'} & set(sys.modules)))"
+        "finally: print(sorted(slow & set(sys.modules)))"
     )
     overrides = case[0]
     finished = subprocess.run(
