@@ -17,7 +17,7 @@ def absent_names() -> list[str]:
     """Names that verl's registries lack, or hold from another package than this one.
 
     Returns:
-        One text per name, such as `policy loss 'mhpo': not registered`; empty if all are there.
+        One text per name, such as `policy loss 'NAME': not registered`; empty if all are there.
     """
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY

@@ -11,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from checkpoint_states import different_files
 from real_runs import BIN, repeatable, run_processes, start
+from waiting import wait_until
 
 from hpo_verl.runs import checkpoints, process
 from hpo_verl.runs.metrics import MetricsFile
@@ -89,10 +89,7 @@ def alive(temporary):
 
 def wait_for_end(temporary):
     """SIGKILL takes a moment."""
-    deadline = time.monotonic() + 60
-    while alive(temporary):
-        assert time.monotonic() < deadline, alive(temporary)
-        time.sleep(0.2)
+    wait_until(lambda: not alive(temporary), 60, lambda: alive(temporary))
 
 
 def go_on(folder):

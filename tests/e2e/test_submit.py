@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ray_cluster import RayCluster
 from real_runs import BIN, SMALL, listening_addresses, read_metrics, repeatable, wait_for_step
+from waiting import wait_until
 
 from hpo_verl import __version__
 from hpo_verl.runs.process import SHARED_MEMORY
@@ -57,10 +58,7 @@ def submit(cluster, cache, tmp_path):
 
 
 def wait_until_idle(cluster):
-    deadline = time.monotonic() + 60
-    while cluster.busy():
-        assert time.monotonic() < deadline, cluster.busy()
-        time.sleep(0.5)
+    wait_until(lambda: not cluster.busy(), 60, cluster.busy)
 
 
 def test_a_job_trains_bit_for_bit_like_a_run_of_its_own(submit, cluster, trained, tmp_path):

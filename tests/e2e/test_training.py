@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from real_runs import (
     wait_for_step,
 )
 from safetensors.torch import load_file
+from waiting import wait_until
 
 from hpo_verl.runs.process import SHARED_MEMORY
 
@@ -121,10 +121,7 @@ def test_an_ended_run_leaves_no_process(trained, cache, tmp_path, recipe, how):
     process.send_signal(how)
     code = process.wait(60)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while set(run_processes()) - set(before):
-        assert time.monotonic() < deadline, run_processes()
-        time.sleep(0.5)
+    wait_until(lambda: not set(run_processes()) - set(before), 60, run_processes)
     assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
 
 

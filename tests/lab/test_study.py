@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 import torch
 from lab_policies import QUICK, keep_warm_starts, quick_study
+from waiting import wait_until
 
 from hpo_verl import cli
 from hpo_verl.algorithms.registry import ALGORITHMS
@@ -267,10 +267,7 @@ def test_a_killed_command_leaves_its_finished_cells_and_no_process(tmp_path):
         *QUICK, *changes, "--out", str(out), "--workers", "2",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while not list(out.glob("*.parquet")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: list(out.glob("*.parquet")) or process.poll() is not None, 200)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     _, error = process.communicate()

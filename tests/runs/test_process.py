@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 import uuid
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from hpo_verl.runs import process as launch_process
 from hpo_verl.runs.process import (
@@ -27,13 +27,6 @@ print("started", flush=True)
 time.sleep({seconds})
 sys.exit({code})
 """
-
-
-def wait_for(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -174,13 +167,13 @@ def test_killing_the_launcher_ends_the_child(tmp_path):
         # Killed as it is, it leaves its temporary folder.
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
-    wait_for(lambda: marker.exists() and marker.read_text())
+    wait_until(lambda: marker.exists() and marker.read_text(), 20)
     child = psutil.Process(int(marker.read_text()))
-    wait_for(lambda: "started" in (tmp_path / "log").read_text())
+    wait_until(lambda: "started" in (tmp_path / "log").read_text(), 20)
     marked = child.environ()[MARKER]
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 20)
     # The grandchild of this stand-in does not follow; Ray's processes do.
     end_processes(lambda: marked_processes(marked))
 
