@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,10 +82,18 @@ def read_run(folder: Path) -> Run:
         raise DataError(f"{folder} is no readable run: {error}") from error
 
 
-def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read runs; one DataError names all folders that hold none or are given twice."""
+def read_runs(folders: Iterable[Path], announce: Callable[[str], None] = print) -> list[Run]:
+    """Read runs, and leave out those that have not finished.
+
+    Args:
+        folders: of the runs.
+        announce: told of each that is left out.
+
+    Raises:
+        DataError: names all folders that hold no run or are given twice; or no run has finished.
+    """
     runs: dict[Path, Run] = {}
-    problems = []
+    problems, unfinished = [], []
     for folder in folders:
         if folder.resolve() in runs:
             problems.append(f"{folder} is given twice")
@@ -93,9 +101,13 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         try:
             runs[folder.resolve()] = read_run(folder)
         except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("; ".join(problems))
+            # Only a run that has begun has a configuration, and stock verl writes no summary.
+            begun = (folder / "config.yaml").is_file() and not (folder / "summary.json").exists()
+            (unfinished if begun else problems).append(str(error))
+    if problems or not runs:
+        raise DataError("; ".join(problems + unfinished))
+    for text in unfinished:
+        announce(f"warning: {text}; it is left out")
     return list(runs.values())
 
 

@@ -152,6 +152,22 @@ def test_all_folders_that_are_no_runs_are_named(tmp_path):
     assert f"{run} is given twice" in message
 
 
+def test_a_run_that_has_not_finished_is_left_out_and_the_others_are_shown(tmp_path):
+    good, unfinished = write_run(tmp_path / "good"), write_run(tmp_path / "unfinished")
+    (unfinished / "summary.json").unlink()
+    picture = tmp_path / "picture.png"
+    arguments = ["report", str(unfinished), str(good), "--picture", str(picture)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    first, *rest = result.output.splitlines()
+    assert first == (
+        f"warning: {unfinished} is no finished run: it has no summary.json; it is left out"
+    )
+    assert any(line.startswith("seed ") for line in rest)
+    with pytest.raises(DataError, match="is no finished run"):
+        read_runs([unfinished])
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
