@@ -203,7 +203,7 @@ def check_prompts(run: PlannedRun) -> Finding:
     ]
     try:
         with quiet_imports():
-            from hpo_verl.verl_plugin.preview import prompt_counter
+            from hpo_verl.verl_plugin.validation import prompt_counter
 
             count = prompt_counter(run.config, str(folder))
         longest, place = max((count(prompt), place) for prompt, place in prompts)

@@ -8,9 +8,7 @@ groups, settings and what an estimator needs beyond verl's arguments are read he
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,17 +24,15 @@ from hpo_verl.verl_plugin import extras
 
 logger = logging.getLogger(__name__)
 
+_told: set[str] = set()
+
 OUR_MODES = ("hpo_sync", "hpo_colocate_async", "hpo_separate_async")
 
 
 class Estimate(NamedTuple):
-    """One call of an estimator.
+    """One call of an estimator: what it saw, every response's uid, and what it returned.
 
-    Attributes:
-        rollout: What it saw.
-        labels: uid of every response.
-        result: What it returned.
-        advantages: What the loss will see, `[batch, response]` float32, 0 at masked tokens.
+    `advantages` are what the loss will see, `[batch, response]` float32, 0 at masked tokens.
     """
 
     rollout: Rollout
@@ -45,19 +41,7 @@ class Estimate(NamedTuple):
     advantages: torch.Tensor
 
 
-def uid_labels(uids: Iterable[Hashable], size: int) -> list[Hashable]:
-    """List the labels of a batch.
-
-    Raises:
-        DataError: The number of labels differs from `size`.
-    """
-    labels = uids.tolist() if isinstance(uids, (np.ndarray, torch.Tensor)) else list(uids)
-    if len(labels) != size:
-        raise DataError(f"uid: {len(labels)} labels for {size} responses")
-    return labels
-
-
-def group_codes(uids: Iterable[Hashable], size: int) -> torch.Tensor:
+def group_codes(uids: Iterable[Hashable], size: int) -> tuple[torch.Tensor, list[Hashable]]:
     """Number the groups of a batch in order of appearance.
 
     Args:
@@ -65,30 +49,29 @@ def group_codes(uids: Iterable[Hashable], size: int) -> torch.Tensor:
         size: Number of responses.
 
     Returns:
-        `[size]` int64.
+        `[size]` int64, and the labels as a list.
 
     Raises:
         DataError: The number of labels differs from `size`, or one is not hashable.
     """
-    labels = uid_labels(uids, size)
-    codes: defaultdict[Hashable, int] = defaultdict(itertools.count().__next__)
+    labels = uids.tolist() if isinstance(uids, (np.ndarray, torch.Tensor)) else list(uids)
+    if len(labels) != size:
+        raise DataError(f"uid: {len(labels)} labels for {size} responses")
+    codes: dict[Hashable, int] = {}
     try:
-        return torch.from_numpy(np.fromiter(map(codes.__getitem__, labels), np.int64, size))
+        numbers = [codes.setdefault(label, len(codes)) for label in labels]
     except TypeError as error:
         raise DataError(f"uid: labels must be hashable ({error})") from error
+    return torch.tensor(numbers, dtype=torch.int64), labels
 
 
 def response_rewards(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the rewards of every response.
+    """Sum the rewards of every response; both arguments are `[batch, response]`.
 
     A reward may stand at a masked token, since verl puts it at the last token
     even if a tool wrote that one. Finite values there count, others do not.
-
-    Args:
-        token_level_rewards: `[batch, response]`.
-        response_mask: Bool or float, `[batch, response]`.
 
     Returns:
         Rewards, `[batch]` float32, and which rows have a live token, `[batch]` bool.
@@ -113,14 +96,7 @@ def response_rewards(
 
 
 def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any:
-    """Read the settings of an estimator of ours.
-
-    Args:
-        estimator: Its record.
-        config: verl's `algorithm` section; None means the defaults.
-
-    Returns:
-        An object of its settings type; None where it has none.
+    """Read the settings of an estimator from verl's `algorithm` section; None if it has none.
 
     Raises:
         ConfigError: Names the key, the value and what is permitted.
@@ -132,7 +108,7 @@ def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any
 
 
 def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
-    """Read `algorithm.norm_adv_by_std_in_grpo` of verl's `algorithm` section, by default true.
+    """Read `norm_adv_by_std_in_grpo` of verl's `algorithm` section, by default true.
 
     Raises:
         ConfigError: Neither true nor false.
@@ -204,10 +180,9 @@ def _estimate(
         raise DataError(f"{estimator.name}: uid is missing; every response needs its prompt's uid")
     rewards, live = response_rewards(token_level_rewards, response_mask)
     mask = as_bool_mask(response_mask)
-    labels = uid_labels(index, len(rewards))
-    codes = group_codes(labels, len(rewards)).to(rewards.device)
+    codes, labels = group_codes(index, len(rewards))
     beyond = _extras(estimator, labels, live, mask)
-    rollout = Rollout(rewards, codes, live, mask, normalize_by_std, beyond)
+    rollout = Rollout(rewards, codes.to(rewards.device), live, mask, normalize_by_std, beyond)
     result = estimator.advantage(rollout, settings)
     advantages = result.values.float()
     if advantages.dim() == 1:
@@ -215,22 +190,14 @@ def _estimate(
     report: Callable[[Estimate], None] | None = extras.get(extras.REPORT)
     if report is not None:
         report(Estimate(rollout, labels, result, advantages))
-    elif estimator.weights_by_sign:
-        _say_where_alpha_is_logged(estimator.name, result.alpha)
-    return advantages, advantages
-
-
-_told: set[str] = set()
-
-
-def _say_where_alpha_is_logged(estimator: str, alpha: float) -> None:
-    """Say once, where verl's own trainer runs, which trainer mode logs the statistics."""
-    if estimator not in _told:
+    elif estimator.weights_by_sign and estimator.name not in _told:
+        # verl's own trainer runs.
+        _told.add(estimator.name)
         logger.warning(
-            f"{estimator}: alpha = {alpha:.3f} in this batch; an estimator cannot add to "
-            "verl's metrics: trainer.v1.trainer_mode=hpo_sync logs hpo/alpha on every step"
+            f"{estimator.name}: alpha = {result.alpha:.3f} in this batch; an estimator cannot add "
+            "to verl's metrics: trainer.v1.trainer_mode=hpo_sync logs hpo/alpha on every step"
         )
-    _told.add(estimator)
+    return advantages, advantages
 
 
 ESTIMATORS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {

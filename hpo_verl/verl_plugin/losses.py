@@ -8,6 +8,7 @@ metrics are the same for all and happen here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,13 +42,10 @@ STRATEGIES = ("fsdp", "fsdp2")
 
 
 class MicroBatch(NamedTuple):
-    """A checked micro-batch.
+    """A checked micro-batch: what a loss sees of it (float32, no graph), and its live tokens.
 
-    Attributes:
-        tokens: What a loss sees of it, float32, without a graph.
-        live_tokens: Number of live tokens.
-        kl: Mean of -log ratio before the bound, nats.
-        beyond: Bool, where the bound holds the log-ratio; None if nowhere.
+    `kl` is the mean of -log ratio before the bound, nats; `beyond` is true where the bound holds
+    the log-ratio, None if nowhere.
     """
 
     tokens: TokenBatch
@@ -58,10 +56,6 @@ class MicroBatch(NamedTuple):
 
 def require_aggregation(loss: Loss, loss_agg_mode: str) -> None:
     """Refuse an aggregation under which a loss of ours would be another objective.
-
-    Args:
-        loss: Its record.
-        loss_agg_mode: verl's name of the aggregation.
 
     Raises:
         ConfigError: Names the loss and the mode.
@@ -74,13 +68,9 @@ def require_aggregation(loss: Loss, loss_agg_mode: str) -> None:
 
 
 def clip_range(config: Any) -> tuple[float, float]:
-    """Read the distances of the clip bounds from 1.
+    """Read `clip_ratio_low` in [0, 1] and `clip_ratio_high` >= 0 of verl's actor section.
 
-    Args:
-        config: verl's actor section; `clip_ratio` stands in for an absent side.
-
-    Returns:
-        `clip_ratio_low` in [0, 1] and `clip_ratio_high` >= 0.
+    `clip_ratio` stands in for an absent one.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range.
@@ -96,14 +86,9 @@ def clip_range(config: Any) -> tuple[float, float]:
 
 
 def loss_settings(loss: Loss, policy_loss: Any) -> Any:
-    """Read the settings of a loss; those that verl's own PolicyLossConfig lacks are the defaults.
+    """Read the settings of a loss from verl's `policy_loss`; None if the loss has none.
 
-    Args:
-        loss: Its record.
-        policy_loss: verl's `policy_loss` section or config; None means the defaults.
-
-    Returns:
-        An object of its settings type; None where it has none.
+    Those that verl's own PolicyLossConfig lacks are the defaults.
 
     Raises:
         ConfigError: A value is of the wrong type or out of range.
@@ -116,37 +101,17 @@ def loss_settings(loss: Loss, policy_loss: Any) -> Any:
 
 
 def selected_loss(policy_loss: Any) -> Loss | None:
-    """Return the record of `loss_mode`; None if the loss is unknown here.
-
-    Args:
-        policy_loss: verl's `policy_loss` section or config.
-    """
+    """Return the record of verl's `policy_loss.loss_mode`; None if the loss is unknown here."""
     return RECORDS.get(str(policy_loss.get("loss_mode", "vanilla")))
 
 
-def token_extras(loss: Loss, mask: torch.Tensor) -> dict[str, Any]:
-    """Take what a loss needs beyond verl's arguments from the channel.
-
-    Args:
-        loss: Its record.
-        mask: Bool, `[batch, response]`.
-
-    Returns:
-        `TokenBatch.extras`.
-
-    Raises:
-        ConfigError: Nobody provides it.
-        DataError: A field of tokens has another shape, or a live value is not finite.
-    """
+def _token_extras(loss: Loss, mask: torch.Tensor) -> dict[str, Any]:
+    """Take what a loss needs beyond verl's arguments from the channel, checked and masked."""
     who, found = f"policy_loss.loss_mode = {loss.name!r}", {}
     for name in loss.token_fields:
         source = "the tokens' entropies: a trainer.v1.trainer_mode of ours, hpo_sync for example"
         values = extras.require(name, who, source)
-        if values.shape != mask.shape:
-            raise DataError(
-                f"{name} {tuple(values.shape)} must have the shape of response_mask "
-                f"{tuple(mask.shape)}"
-            )
+        _require_shape(name, values, mask)
         require_finite(name, values, mask)
         found[name] = torch.where(mask, values.float(), 0.0)
     if loss.mini_batch_sums is not None:
@@ -158,6 +123,13 @@ def token_extras(loss: Loss, mask: torch.Tensor) -> dict[str, Any]:
     return found
 
 
+def _require_shape(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
+    if tensor.shape != mask.shape:
+        raise DataError(
+            f"{name} {tuple(tensor.shape)} must have the shape of response_mask {tuple(mask.shape)}"
+        )
+
+
 def prepare(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
@@ -166,25 +138,14 @@ def prepare(
 ) -> MicroBatch:
     """Check a micro-batch, mask it, and bound its log-ratio.
 
-    Args:
-        old_log_prob: `[batch, response]`, nats.
-        log_prob: `[batch, response]`, nats.
-        advantages: `[batch, response]`.
-        response_mask: Bool or {0, 1}, `[batch, response]`.
-
-    Returns:
-        The micro-batch, without a graph.
+    All are `[batch, response]`: log-probabilities in nats, and a mask of bool or of 0 and 1.
 
     Raises:
         DataError: Shapes differ, the mask holds another value, or a live value is not finite.
     """
     tensors = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
     for name, tensor in tensors.items():
-        if tensor.shape != response_mask.shape:
-            raise DataError(
-                f"{name} {tuple(tensor.shape)} must have the shape of response_mask "
-                f"{tuple(response_mask.shape)}"
-            )
+        _require_shape(name, tensor, response_mask)
     mask = as_bool_mask(response_mask)
     log_ratio = masked_log_ratio(log_prob.float(), old_log_prob.float(), mask)
     advantages = torch.where(mask, advantages.float(), 0.0)
@@ -209,13 +170,11 @@ def prepare(
 def global_counts(info: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
     """Complete verl's counts of the global mini-batch so that none of them is 0.
 
-    Args:
-        info: `config.global_batch_info`; counts are absent where verl does not know them.
-        mask: Bool, `[batch, response]`.
+    With one rank, counts that are absent from `config.global_batch_info` are those of the
+    micro-batch. An empty mini-batch counts as 1, which makes its loss 0 and not 0/0.
 
     Returns:
-        Keyword arguments of verl's `agg_loss`. With one rank, absent counts are those of the
-        micro-batch; an empty mini-batch counts as 1, which makes its loss 0 and not 0/0.
+        Keyword arguments of verl's `agg_loss`.
     """
     counts = dict(info)
     if counts.get("dp_size", 1) == 1:
@@ -229,66 +188,57 @@ def global_counts(info: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
     return counts
 
 
-def make_policy_loss(record: Loss) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
-    """Give a loss per token verl's interface.
+def _policy_loss(
+    record: Loss,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str | None = None,
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Follow verl's interface of a policy loss: loss and metrics of a micro-batch."""
+    from verl.trainer.ppo.core_algos import agg_loss
 
-    Args:
-        record: A loss of ours.
-
-    Returns:
-        A function for `register_policy_loss`.
-    """
-    token_loss = record.token_loss
-    assert token_loss is not None  # noqa: S101 - for the type checker
-
-    def policy_loss(
-        old_log_prob: torch.Tensor,
-        log_prob: torch.Tensor,
-        advantages: torch.Tensor,
-        response_mask: torch.Tensor,
-        loss_agg_mode: str = record.aggregations[0],
-        config: Any = None,
-        rollout_is_weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        from verl.trainer.ppo.core_algos import agg_loss
-
-        if config is None:
-            raise ConfigError(f"policy loss {record.name!r}: verl's actor config is missing")
-        require_aggregation(record, loss_agg_mode)
-        settings = loss_settings(record, config.get("policy_loss", None))
-        with torch.no_grad():
-            batch = prepare(old_log_prob, log_prob, advantages, response_mask)
-            mask = batch.tokens.mask
-            tokens = batch.tokens._replace(extras=token_extras(record, mask))
-            if record.clips:
-                tokens = tokens._replace(clip_range=clip_range(config))
-            loss = token_loss(tokens, settings)
-            bounded = 0
-            if batch.beyond is not None:
-                loss = TokenLoss(loss.values, loss.slopes.masked_fill(batch.beyond, 0.0))
-                bounded = int(batch.beyond.sum())
-            stopped = int(((loss.slopes == 0) & (loss.values != 0)).sum())
-            if rollout_is_weights is not None:
-                loss = loss.scaled(torch.where(mask, rollout_is_weights.float(), 0.0))
-        aggregated = agg_loss(
-            loss_mat=attach(log_prob, loss),
-            loss_mask=mask,
-            loss_agg_mode=loss_agg_mode,
-            **global_counts(config.global_batch_info, mask),
-        )
-        count = max(batch.live_tokens, 1)
-        return aggregated, {
-            "actor/pg_clipfrac": stopped / count,
-            "actor/ppo_kl": batch.kl,
-            "actor/pg_clipfrac_lower": 0.0,
-            "actor/log_ratio_bounded_fraction": bounded / count,
-        }
-
-    policy_loss.__name__ = policy_loss.__qualname__ = record.name
-    return policy_loss
+    assert record.token_loss is not None  # noqa: S101 - for the type checker
+    if config is None:
+        raise ConfigError(f"policy loss {record.name!r}: verl's actor config is missing")
+    loss_agg_mode = loss_agg_mode or record.aggregations[0]
+    require_aggregation(record, loss_agg_mode)
+    settings = loss_settings(record, config.get("policy_loss", None))
+    with torch.no_grad():
+        batch = prepare(old_log_prob, log_prob, advantages, response_mask)
+        mask = batch.tokens.mask
+        tokens = batch.tokens._replace(extras=_token_extras(record, mask))
+        if record.clips:
+            tokens = tokens._replace(clip_range=clip_range(config))
+        loss = record.token_loss(tokens, settings)
+        bounded = 0
+        if batch.beyond is not None:
+            loss = TokenLoss(loss.values, loss.slopes.masked_fill(batch.beyond, 0.0))
+            bounded = int(batch.beyond.sum())
+        stopped = int(((loss.slopes == 0) & (loss.values != 0)).sum())
+        if rollout_is_weights is not None:
+            loss = loss.scaled(torch.where(mask, rollout_is_weights.float(), 0.0))
+    aggregated = agg_loss(
+        loss_mat=attach(log_prob, loss),
+        loss_mask=mask,
+        loss_agg_mode=loss_agg_mode,
+        **global_counts(config.global_batch_info, mask),
+    )
+    count = max(batch.live_tokens, 1)
+    return aggregated, {
+        "actor/pg_clipfrac": stopped / count,
+        "actor/ppo_kl": batch.kl,
+        "actor/pg_clipfrac_lower": 0.0,
+        "actor/log_ratio_bounded_fraction": bounded / count,
+    }
 
 
-LOSSES = {name: make_policy_loss(record) for name, record in OUR_LOSSES.items()}
+LOSSES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, float]]]] = {
+    name: functools.partial(_policy_loss, record) for name, record in OUR_LOSSES.items()
+}
 
 
 def register() -> None:

@@ -8,17 +8,13 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpo_verl.algorithms.registry import ALGORITHMS
-from hpo_verl.verl_plugin.trainer.modes import MODE_PREFIX, PARENT_MODES
+from hpo_verl.verl_plugin.advantages import OUR_MODES
 
 OWN_PACKAGE = "hpo_verl."
 
 
 def absent_names() -> list[str]:
-    """Names that verl's registries lack, or hold from another package than this one.
-
-    Returns:
-        One text per name, such as `policy loss 'NAME': not registered`; empty if all are there.
-    """
+    """Names that verl's registries lack, or hold from another package, and which of the two."""
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -27,22 +23,18 @@ def absent_names() -> list[str]:
     algorithms = ALGORITHMS.values()
     estimators = {a.estimator.name: a.estimator.advantage is not None for a in algorithms}
     losses = {a.loss.name: a.loss.token_loss is not None for a in algorithms}
-    modes = {MODE_PREFIX + mode: True for mode in PARENT_MODES}
     loops = {name: entry["_target_"] for name, entry in _agent_loop_registry.items()}
     return [
         *_absent("advantage estimator", ADV_ESTIMATOR_REGISTRY, estimators),
         *_absent("policy loss", POLICY_LOSS_REGISTRY, losses),
-        *_absent("trainer mode", TRAINER_REGISTRY, modes),
+        *_absent("trainer mode", TRAINER_REGISTRY, dict.fromkeys(OUR_MODES, True)),
         *_absent("rollout", RolloutReplicaRegistry._registry, {"hf": True}),
         *_absent("agent loop", loops, {"seeded_single_turn_agent": True}),
     ]
 
 
 def selected(config: DictConfig) -> list[tuple[str, str, list[str]]]:
-    """What a configuration selects by name from verl's registries.
-
-    Args:
-        config: verl's whole configuration, resolved.
+    """What verl's whole configuration, resolved, selects by name from verl's registries.
 
     Returns:
         Key, name, and the names that are registered, as far as verl could import what they need.
@@ -77,11 +69,11 @@ def selected(config: DictConfig) -> list[tuple[str, str, list[str]]]:
     return [
         (key, str(name), sorted(map(str, registry)))
         for key, registry in registries.items()
-        for name in values(config, key)
+        for name in _values(config, key)
     ]
 
 
-def values(config: DictConfig, key: str) -> list[Any]:
+def _values(config: DictConfig, key: str) -> list[Any]:
     """What a key holds: the entries of a list, one value, or nothing."""
     value = OmegaConf.select(config, key)
     if isinstance(value, ListConfig):
@@ -99,6 +91,4 @@ def _absent(kind: str, registry: Mapping[str, Any], expected: Mapping[str, bool]
 
 def _origin(entry: Any) -> str:
     """Module of a function or class, of what a `partial` wraps, or a dotted name itself."""
-    if isinstance(entry, str):
-        return entry
-    return str(getattr(getattr(entry, "func", entry), "__module__", ""))
+    return entry if isinstance(entry, str) else getattr(entry, "func", entry).__module__

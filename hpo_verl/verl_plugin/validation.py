@@ -1,9 +1,9 @@
-"""Checks of a whole configuration, on the driver, before anything starts."""
+"""What is checked of a whole configuration with verl, on the driver, before anything starts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,11 +32,8 @@ from hpo_verl.verl_plugin.losses import (
 TYPED_SECTIONS = ("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout")
 
 
-def check_algorithm(config: Mapping[str, Any]) -> list[str]:
-    """Check the settings of the algorithm and how they go together.
-
-    Args:
-        config: verl's whole configuration, resolved.
+def check_algorithm(config: DictConfig) -> list[str]:
+    """Check the algorithm's settings in verl's whole configuration, and how they go together.
 
     Returns:
         Warnings: combinations that run but are not what their names promise.
@@ -78,7 +75,7 @@ def _check_loss(loss: Loss, actor: Any) -> list[str]:
 
 
 def _check_composition(
-    estimator: Estimator, loss: Loss | None, config: Mapping[str, Any]
+    estimator: Estimator, loss: Loss | None, config: DictConfig
 ) -> list[str]:
     """Check what advantages that are weighted by sign, or set to 0 token by token, go into."""
     loss_mode = config["actor_rollout_ref"]["actor"]["policy_loss"].get("loss_mode", None)
@@ -88,37 +85,31 @@ def _check_composition(
     if loss is not None and not loss.proportional and not caveat:
         caveat = "is not proportional to the advantage"
     warnings = []
-    if estimator.drops_tokens:
-        if loss is None:
-            warnings.append(
-                f"{combination}: unknown here; that estimator needs a loss that is 0 where the "
-                "advantage is"
-            )
-        elif caveat:
-            usable = [name for name in proportional if not LOSSES[name].caveat]
-            raise ConfigError(
-                f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
-                f"loss {caveat}; use one of {', '.join(usable)}"
-            )
-    if estimator.weights_by_sign:
-        if loss is None:
-            warnings.append(
-                f"{combination}: unknown here; weighting the advantages equals weighting the loss "
-                "only if that loss is proportional to the advantage"
-            )
-        elif loss.selects:
-            raise ConfigError(
-                f"{combination}: the weight would change more than the weight of the loss, since "
-                f"that loss {caveat}; use one of {', '.join(proportional)}"
-            )
-        elif not loss.proportional:
-            warnings.append(f"{combination}: that loss {caveat}")
-        if config["algorithm"].get("use_kl_in_reward", False):
-            warnings.append(
-                f"adv_estimator = {estimator.name!r} with algorithm.use_kl_in_reward: the KL "
-                "penalty enters the rewards, so groups are hardly ever equal and the counts of "
-                "signs follow it"
-            )
+    if loss is None and (estimator.drops_tokens or estimator.weights_by_sign):
+        warnings.append(
+            f"{combination}: unknown here; that estimator needs a loss that is proportional to the "
+            "advantage"
+        )
+    if estimator.drops_tokens and caveat:
+        usable = [name for name in proportional if not LOSSES[name].caveat]
+        raise ConfigError(
+            f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
+            f"loss {caveat}; use one of {', '.join(usable)}"
+        )
+    if not estimator.weights_by_sign:
+        return warnings
+    if loss is not None and loss.selects:
+        raise ConfigError(
+            f"{combination}: the weight would change more than the weight of the loss, since "
+            f"that loss {caveat}; use one of {', '.join(proportional)}"
+        )
+    if loss is not None and not loss.proportional:
+        warnings.append(f"{combination}: that loss {caveat}")
+    if config["algorithm"].get("use_kl_in_reward", False):
+        warnings.append(
+            f"adv_estimator = {estimator.name!r} with algorithm.use_kl_in_reward: the KL penalty "
+            "enters the rewards, so groups are hardly ever equal and the counts of signs follow it"
+        )
     return warnings
 
 
@@ -147,7 +138,7 @@ def _check_entropy(
         )
 
 
-def _check_engine(loss: Loss, config: Mapping[str, Any]) -> None:
+def _check_engine(loss: Loss, config: DictConfig) -> None:
     """Refuse a loss that reads sums over mini-batches where verl would select another engine."""
     who = f"policy_loss.loss_mode = {loss.name!r}"
     strategy = config["actor_rollout_ref"]["actor"].get("strategy", None)
@@ -155,22 +146,16 @@ def _check_engine(loss: Loss, config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{ACTOR}.strategy = {strategy!r}: {who} permits {' and '.join(STRATEGIES)} only"
         )
-    node: Any = config
-    for name in ("ray_kwargs", "ray_init", "runtime_env", "env_vars"):
-        node = (node.get(name, None) if node is not None else None) or {}
-    vendor = node.get(ENGINE_VENDOR, None) or os.environ.get(ENGINE_VENDOR)
+    key = f"ray_kwargs.ray_init.runtime_env.env_vars.{ENGINE_VENDOR}"
+    vendor = OmegaConf.select(config, key) or os.environ.get(ENGINE_VENDOR)
     if vendor != VENDOR:
         raise ConfigError(
-            f"ray_kwargs.ray_init.runtime_env.env_vars.{ENGINE_VENDOR} = {vendor!r}: "
-            f"{who} needs {VENDOR!r}, as recipes/run/default.yaml sets it"
+            f"{key} = {vendor!r}: {who} needs {VENDOR!r}, as recipes/run/default.yaml sets it"
         )
 
 
-def check_trainer_mode(config: Mapping[str, Any]) -> None:
-    """Refuse a trainer mode that does not provide what an algorithm needs.
-
-    Args:
-        config: verl's whole configuration, resolved.
+def check_trainer_mode(config: DictConfig) -> None:
+    """Refuse a trainer mode that does not provide what the algorithm needs.
 
     Raises:
         ConfigError: Names the mode, and the estimator or the loss.
@@ -230,6 +215,33 @@ def check_with_verl(config: DictConfig) -> None:
         )
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"verl refuses the configuration: {_innermost(error)}") from error
+
+
+def prompt_counter(config: DictConfig, model: str) -> Callable[[Any], int]:
+    """A function that counts the tokens of a prompt as verl's agent loops make them.
+
+    Args:
+        config: verl's whole configuration.
+        model: folder to read the tokenizer from.
+    """
+    from verl.utils import hf_tokenizer
+    from verl.utils.tokenizer import normalize_token_ids
+
+    settings = config.actor_rollout_ref.model
+    tokenizer = hf_tokenizer(settings.get("tokenizer_path") or model, trust_remote_code=False)
+    if settings.get("custom_chat_template"):
+        tokenizer.chat_template = settings.custom_chat_template
+    options: Any = OmegaConf.to_container(
+        config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}), resolve=True
+    )
+
+    def count(messages: Any) -> int:
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, **options
+        )
+        return len(normalize_token_ids(tokens))
+
+    return count
 
 
 def _innermost(error: BaseException) -> str:

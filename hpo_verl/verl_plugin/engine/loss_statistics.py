@@ -1,15 +1,13 @@
 """What the policy loss did to the tokens, for every loss that verl knows.
 
-verl asks a loss for plain numbers and averages them over micro-batches of
-unequal size. Here the loss function of the actor is verl's own `ppo_loss`;
-beside it, the policy loss is evaluated once more on a leaf copy of the
-log-probabilities, which yields the exact gradient of every token whatever
-the loss. The extra work is elementwise and touches no model.
+verl asks a loss for plain numbers and averages them over micro-batches of unequal size. Here the
+policy loss is evaluated once more beside verl's `ppo_loss`, on a leaf copy of the
+log-probabilities. That yields the exact gradient of every token whatever the loss. The extra work
+is elementwise and touches no model.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,38 +21,20 @@ PREFIX = "actor/hpo_sums/"
 """Keys under which the sums travel from the workers to the trainer."""
 
 
-def token_fields(config: Any, data: Any) -> AbstractContextManager[None]:
-    """Provide the fields of a micro-batch that its loss reads and verl does not pass to it.
-
-    Args:
-        config: verl's actor config.
-        data: The micro-batch, nested.
-    """
-    loss = selected_loss(config.policy_loss)
-    names = () if loss is None else loss.token_fields
-    return extras.provide(
-        **{name: data[name].to_padded_tensor(0.0) for name in names if name in data}
-    )
-
-
 def loss_with_statistics(
     config: Any, model_output: dict[str, Any], data: Any, dp_group: Any = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Evaluate verl's `ppo_loss` and add sums over tokens to its metrics.
+    """Evaluate verl's `ppo_loss` on a nested micro-batch, and add sums over tokens to its metrics.
 
-    Args:
-        config: verl's actor config.
-        model_output: Holds `log_probs`, nested.
-        data: The micro-batch, nested.
-        dp_group: Data-parallel group.
-
-    Returns:
-        Loss and metrics of `ppo_loss`, the metrics with the keys of `token_sums` added.
+    The fields that the loss reads and verl does not pass to it are provided meanwhile.
     """
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.losses import ppo_loss
 
-    with token_fields(config, data):
+    record = selected_loss(config.policy_loss)
+    names = () if record is None else record.token_fields
+    provided = {name: data[name].to_padded_tensor(0.0) for name in names if name in data}
+    with extras.provide(**provided):
         loss, metrics = ppo_loss(config, model_output, data, dp_group)
         sums = policy_loss_sums(config, model_output, data)
     return loss, metrics | {
@@ -63,16 +43,10 @@ def loss_with_statistics(
 
 
 def policy_loss_sums(config: Any, model_output: dict[str, Any], data: Any) -> dict[str, float]:
-    """Sum ratio, clipping and gradient over the tokens of a micro-batch, by sign.
+    """Sum ratio, clipping and gradient over the tokens of a nested micro-batch (`token_sums`).
 
-    Args:
-        config: verl's actor config, its `global_batch_info` already set by `ppo_loss`.
-        model_output: Holds `log_probs`, nested.
-        data: The micro-batch, nested.
-
-    Returns:
-        See `hpo_verl.core.statistics.token_sums`. Gradients are those of the policy loss alone,
-        without entropy and KL terms.
+    `ppo_loss` has set `global_batch_info` of verl's actor config before. Gradients are those of
+    the policy loss alone, without entropy and KL terms.
     """
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.utils.padding import no_padding_2_padding
@@ -101,14 +75,7 @@ def policy_loss_sums(config: Any, model_output: dict[str, Any], data: Any) -> di
 
 
 def pop_token_means(metrics: dict[str, Any]) -> dict[str, float]:
-    """Take the sums out of a step's metrics and turn them into what is logged.
-
-    Args:
-        metrics: Metrics of the actor's update; the sums are removed from it.
-
-    Returns:
-        See `hpo_verl.core.statistics.token_means`; empty if the update brought no sums.
-    """
+    """Take the sums out of a step's metrics, as the means that are logged (`token_means`)."""
     keys = [key for key in metrics if key.startswith(PREFIX)]
     sums = {key.removeprefix(PREFIX): float(metrics.pop(key)) for key in keys}
     return token_means(sums) if sums else {}

@@ -1,17 +1,15 @@
 """What a loss needs of its whole mini-batch, on all ranks.
 
-verl calls a loss on one micro-batch at a time. verl's engine, however, sees a
-rank's whole mini-batch and knows the data-parallel group. `mini_batch_engine`
-extends that engine: where the record of the loss has `mini_batch_sums`, it runs
-the mini-batch through the model once more, forward only, sums each micro-batch,
-adds the sums up over micro-batches and with one all-reduce over ranks, and
-provides the result to the loss (`extras`) while verl's own passes run. So the
-result knows nothing of the split, and every rank has the same. The price is one
-forward pass a mini-batch.
+verl calls a loss on one micro-batch at a time, but its engine sees a rank's whole mini-batch and
+knows the data-parallel group. Where the record of the loss has `mini_batch_sums`, the engine here
+runs the mini-batch through the model once more, forward only, sums each micro-batch, adds the sums
+up over micro-batches and with one all-reduce over ranks, and provides the result to the loss
+(`extras`) while verl's own passes run. So the result knows nothing of the split, and every rank
+has the same. The price is one forward pass a mini-batch.
 
-Registered for FSDP under the vendor `hpo`, inside the guard of `step_guard`; verl
-selects it where the environment variable VERL_ENGINE_VENDOR says so, which the
-recipes set for the workers. For every other loss this part changes nothing.
+Registered for FSDP under the vendor `hpo`, inside the guard of `step_guard`; verl selects it where
+the environment variable VERL_ENGINE_VENDOR says so, which the recipes set for the workers. For
+every other loss this part changes nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +29,7 @@ LossFunction = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
 
 
 def summed_loss(loss_function: Any) -> tuple[Loss, Any] | None:
-    """Return record and settings of a loss function's policy loss, if it needs such sums.
-
-    Args:
-        loss_function: verl's `ppo_loss` or ours, with the actor config bound by `partial`.
-    """
+    """Record and settings of the policy loss in verl's loss function, if it needs such sums."""
     config = getattr(loss_function, "keywords", {}).get("config")
     policy_loss = getattr(config, "policy_loss", None)
     loss = None if policy_loss is None else selected_loss(policy_loss)
@@ -47,13 +41,7 @@ def summed_loss(loss_function: Any) -> tuple[Loss, Any] | None:
 def summing_loss(
     mini_batch_sums: MiniBatchSums, settings: Any, sums: list[torch.Tensor]
 ) -> LossFunction:
-    """Make a loss function that notes what a micro-batch contributes, and is 0.
-
-    Args:
-        mini_batch_sums: Of the loss.
-        settings: Of the loss.
-        sums: Receives the contributions of every micro-batch.
-    """
+    """Make a loss function that is 0 and adds what each micro-batch contributes to `sums`."""
 
     def loss_function(
         model_output: dict[str, Any], data: Any, dp_group: Any = None
@@ -75,11 +63,7 @@ def summing_loss(
 
 
 def mini_batch_engine(parent: type) -> type:
-    """Extend an engine of verl by sums over mini-batches.
-
-    Args:
-        parent: `FSDPEngineWithLMHead`.
-    """
+    """Extend `FSDPEngineWithLMHead` by sums over mini-batches."""
 
     class MiniBatchEngine(parent):
         """verl's engine; where a loss needs sums of a mini-batch, it takes them first."""

@@ -1,10 +1,7 @@
 """A mini-batch whose update was not finite: its file, and its evaluation by `hpo-verl replay`.
 
-For each micro-batch the file holds what verl's `ppo_loss` saw of it, and the settings which that
-function reads. `evaluate` calls `ppo_loss` itself on them again, on the CPU: checks, policy loss,
-aggregation, entropy and KL terms, and the gradient with respect to the log-probabilities. The
-model's own forward and backward pass is not in it.
-
+`evaluate` calls verl's `ppo_loss` again, on the CPU, on what that function saw: checks, policy
+loss, aggregation, entropy and KL terms, and the gradient with respect to the log-probabilities.
 A recording is a dict of plain values and tensors:
 
 - `found`: text on the first tensor that was not finite; `versions`: of the packages.
@@ -54,14 +51,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 def loss_tensors(model_output: Mapping[str, Any], data: Any) -> Tensors:
-    """Gather what `ppo_loss` reads of a micro-batch, without a graph.
-
-    Args:
-        model_output: The model's, nested over prompt and response.
-        data: The micro-batch, nested.
+    """Gather what `ppo_loss` reads of a nested micro-batch and of the model's output.
 
     Returns:
-        `[batch, response]` each, under the names of `FIELDS` and `OUTPUTS`, and the mask as bool.
+        `[batch, response]` each, without a graph, under the names of `FIELDS` and `OUTPUTS`, and
+        the mask as bool.
     """
     from verl.workers.utils.padding import no_padding_2_padding
 
@@ -91,23 +85,24 @@ def loss_settings_of(config: Any) -> dict[str, Any]:
     """What a loss reads beside tensors and counts: `actor` and `mini_batch` of a recording."""
     from verl.workers.config import ActorConfig
 
-    summed = extras.get(MINI_BATCH)
-    policy_loss = {"policy_loss": _nested_settings(config.policy_loss)}
+    settings, summed = _plain(config), extras.get(MINI_BATCH)
+    known = [field.name for field in dataclasses.fields(ActorConfig) if field.name in settings]
     return {
-        "actor": _plain_settings(config, ActorConfig) | policy_loss,
+        "actor": {name: settings[name] for name in known},
         MINI_BATCH: summed and list(summed),
     }
 
 
-def _plain_settings(section: Any, kind: Any) -> dict[str, Any]:
-    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(kind)}
-    return {k: v for k, v in values.items() if isinstance(v, bool | int | float | str | None)}
-
-
-def _nested_settings(section: Any) -> dict[str, Any]:
-    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-    nested = {k: _nested_settings(v) for k, v in values.items() if dataclasses.is_dataclass(v)}
-    return _plain_settings(section, section) | nested
+def _plain(section: Any) -> dict[str, Any]:
+    """The plain values of a section of verl's config, and of the sections in it."""
+    found = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = _plain(value)
+        elif isinstance(value, bool | int | float | str | None):
+            found[field.name] = value
+    return found
 
 
 def save(path: Path, recording: Mapping[str, Any]) -> None:
@@ -115,12 +110,8 @@ def save(path: Path, recording: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     partial.unlink(missing_ok=True)
-    # A view would bring all of its storage.
-    copies = [
-        {n: tensor.clone() for n, tensor in one.items()} for one in recording["micro_batches"]
-    ]
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-        torch.save({**recording, "micro_batches": copies}, stream)
+        torch.save(recording, stream)
     os.replace(partial, path)
 
 
@@ -177,11 +168,7 @@ class _Section(dict[str, Any]):
 def evaluate(
     tensors: Tensors, recording: Mapping[str, Any]
 ) -> tuple[float | None, float | None, str | None]:
-    """Compute loss and gradient of a micro-batch as the actor does, up to log_prob.
-
-    Args:
-        tensors: One of the recording's `micro_batches`.
-        recording: Settings and counts.
+    """Compute loss and gradient of one of the recording's micro-batches as the actor does.
 
     Returns:
         The micro-batch's part of the loss, the largest entry of the gradient with respect to
@@ -199,24 +186,23 @@ def evaluate(
     config = ActorConfig(**_Section(recording["actor"]))
     mask = tensors[MASK]
     rows, width = mask.shape
-
-    def nested(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nested.as_nested_tensor(list(tensor.unbind()), layout=torch.jagged)
-
-    def behind_a_prompt(tensor: torch.Tensor) -> torch.Tensor:
-        # A prompt of one token; what belongs to a token stands one place before it.
-        return torch.nn.functional.pad(tensor, (0, 1)).flatten()
-
-    fields = {field: tensors[name] for name, field in FIELDS.items() if name in tensors}
-    empty = {"prompts": torch.zeros(rows, 1), "responses": torch.zeros(rows, width), MASK: mask}
     data = tu.get_tensordict(
-        {name: nested(tensor) for name, tensor in (fields | empty).items()},
+        {
+            **{field: tensors[name] for name, field in FIELDS.items() if name in tensors},
+            "prompts": torch.zeros(rows, 1),
+            "responses": torch.zeros(rows, width),
+            "attention_mask": torch.ones(rows, 1 + width, dtype=torch.int64),
+            MASK: mask,
+        },
         non_tensor_dict={key: recording["counts"][key] for key in COUNTS},
     )
     log_prob = tensors["log_prob"].detach().requires_grad_()
-    output = {"log_probs": behind_a_prompt(log_prob)}
-    if "entropy" in tensors:
-        output["entropy"] = behind_a_prompt(tensors["entropy"])
+    # Behind a prompt of one token; what belongs to a token stands one place before it.
+    output = {
+        OUTPUTS[name]: torch.nn.functional.pad(tensor, (0, 1)).flatten()
+        for name, tensor in (tensors | {"log_prob": log_prob}).items()
+        if name in OUTPUTS
+    }
     provided, loss = {}, selected_loss(config.policy_loss)
     if loss is not None:
         provided = {name: tensors[name] for name in loss.token_fields}

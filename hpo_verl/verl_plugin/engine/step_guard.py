@@ -1,20 +1,17 @@
 """Updates that must not happen: NaN or infinity, and nothing to learn from.
 
-`guarded_engine` extends verl's engine. Before the optimizer's step of each
-mini-batch, all ranks agree on one of three outcomes:
+Before the optimizer's step of each mini-batch, all ranks agree on one of three outcomes:
 
-- Not finite: an input of the loss, the log-probabilities, the loss or a gradient
-  holds NaN or infinity on some rank. There is no optimizer step: weights and
-  optimizer state stay bit for bit. The first such tensor is named, the
-  mini-batch kept for `hpo-verl replay`, and the metrics of this mini-batch are
-  left out of the step's (its loss counts as 0). After `max_not_finite_in_a_row`
-  of them the run ends; an update that is finite starts the count anew.
-- No advantage: every live advantage on every rank is 0, and so is every
-  gradient. No step either, since Adam's momentum and weight decay would still
-  move the weights. With an entropy or KL term the gradient is not 0, and the
-  step is made.
-- Otherwise verl's step. (verl itself skips where the norm of the gradient is not
-  finite, and says so in a line of its log.)
+- Not finite: an input of the loss, the log-probabilities, the loss or a gradient holds NaN or
+  infinity on some rank. There is no step: weights and optimizer state stay bit for bit. The first
+  such tensor is named, the mini-batch kept for `hpo-verl replay`, and its metrics are left out of
+  the step's (its loss counts as 0). After `max_not_finite_in_a_row` of them the run ends; an
+  update that is finite starts the count anew.
+- No advantage: every live advantage and every gradient on every rank is 0. No step either, since
+  Adam's momentum and weight decay would still move the weights. With an entropy or KL term the
+  gradient is not 0, and the step is made.
+- Otherwise verl's step. (verl itself skips where the norm of the gradient is not finite, and says
+  so in a line of its log.)
 
 The learning rate follows verl's training steps, whatever was skipped.
 """
@@ -65,9 +62,6 @@ class StepGuardSettings:
             least 1; the last of them ends the run.
         max_seconds_without_progress: above 0; where no stage of the run ends for so long, the
             launcher ends it. None for any time.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     max_not_finite_in_a_row: int = 3
@@ -96,12 +90,8 @@ def step_guard_settings(config: Mapping[str, Any]) -> StepGuardSettings:
 class GuardedLoss:
     """A loss function for verl's workers that tells our engine to guard its updates.
 
-    Any other engine calls it like the function itself.
-
-    Attributes:
-        function: verl's `ppo_loss` or ours, with the actor config bound by `partial`.
-        settings: of the guard.
-        folder: where mini-batches that are not finite are kept.
+    The function is verl's `ppo_loss` or ours, with the actor config bound by `partial`; any other
+    engine calls it as it is. The folder is where mini-batches that are not finite are kept.
     """
 
     function: partial[tuple[torch.Tensor, dict[str, Any]]]
@@ -142,11 +132,7 @@ class Update:
         *,
         config: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Evaluate a loss function of verl, unless what it reads is not finite.
-
-        Returns:
-            Loss and metrics; a loss of 0 and no metrics where an input is not finite.
-        """
+        """Evaluate a loss function of verl; 0 without metrics where an input is not finite."""
         tensors = loss_tensors(model_output, data)
         index = len(self.micro_batches)
         self.micro_batches.append(tensors)
@@ -179,16 +165,16 @@ class Update:
             **self.info,
             "versions": package_versions(),
             "found": self.found or "",
-            "micro_batches": [{n: t.cpu() for n, t in one.items()} for one in self.micro_batches],
+            # Copies, since a view would bring all of its storage.
+            "micro_batches": [
+                {name: tensor.cpu().clone() for name, tensor in one.items()}
+                for one in self.micro_batches
+            ],
         }
 
 
 def guarded_engine(parent: type) -> type:
-    """Extend an engine of verl by the guard.
-
-    Args:
-        parent: `FSDPEngineWithLMHead`, or a class made of it.
-    """
+    """Extend `FSDPEngineWithLMHead`, or a class made of it, by the guard."""
     from verl.utils.device import get_device_id
 
     class GuardedEngine(parent):
@@ -207,6 +193,7 @@ def guarded_engine(parent: type) -> type:
             if not isinstance(loss_function, GuardedLoss):
                 return super().train_batch(data, loss_function)
             update = self._update = Update()
+            # The parent reads the config from the `partial`, too.
             inner = loss_function.function
             watched = partial(update.evaluate, inner, config=inner.keywords["config"])
             try:
@@ -315,15 +302,7 @@ def bad_gradients(module: torch.nn.Module) -> str:
 
 
 def pop_counts(metrics: dict[str, Any], updates: int) -> dict[str, int]:
-    """Take the shares out of a step's metrics and turn them into numbers of updates.
-
-    Args:
-        metrics: Metrics of the actor's update; the shares are removed from it.
-        updates: Number of updates (mini-batches) of the step.
-
-    Returns:
-        Empty if the update brought no shares.
-    """
+    """Take the shares out of a step's metrics, as numbers of its updates (mini-batches)."""
     return {
         shown: round(float(metrics.pop(name)) * updates)
         for name, shown in COUNTERS.items()

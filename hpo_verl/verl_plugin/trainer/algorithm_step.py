@@ -27,27 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def estimate_of_verl(data: Any) -> Estimate:
-    """Describe what an estimator of verl's own returned.
-
-    Args:
-        data: The step's fields `uid`, `response_mask`, `advantages`, `rm_scores` and, where a KL
-            penalty is taken off, `token_level_rewards`, nested.
-    """
+    """Describe what an estimator of verl's own returned, from the step's fields, nested."""
     uids = data.pop("uid").tolist()
     padded = data.to_padded_tensor()
     mask = padded["response_mask"]
     rewards, live = response_rewards(padded.get("token_level_rewards", padded["rm_scores"]), mask)
-    codes = group_codes(uids, len(rewards)).to(rewards.device)
+    codes = group_codes(uids, len(rewards))[0].to(rewards.device)
     rollout = Rollout(rewards, codes, live, as_bool_mask(mask))
     return Estimate(rollout, uids, Advantages(padded["advantages"]), padded["advantages"])
 
 
 def step_statistics(estimate: Estimate, scores: torch.Tensor) -> dict[str, float]:
-    """Describe a step from what its estimator saw and returned.
-
-    Args:
-        estimate: The call of the estimator.
-        scores: Score of every response before any KL penalty, `[batch]`.
+    """Describe a step from its estimator's call and the scores before any KL penalty, `[batch]`.
 
     Returns:
         See `hpo_verl.core.statistics.batch_statistics`, and the estimator's own.
@@ -95,6 +86,7 @@ class AlgorithmStep:
         for warning in check_algorithm(config):
             logger.warning(warning)
         with open_dict(config):
+            # verl compares it with "sync", and reads a mode's settings from `trainer.v1.<mode>`.
             config.trainer.v1.trainer_mode = self.parent_mode
         super().__init__(config)  # type: ignore[call-arg]
 
@@ -159,7 +151,8 @@ class AlgorithmStep:
             statistics |= self.learn_from(estimate, data)
         metrics.update({f"hpo/{name}": value for name, value in statistics.items()})
         if loss is not None and loss.token_fields:
-            batch = self._put_token_fields(loss, estimate.rollout.mask, data["entropy"], where)
+            made = self._token_fields(loss, estimate.rollout.mask, data["entropy"])
+            batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
         return batch
 
     def _provided(self, estimator: Estimator, data: Any) -> dict[str, Any]:
@@ -174,18 +167,11 @@ class AlgorithmStep:
             found["values"] = self.prompt_values()
         return found
 
-    def _put_token_fields(
-        self, loss: Loss, mask: torch.Tensor, entropy: Any, where: dict[str, Any]
-    ) -> Any:
-        """Make the loss's fields of the whole rollout batch, and store them for the workers.
+    def _token_fields(self, loss: Loss, mask: torch.Tensor, entropy: Any) -> TensorDict:
+        """The loss's fields of the whole rollout batch, from nested entropies.
 
-        Args:
-            loss: The record.
-            mask: Of the estimator, since a rollout correction may have masked tokens.
-            entropy: Nested, nats, `[batch, response]`.
-            where: Keys and partition of the batch.
+        The mask is the estimator's, since a rollout correction may have masked tokens.
         """
-        import transfer_queue as tq
         from verl.workers.utils.padding import response_to_nested
 
         settings = loss_settings(loss, self.config.actor_rollout_ref.actor.policy_loss)
@@ -194,7 +180,7 @@ class AlgorithmStep:
             name: response_to_nested(make(padded, mask, settings), entropy)
             for name, make in loss.token_fields.items()
         }
-        return tq.kv_batch_put(**where, fields=TensorDict(fields, batch_size=len(padded)))  # type: ignore[arg-type]
+        return TensorDict(fields, batch_size=len(padded))  # type: ignore[arg-type]
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]

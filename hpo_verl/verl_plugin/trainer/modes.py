@@ -1,34 +1,26 @@
-"""Trainer modes: verl's own, with the statistics of the batch and what the parts here add.
+"""Trainer modes `hpo_sync`, `hpo_colocate_async` and `hpo_separate_async`.
 
-`trainer.v1.trainer_mode`: `hpo_sync`, `hpo_colocate_async`, `hpo_separate_async`.
-Each is verl's mode of the same name without the prefix, with `hpo/*` in the
-metrics of every step, for every algorithm.
-
-verl compares `trainer_mode` with "sync" in several places and reads a mode's
-settings from `trainer.v1.<mode>`. A mode here therefore restores the parent's
-name in the configuration before the parent sees it. Beyond the metrics, a run
-can be stopped, killed and repeated (`life_cycle`), updates that are not finite
-are made known (`step_guard`), and algorithms get what verl does not pass on
+Each is verl's mode of the same name without the prefix, with `hpo/*` in the metrics of every step.
+Beyond the metrics, a run can be stopped, killed and repeated (`life_cycle`), updates that are not
+finite are made known (`step_guard`), and algorithms get what verl does not pass on
 (`algorithm_step`, `prompt_history`).
 """
 
 from __future__ import annotations
 
+from hpo_verl.verl_plugin.advantages import OUR_MODES
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
-
-MODE_PREFIX = "hpo_"
-PARENT_MODES = ("sync", "colocate_async", "separate_async")
 
 
 def register() -> None:
     """Register the trainer modes with verl; a second call changes nothing."""
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
 
-    for parent_mode in PARENT_MODES:
-        name = MODE_PREFIX + parent_mode
+    for name in OUR_MODES:
         if name not in TRAINER_REGISTRY:
+            parent_mode = name.removeprefix("hpo_")
             parent = TRAINER_REGISTRY[parent_mode]
             members = {"parent_mode": parent_mode, "__module__": __name__}
             bases = (LifeCycle, AlgorithmStep, PromptHistoryTrainer, parent)
