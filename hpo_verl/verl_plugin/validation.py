@@ -74,9 +74,7 @@ def _check_loss(loss: Loss, actor: Any) -> list[str]:
     return []
 
 
-def _check_composition(
-    estimator: Estimator, loss: Loss | None, config: DictConfig
-) -> list[str]:
+def _check_composition(estimator: Estimator, loss: Loss | None, config: DictConfig) -> list[str]:
     """Check what advantages that are weighted by sign, or set to 0 token by token, go into."""
     loss_mode = config["actor_rollout_ref"]["actor"]["policy_loss"].get("loss_mode", None)
     combination = f"adv_estimator = {estimator.name!r} with policy_loss.loss_mode = {loss_mode!r}"

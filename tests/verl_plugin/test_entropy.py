@@ -17,7 +17,7 @@ from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.config import SECTIONS
-from hpo_verl.verl_plugin.engine.loss_statistics import token_fields
+from hpo_verl.verl_plugin.engine import loss_statistics
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.validation import check_algorithm, check_trainer_mode
 
@@ -156,15 +156,26 @@ def nested(values, lengths=LENGTHS):
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
-def test_a_worker_provides_the_field_to_the_loss_and_forgets_it():
+def test_a_worker_provides_the_field_to_the_loss_and_forgets_it(monkeypatch):
+    seen = []
+
+    def note(*arguments):
+        seen.append(extras.get(FIELD))
+        return torch.zeros(()), {}
+
+    monkeypatch.setattr("verl.workers.utils.losses.ppo_loss", note)
+    monkeypatch.setattr(loss_statistics, "policy_loss_sums", lambda *arguments: note()[1])
     data = tu.get_tensordict({FIELD: nested(entropies() - 0.5)})
-    with token_fields(actor_config(policy_loss=HAPOPolicyLossConfig()), data):
-        assert torch.equal(extras.get(FIELD), (entropies() - 0.5) * MASK)
+    reads, plain = (
+        actor_config(policy_loss=policy_loss)
+        for policy_loss in (HAPOPolicyLossConfig(), PolicyLossConfig())
+    )
+    loss_statistics.loss_with_statistics(reads, {}, data)
+    assert all(torch.equal(field, (entropies() - 0.5) * MASK) for field in seen)
     assert extras.get(FIELD) is None
-    plain = actor_config(policy_loss=PolicyLossConfig())
-    for config_, fields in ((plain, data), (plain, tu.get_tensordict({"a": torch.zeros(1)}))):
-        with token_fields(config_, fields):
-            assert extras.get(FIELD) is None
+    loss_statistics.loss_with_statistics(plain, {}, data)
+    loss_statistics.loss_with_statistics(reads, {}, tu.get_tensordict({"a": torch.zeros(1)}))
+    assert seen[2:] == [None] * 4
 
 
 @pytest.mark.parametrize("policy_loss", [PolicyLossConfig(), HAPOPolicyLossConfig()])

@@ -20,8 +20,14 @@ from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.trainer import prompt_history as plugin
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
-from hpo_verl.verl_plugin.trainer.last_responses import LastResponse, LastResponses, scoring_fields
-from hpo_verl.verl_plugin.trainer.prompt_history import PARTITION, PromptHistoryTrainer
+from hpo_verl.verl_plugin.trainer.prompt_history import (
+    PARTITION,
+    LastResponse,
+    PromptHistoryTrainer,
+    end_to_end,
+    scoring_fields,
+    taken_apart,
+)
 
 # ---------------------------------------------------------------- sampler
 
@@ -121,9 +127,7 @@ def test_a_state_of_another_training_set_is_refused():
 
 
 def test_last_responses_keep_their_lengths_and_types():
-    empty = LastResponses()
-    empty.load_state_dict(LastResponses().state_dict())
-    assert empty == {}
+    assert taken_apart(end_to_end({})) == {}
     last = LastResponse(
         torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32),
         torch.tensor([True, False]), torch.tensor([-0.5, -1.5]),
@@ -319,6 +323,9 @@ def test_a_prompt_that_comes_back_is_scored_again_and_forgets_by_the_drift(train
     assert trainer._sampler.last[2].log_prob.tolist() == [-1.5]
     assert trainer._sampler.last[7].response.tolist() == [0, 1, 2]
     assert trainer._sampler.last[5].log_prob.tolist() == [-1.0]
+    # No view of the step's column, which would stay in memory as long as the response.
+    for part in trainer._sampler.last[7]:
+        assert part.untyped_storage().nbytes() == part.nbytes
 
 
 def test_masked_tokens_do_not_drift(trainer):

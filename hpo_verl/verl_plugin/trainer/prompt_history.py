@@ -9,7 +9,7 @@ every prompt.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -20,12 +20,6 @@ from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.ratios import mean_drift
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin.advantages import Estimate, read_settings
-from hpo_verl.verl_plugin.trainer.last_responses import (
-    LastResponse,
-    LastResponses,
-    gather,
-    scoring_fields,
-)
 
 ROW = "prompt_row"
 """Column that tells a prompt's row in the training set."""
@@ -37,12 +31,68 @@ RESPONSE_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs")
 """Fields of a step that a last response is made of."""
 
 
-class NumberedRows(Dataset[dict[str, Any]]):
-    """A data set whose items tell their row.
+class LastResponse(NamedTuple):
+    """What scoring the last response to a prompt again takes: nine bytes a token.
 
-    Args:
-        dataset: verl's training set.
+    Token ids are int32; `mask` says which response tokens the policy wrote; `log_prob` is that of
+    the response under the policy that gave it, nats, float32.
     """
+
+    prompt: torch.Tensor
+    response: torch.Tensor
+    mask: torch.Tensor
+    log_prob: torch.Tensor
+
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
+
+RESPONSE_TYPES = (torch.int32, torch.int32, torch.bool, torch.float32)
+
+
+def end_to_end(last: Mapping[int, LastResponse]) -> dict[str, Any]:
+    """Last responses for a checkpoint: joined, since many small tensors take long to write."""
+    columns = list(zip(*last.values(), strict=True))
+    return {
+        "rows": list(last),
+        "lengths": [[len(part) for part in column] for column in columns],
+        "columns": [torch.cat(column) for column in columns],
+    }
+
+
+def taken_apart(state: Mapping[str, Any]) -> dict[int, LastResponse]:
+    """Last responses by row from what `end_to_end` made of them."""
+    columns = [
+        column.split(lengths)
+        for column, lengths in zip(state["columns"], state["lengths"], strict=True)
+    ]
+    return {
+        # A part is a view of the whole column; a copy lets go of it.
+        row: LastResponse(*(part.clone() for part in parts))
+        for row, *parts in zip(state["rows"], *columns, strict=True)
+    }
+
+
+def scoring_fields(last: list[LastResponse]) -> dict[str, torch.Tensor]:
+    """What verl's actor reads to give log-probabilities: nested tensors by verl's names."""
+
+    def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([row.long() for row in rows], layout=torch.jagged)
+
+    mask = nested([one.mask for one in last])
+    return {
+        "prompts": nested([one.prompt for one in last]),
+        "responses": nested([one.response for one in last]),
+        "input_ids": nested([torch.cat([one.prompt, one.response]) for one in last]),
+        "position_ids": nested([torch.arange(one.length()) for one in last]),
+        "response_mask": mask,
+        "loss_mask": mask,
+    }
+
+
+class NumberedRows(Dataset[dict[str, Any]]):
+    """verl's training set, with items that tell their row."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -58,22 +108,19 @@ class HistorySampler(Sampler[int]):
     """Draws prompts as their history says, without end.
 
     A batch is drawn when its first prompt is asked for, from the history of that
-    moment; the loader must not read ahead, or it would use an old one.
+    moment; the loader must not read ahead, or it would use an old one. `last` holds
+    the last response of every prompt by its row.
 
     Args:
         history: Of the prompts.
         batch_size: Prompts that are drawn at once, all different.
         seed: Of the draws; None for a seed of the system.
-
-    Attributes:
-        history: As given.
-        last: The last response of every prompt, saved with the history.
     """
 
     def __init__(self, history: PromptHistory, batch_size: int, seed: int | None) -> None:
         self.history = history
         self.batch_size = batch_size
-        self.last = LastResponses()
+        self.last: dict[int, LastResponse] = {}
         self.generator = torch.Generator()
         if seed is None:
             self.generator.seed()
@@ -94,7 +141,7 @@ class HistorySampler(Sampler[int]):
         """Everything that the next draws and updates depend on."""
         return {
             "tracker": self.history.state_dict(),
-            "last": self.last.state_dict(),
+            "last": end_to_end(self.last),
             "generator": self.generator.get_state(),
             "drawn": list(self._drawn),
         }
@@ -106,7 +153,7 @@ class HistorySampler(Sampler[int]):
             DataError: It is of another number of prompts.
         """
         self.history.load_state_dict(state["tracker"])
-        self.last.load_state_dict(state["last"])
+        self.last = taken_apart(state["last"])
         self.generator.set_state(state["generator"])
         self._drawn = list(state["drawn"])
 
@@ -164,11 +211,7 @@ class PromptHistoryTrainer:
         return RESPONSE_FIELDS if self._sampler.history.measures_drift else ()
 
     def learn_from(self, estimate: Estimate, data: Any) -> dict[str, float]:
-        """Update the history with the step's responses.
-
-        Args:
-            estimate: The call of the estimator.
-            data: The step's fields, nested.
+        """Update the history with the step's responses; `data` holds the step's fields, nested.
 
         Returns:
             Numbers to log as `hpo/<name>`.
@@ -191,21 +234,22 @@ class PromptHistoryTrainer:
         if history.measures_drift and rows:
             if seen:
                 drift[seen] = self._drift([last[rows[i]] for i in seen], len(estimate.labels))
-            responses = gather(*(data[name] for name in RESPONSE_FIELDS))
-            last.update({row: responses[i] for row, i in zip(rows, at, strict=True)})
+            columns = [data[name].unbind() for name in RESPONSE_FIELDS]
+            for row, i in zip(rows, at, strict=True):
+                # Copies: a view would keep the whole step's column.
+                parts = (
+                    column[i].to(kind, copy=True)
+                    for column, kind in zip(columns, RESPONSE_TYPES, strict=True)
+                )
+                last[row] = LastResponse(*parts)
         rewards = estimate.rollout.rewards[at]
         self._rows.clear()
         return history.learn(torch.tensor(rows, dtype=torch.int64), rewards, drift, len(seen))
 
     def _drift(self, last: list[LastResponse], rows: int) -> torch.Tensor:
-        """Score last responses with the policy as it is, and compare.
+        """Mean |change of log-probability| of last responses, scored by the policy as it is, nats.
 
-        Args:
-            last: The responses.
-            rows: How many rows to score, filled up with copies of the shortest.
-
-        Returns:
-            Mean |change of log-probability| of every response, nats, `[len(last)]`.
+        Copies of the shortest fill them up to the number of rows.
         """
         import transfer_queue as tq
         from tensordict import TensorDict
