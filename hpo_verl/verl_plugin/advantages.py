@@ -205,9 +205,7 @@ ESTIMATORS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 }
 
 
-def register() -> None:
+def register(core_algos: Any) -> None:
     """Register the estimators with verl; a second call changes nothing."""
-    from verl.trainer.ppo.core_algos import register_adv_est
-
     for name, estimator in ESTIMATORS.items():
-        register_adv_est(name)(estimator)
+        core_algos.register_adv_est(name)(estimator)

@@ -241,19 +241,17 @@ LOSSES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, float]]]] = {
 }
 
 
-def register() -> None:
+def register(core_algos: Any) -> None:
     """Register the losses with verl; a second call changes nothing.
 
     Raises:
         EnvironmentCheckError: Another package holds one of the names; verl itself would
             silently replace that loss.
     """
-    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
-
     for name, loss in LOSSES.items():
-        existing = POLICY_LOSS_REGISTRY.get(name, loss)
+        existing = core_algos.POLICY_LOSS_REGISTRY.get(name, loss)
         if existing is not loss:
             raise EnvironmentCheckError(
                 f"policy loss {name!r} is already registered by {existing.__module__}"
             )
-        register_policy_loss(name)(loss)
+        core_algos.register_policy_loss(name)(loss)

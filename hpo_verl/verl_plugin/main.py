@@ -11,12 +11,37 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import ray
+
+# The GCS keeps this table with or without a dashboard; the public state API asks the dashboard.
+from ray._private.state import actors as actor_table
+from ray.core.generated import common_pb2
+from ray.exceptions import RayActorError, RayError
 
 from hpo_verl.runs.process import FAILURE_VARIABLE
 
+ROLES = {
+    "TaskRunnerV1": "trainer",
+    "WorkerDict": "actor worker",
+    "HFServer": "rollout server",
+    "vLLMHttpServer": "rollout server",
+    "AgentLoopWorkerTQ": "agent-loop worker",
+    "CoalescingAgentLoopWorker": "agent-loop worker",
+    "RewardLoopWorker": "reward worker",
+    "TransferQueueController": "TransferQueue controller",
+    "SimpleStorageUnit": "TransferQueue storage",
+}
+# The other reasons are a program's own doing, or follow from the death of an owner.
+_CONTEXT: Any = common_pb2.ActorDiedErrorContext  # pyright: ignore[reportAttributeAccessIssue]
+LOST = (_CONTEXT.WORKER_DIED, _CONTEXT.NODE_DIED)
+DETAIL_CHARACTERS = 300
 LOOK_SECONDS = 2.0
 # After a death verl has this long to end by itself, with a message of its own.
 GRACE_SECONDS = 30.0
@@ -55,14 +80,12 @@ def one_line(error: BaseException) -> str:
 
 
 class Watch(threading.Thread):
-    """Ends the run if an actor or a node of it dies and verl does not end."""
+    """Ends the run if an actor or a node of it dies, as Ray records it, and verl does not end."""
 
     def __init__(self) -> None:
         super().__init__(name="watch", daemon=True)
-        from hpo_verl.verl_plugin.ray_record import RayRecord
-
-        self._record = RayRecord()
         self._lock = threading.Lock()
+        self._nodes: dict[str, str] = {}
         self._first: str | None = None
         self.verl_ended = threading.Event()
 
@@ -79,23 +102,52 @@ class Watch(threading.Thread):
         os._exit(EXIT_LOST)
 
     def death(self) -> str | None:
-        """The first death that Ray records; None without one, or if Ray does not answer."""
-        import ray
+        """The first end of an actor or a node that nothing in the run asked for; None without one.
 
+        It has role, name, process and machine, and what Ray says.
+        """
         with self._lock:
             try:
                 if self._first is None and ray.is_initialized():
-                    self._first = next(iter(self._record.deaths()), None)
+                    # A node's actors end with it.
+                    self._first = self._dead_node() or _dead_actor()
             except Exception as error:
                 # Ray's own client ends this process if its server stays away.
                 print(f"WARN: Ray's record cannot be read: {one_line(error)}", flush=True)
         return self._first
 
+    def _dead_node(self) -> str | None:
+        for node in ray.nodes():
+            identity, address = node["NodeID"], node["NodeManagerAddress"]
+            if node["Alive"]:
+                self._nodes[identity] = address
+            elif identity in self._nodes:
+                return f"the Ray node {address} died (its raylet does not answer)"
+        return None
+
+
+def _dead_actor() -> str | None:
+    """The actor of this process's job that was lost first."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    table: Mapping[str, Any] = actor_table(job_id=job, actor_state_name="DEAD")
+    for actor in sorted(table.values(), key=lambda actor: actor["EndTime"]):
+        cause = actor["DeathCause"]
+        kind = cause.WhichOneof("context") or ""
+        context: Any = getattr(cause, kind, None)
+        lost = kind == "actor_died_error_context" and context.reason in LOST
+        if not lost and kind != "oom_context":
+            continue
+        # Ray names a class as Python qualifies it, such as `make.<locals>.WorkerDict`.
+        name, address = actor["ActorClassName"].rpartition(".")[2], actor["Address"]["IPAddress"]
+        place = f"{name}, process {actor['Pid']} on {address}"
+        who = f"{ROLES[name]} ({place})" if name in ROLES else f"actor {place}"
+        detail = textwrap.shorten(context.error_message, DETAIL_CHARACTERS, placeholder="...")
+        return f"the {who} died ({detail})"
+    return None
+
 
 def reason_of(error: BaseException, watch: Watch) -> str:
     """Why verl failed: the first death, if any, and the exception unless it is about that death."""
-    from ray.exceptions import RayActorError, RayError
-
     cause = root_cause(error)
     # An error of Ray itself is about something that is gone; a node's death is recorded late.
     seconds = GRACE_SECONDS if isinstance(cause, RayError) else RECORD_SECONDS

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import (
     compute_grpo_outcome_advantage,
     get_adv_estimator_fn,
@@ -41,7 +42,7 @@ def estimate(name, rewards, uids, config=None, mask=None, width=4, **kwargs):
 @BOTH
 def test_registering_twice_changes_nothing(name):
     before = get_adv_estimator_fn(name)
-    register()
+    register(core_algos)
     assert get_adv_estimator_fn(name) is before
 
 

@@ -220,8 +220,8 @@ def test_a_bad_setting_of_mhpo_is_refused_by_its_path(name, value):
 
 
 def test_registering_twice_changes_nothing_and_a_taken_name_is_refused(monkeypatch):
-    plugin.register()
+    plugin.register(core_algos)
     assert get_policy_loss_fn("hpo") is plugin.LOSSES["hpo"]
     monkeypatch.setitem(core_algos.POLICY_LOSS_REGISTRY, "mhpo", require_number)
     with pytest.raises(EnvironmentCheckError, match=r"'mhpo' is already registered by hpo_verl\."):
-        plugin.register()
+        plugin.register(core_algos)

@@ -9,6 +9,7 @@ import torch
 from policy_batches import actor_config, make_batch
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import PolicyLossConfig
+from verl.workers import engine as engines
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
@@ -47,7 +48,7 @@ def test_the_loss_without_bounds_says_what_is_needed():
 
 
 def test_verl_finds_the_engine_by_the_vendor_and_its_own_without(monkeypatch):
-    plugin.register()
+    plugin.register(engines)
     monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
     for backend in plugin.STRATEGIES:
         monkeypatch.setenv("VERL_ENGINE_VENDOR", plugin.VENDOR)

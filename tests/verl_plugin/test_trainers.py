@@ -5,6 +5,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer import config as verl_config
+from verl.trainer.ppo import v1
 from verl.trainer.ppo.v1 import get_trainer_cls
 
 from hpo_verl.errors import ConfigError
@@ -85,7 +86,7 @@ def test_what_verl_builds_by_the_mode_is_what_it_builds_for_the_parent(mode):
 
 def test_registering_twice_changes_nothing():
     before = get_trainer_cls("hpo_sync")
-    trainers.register()
+    trainers.register(v1)
     assert get_trainer_cls("hpo_sync") is before
 
 

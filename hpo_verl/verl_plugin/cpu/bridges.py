@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import Distribution, DistributionFinder, PathDistribution
 from typing import Any
 
@@ -30,12 +31,14 @@ def require_checked_verl() -> None:
         )
 
 
-def name_hf_rollout(rollout_base: Any) -> None:
-    """Add `hf` to verl's table of rollout adapters.
+def register_hf_replica(replica: Any) -> None:
+    """Register the servers of the rollout `hf` with verl; loaded where they are used."""
+    server = "hpo_verl.verl_plugin.cpu.server"
+    replica.RolloutReplicaRegistry.register("hf", lambda: import_module(server).HFReplica)
 
-    verl has a public registry for replicas (`RolloutReplicaRegistry`) but keeps
-    the table of their adapters in a private dictionary.
-    """
+
+def name_hf_rollout(rollout_base: Any) -> None:
+    """Add `hf` to verl's table of rollout adapters, a private dictionary."""
     if verl.__version__ == TESTED_VERL:
         rollout_base._ROLLOUT_REGISTRY["hf", "async"] = (
             "hpo_verl.verl_plugin.cpu.server.HFServerAdapter"

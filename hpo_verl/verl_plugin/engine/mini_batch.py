@@ -97,13 +97,11 @@ def mini_batch_engine(parent: type) -> type:
 
 
 @cache
-def register() -> None:
+def register(engines: Any) -> None:
     """Register the engine with verl; a second call changes nothing."""
-    from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-
-    EngineRegistry.register(
+    engines.EngineRegistry.register(
         model_type="language_model",
         backend=list(STRATEGIES),
         device=["cuda", "npu", "cpu"],
         vendor=VENDOR,
-    )(guarded_engine(mini_batch_engine(FSDPEngineWithLMHead)))
+    )(guarded_engine(mini_batch_engine(engines.FSDPEngineWithLMHead)))

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from typing import Any
 
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 NAME = "seeded_single_turn_agent"
@@ -22,24 +22,15 @@ PROMPTS_KEPT = 4096
 def sample_seed(
     rollout_seed: int, global_steps: int, index: object, session_id: int, messages: object
 ) -> int:
-    """Seed of one sample: a hash of what names it.
+    """Seed in [0, 2**63) of one of a prompt's samples (`session_id`): a hash of what names it.
 
-    Args:
-        rollout_seed: `actor_rollout_ref.rollout.seed`.
-        global_steps: training step.
-        index: the prompt's index in its data set.
-        session_id: which of the prompt's samples this is.
-        messages: the prompt, which tells training from validation prompts.
-
-    Returns:
-        An integer in [0, 2**63).
+    The messages tell training from validation prompts.
     """
     name = repr((rollout_seed, int(global_steps), str(index), int(session_id), messages))
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
-@register(NAME)
 class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn loop with a seed per sample."""
 
@@ -77,3 +68,8 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         return await super().run(  # pyright: ignore[reportAbstractUsage]
             seeded, priority=priority, **kwargs
         )
+
+
+def register_loop(agent_loops: Any) -> None:
+    """Register the agent loop with verl."""
+    agent_loops.agent_loop.register(NAME)(SeededSingleTurnAgentLoop)

@@ -13,9 +13,8 @@ Result = TypeVar("Result")
 class Coalescer(Generic[Item, Result]):
     """Processes items that are submitted together in one call.
 
-    Args:
-        process: called with the items, returns one result or exception for each.
-        pause: seconds that a batch stays open after the last item has come.
+    `process` returns one result or exception for each item. A batch stays open for `pause`
+    seconds after its last item has come.
     """
 
     def __init__(

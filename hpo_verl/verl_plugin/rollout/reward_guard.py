@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl import DataProto
-from verl.experimental.reward_loop.reward_manager import NaiveRewardManager, register
+from verl.experimental.reward_loop.reward_manager import NaiveRewardManager
 
 from hpo_verl.errors import ConfigError
 from hpo_verl.rewards.guarded_function import (
@@ -48,21 +48,21 @@ def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
     """
     reward = config["reward"]
     settings = guard_section(reward.get("guard"))
-    model = reward["reward_model"]
-    if is_guarded(config) and model["enable"] and not model["enable_resource_pool"]:
+    if not is_guarded(config):
+        return settings
+    who, model = f"reward.reward_manager.name = {NAME!r}", reward["reward_model"]
+    if model["enable"] and not model["enable_resource_pool"]:
         raise ConfigError(
-            "reward.reward_manager.name = 'guarded': with reward.reward_model.enable it needs "
+            f"{who}: with reward.reward_model.enable it needs "
             "reward.reward_model.enable_resource_pool = True; else use naive"
         )
-    if is_guarded(config) and reward["sandbox_fusion"]["url"]:
+    if reward["sandbox_fusion"]["url"]:
         raise ConfigError(
-            "reward.reward_manager.name = 'guarded': reward.sandbox_fusion is for the rewards that "
-            "verl brings; use naive"
+            f"{who}: reward.sandbox_fusion is for the rewards that verl brings; use naive"
         )
     return settings
 
 
-@register(NAME)
 class GuardedRewardManager(NaiveRewardManager):
     """verl's `naive` reward manager with bounded time and no exceptions."""
 
@@ -139,10 +139,8 @@ class GuardedRewardManager(NaiveRewardManager):
 
     def _outputs(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """What verl's reward workers return; the keys are those of a reward that worked."""
-        for result, problem in answers:
-            if not problem:
-                self._blank = {k: "" if isinstance(v, str) else 0.0 for k, v in result.items()}
-                break
+        if worked := next((result for result, problem in answers if not problem), None):
+            self._blank = {k: "" if isinstance(v, str) else 0.0 for k, v in worked.items()}
         outputs = []
         for result, problem in answers:
             info = self._blank | result
@@ -150,3 +148,8 @@ class GuardedRewardManager(NaiveRewardManager):
             score = result.get("score", result.get("acc", 0.0))
             outputs.append({"reward_score": score, "reward_extra_info": info})
         return outputs
+
+
+def register_manager(reward_managers: Any) -> None:
+    """Register the reward manager with verl."""
+    reward_managers.register(NAME)(GuardedRewardManager)

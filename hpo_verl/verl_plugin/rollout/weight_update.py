@@ -26,10 +26,7 @@ POLL_MILLISECONDS = 100
 
 
 def weight_update_timeout(rollout: Any) -> float:
-    """Seconds that the server may take over one bucket of weights.
-
-    Args:
-        rollout: verl's rollout configuration, a mapping or its dataclass.
+    """Seconds that the server may take over one bucket, by verl's rollout configuration.
 
     Raises:
         ConfigError: not a number above 0.
@@ -55,12 +52,7 @@ def server_failed(error: BaseException) -> WeightSyncError:
 
 
 async def within(reply: Awaitable[Any], seconds: float, what: str) -> None:
-    """Wait for the server's reply.
-
-    Args:
-        reply: of the server.
-        seconds: the limit.
-        what: the server takes, for the message.
+    """Wait for the server's reply to `what` it takes.
 
     Raises:
         WeightSyncError: the server failed, or did not reply in time.
@@ -74,13 +66,9 @@ async def within(reply: Awaitable[Any], seconds: float, what: str) -> None:
 
 
 class WatchedSocket:
-    """A socket whose waits end with the server's error, or after a time.
+    """The sender's socket, bound to a file; its waits end with the server's error or in time.
 
-    Args:
-        socket: the sender's, bound to a file.
-        file: that file.
-        seconds: that the server may take over one bucket.
-        reply: of the server to the whole transfer; None for a rank that another one speaks for.
+    `reply` is the server's to the whole transfer; None for a rank that another one speaks for.
     """
 
     def __init__(

@@ -46,12 +46,7 @@ def shares(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
 
 
 class CoalescingClient(LLMServerClient):
-    """verl's client, with the requests that arrive together in one message a server.
-
-    Args:
-        client: verl's client, whose load balancer is used.
-        servers: among how many servers to share the requests.
-    """
+    """verl's client, with the requests that arrive together in one message a server."""
 
     def __init__(self, client: LLMServerClient, servers: int) -> None:
         super().__init__(client.config, client._load_balancer)
@@ -83,12 +78,7 @@ class CoalescingClient(LLMServerClient):
 def reward_batch(items: Sequence[Response]) -> DataProto:
     """What verl's reward workers read, for many responses at once.
 
-    Args:
-        items: response and data-set fields of each row.
-
-    Returns:
-        `prompts`, `responses`, `attention_mask` padded on the right with 0, and
-        the data-set fields as object arrays.
+    Tensors are padded on the right with 0; the data set's fields are object arrays.
     """
     prompts = [torch.tensor(output.prompt_ids) for output, _ in items]
     responses = [torch.tensor(output.response_ids) for output, _ in items]

@@ -8,20 +8,21 @@ finite are made known (`step_guard`), and algorithms get what verl does not pass
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from hpo_verl.verl_plugin.advantages import OUR_MODES
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 
 
-def register() -> None:
+@cache
+def register(trainers: Any) -> None:
     """Register the trainer modes with verl; a second call changes nothing."""
-    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
-
     for name in OUR_MODES:
-        if name not in TRAINER_REGISTRY:
-            parent_mode = name.removeprefix("hpo_")
-            parent = TRAINER_REGISTRY[parent_mode]
-            members = {"parent_mode": parent_mode, "__module__": __name__}
-            bases = (LifeCycle, AlgorithmStep, PromptHistoryTrainer, parent)
-            register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))
+        parent_mode = name.removeprefix("hpo_")
+        parent = trainers.get_trainer_cls(parent_mode)
+        members = {"parent_mode": parent_mode, "__module__": __name__}
+        bases = (LifeCycle, AlgorithmStep, PromptHistoryTrainer, parent)
+        trainers.register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))
