@@ -98,8 +98,7 @@ def response_rewards(
 def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any:
     """Read the settings of an estimator from verl's `algorithm` section; None if it has none.
 
-    Raises:
-        ConfigError: Names the key, the value and what is permitted.
+    A bad one raises a ConfigError.
     """
     if estimator.settings is None:
         return None
@@ -108,11 +107,7 @@ def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any
 
 
 def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
-    """Read `norm_adv_by_std_in_grpo` of verl's `algorithm` section, by default true.
-
-    Raises:
-        ConfigError: Neither true nor false.
-    """
+    """Read `norm_adv_by_std_in_grpo` of verl's `algorithm` section, true or false."""
     normalize_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
     require_flag("algorithm.norm_adv_by_std_in_grpo", normalize_by_std)
     return normalize_by_std

@@ -41,13 +41,8 @@ def get(name: str) -> Any:
 def require(name: str, who: str, source: str) -> Any:
     """Return what is provided under a name.
 
-    Args:
-        name: Of the value.
-        who: Key and value of the setting that needs it, for the message.
-        source: What is needed, and what would provide it, for the message.
-
     Raises:
-        ConfigError: Nothing is provided under that name.
+        ConfigError: Nothing is. Says `who`, a setting, needs what `source` describes.
     """
     value = get(name)
     if value is None:

@@ -18,7 +18,7 @@ import torch
 from hpo_verl.algorithms.base import Loss, TokenBatch
 from hpo_verl.algorithms.registry import LOSSES as RECORDS
 from hpo_verl.algorithms.registry import OUR_LOSSES
-from hpo_verl.core.masking import as_bool_mask, nonempty_rows, require_finite
+from hpo_verl.core.masking import as_bool_mask, require_finite
 from hpo_verl.core.ratios import (
     LOG_RATIO_BOUND,
     beyond_bound,
@@ -55,11 +55,7 @@ class MicroBatch(NamedTuple):
 
 
 def require_aggregation(loss: Loss, loss_agg_mode: str) -> None:
-    """Refuse an aggregation under which a loss of ours would be another objective.
-
-    Raises:
-        ConfigError: Names the loss and the mode.
-    """
+    """Refuse, by a ConfigError, an aggregation under which the loss would be another objective."""
     if loss.aggregations and loss_agg_mode not in loss.aggregations:
         raise ConfigError(
             f"{ACTOR}.loss_agg_mode = {loss_agg_mode!r}: policy_loss.loss_mode = {loss.name!r} "
@@ -70,10 +66,7 @@ def require_aggregation(loss: Loss, loss_agg_mode: str) -> None:
 def clip_range(config: Any) -> tuple[float, float]:
     """Read `clip_ratio_low` in [0, 1] and `clip_ratio_high` >= 0 of verl's actor section.
 
-    `clip_ratio` stands in for an absent one.
-
-    Raises:
-        ConfigError: A value is of the wrong type or out of range.
+    `clip_ratio` stands in for an absent one; a bad one raises a ConfigError.
     """
     sides = []
     for name, largest in (("clip_ratio_low", 1.0), ("clip_ratio_high", math.inf)):
@@ -88,10 +81,7 @@ def clip_range(config: Any) -> tuple[float, float]:
 def loss_settings(loss: Loss, policy_loss: Any) -> Any:
     """Read the settings of a loss from verl's `policy_loss`; None if the loss has none.
 
-    Those that verl's own PolicyLossConfig lacks are the defaults.
-
-    Raises:
-        ConfigError: A value is of the wrong type or out of range.
+    Those that verl's own PolicyLossConfig lacks are the defaults; a bad one raises a ConfigError.
     """
     if loss.settings is None:
         return None
@@ -167,27 +157,6 @@ def prepare(
     return MicroBatch(tokens, int(count), -total / max(count, 1), beyond)
 
 
-def global_counts(info: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
-    """Complete verl's counts of the global mini-batch so that none of them is 0.
-
-    With one rank, counts that are absent from `config.global_batch_info` are those of the
-    micro-batch. An empty mini-batch counts as 1, which makes its loss 0 and not 0/0.
-
-    Returns:
-        Keyword arguments of verl's `agg_loss`.
-    """
-    counts = dict(info)
-    if counts.get("dp_size", 1) == 1:
-        if counts.get("batch_num_tokens") is None:
-            counts["batch_num_tokens"] = int(mask.sum())
-        if counts.get("global_batch_size") is None:
-            counts["global_batch_size"] = int(nonempty_rows(mask).sum())
-    for key in ("batch_num_tokens", "global_batch_size"):
-        if counts.get(key) is not None:
-            counts[key] = max(counts[key], 1)
-    return counts
-
-
 def _policy_loss(
     record: Loss,
     old_log_prob: torch.Tensor,
@@ -221,12 +190,12 @@ def _policy_loss(
         stopped = int(((loss.slopes == 0) & (loss.values != 0)).sum())
         if rollout_is_weights is not None:
             loss = loss.scaled(torch.where(mask, rollout_is_weights.float(), 0.0))
-    aggregated = agg_loss(
-        loss_mat=attach(log_prob, loss),
-        loss_mask=mask,
-        loss_agg_mode=loss_agg_mode,
-        **global_counts(config.global_batch_info, mask),
-    )
+    per_token, counts = attach(log_prob, loss), config.global_batch_info
+    if batch.live_tokens:
+        aggregated = agg_loss(per_token, mask, loss_agg_mode, **counts)
+    else:
+        # 0, with a graph. verl would divide 0 by 0 where the whole mini-batch is empty.
+        aggregated = per_token[mask].sum()
     count = max(batch.live_tokens, 1)
     return aggregated, {
         "actor/pg_clipfrac": stopped / count,
@@ -242,13 +211,9 @@ LOSSES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, float]]]] = {
 
 
 def register(core_algos: Any) -> None:
-    """Register the losses with verl; a second call changes nothing.
-
-    Raises:
-        EnvironmentCheckError: Another package holds one of the names; verl itself would
-            silently replace that loss.
-    """
+    """Register the losses with verl; a second call changes nothing."""
     for name, loss in LOSSES.items():
+        # verl itself would silently replace the loss of another package.
         existing = core_algos.POLICY_LOSS_REGISTRY.get(name, loss)
         if existing is not loss:
             raise EnvironmentCheckError(

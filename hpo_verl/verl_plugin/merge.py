@@ -31,13 +31,11 @@ def _quiet() -> Iterator[None]:
 
 
 def needed_bytes(shards: list[Path]) -> tuple[int, int]:
-    """Check that shards hold tensors only, and tell what merging them takes.
-
-    verl's merger would run code in them. It reads all of them, the first twice, and
-    then holds the model in bfloat16 twice.
+    """Check that shards hold tensors only (verl's merger would run code in them).
 
     Returns:
-        Bytes of disk and of memory, at most.
+        Bytes of disk and of memory, at most, that merging them takes: it reads all of them, the
+        first twice, and then holds the model in bfloat16 twice.
 
     Raises:
         DataError: names the file.
@@ -57,15 +55,7 @@ def needed_bytes(shards: list[Path]) -> tuple[int, int]:
 
 
 def merge(checkpoint: Path, target: Path) -> None:
-    """Write the model of an `actor` checkpoint folder as a Hugging Face folder.
-
-    Args:
-        checkpoint: folder with the ranks' shards and `huggingface/`.
-        target: an existing, empty folder.
-
-    Raises:
-        DataError: verl cannot merge the shards.
-    """
+    """Write the model of an `actor` checkpoint folder to an empty one, as Hugging Face does."""
     config = ModelMergerConfig(
         operation="merge",
         backend="fsdp",

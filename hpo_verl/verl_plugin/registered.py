@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from hpo_verl.algorithms.registry import ALGORITHMS
+from hpo_verl.algorithms.registry import OUR_ESTIMATORS, OUR_LOSSES
 from hpo_verl.verl_plugin.advantages import OUR_MODES
-
-OWN_PACKAGE = "hpo_verl."
 
 
 def absent_names() -> list[str]:
-    """Names that verl's registries lack, or hold from another package, and which of the two."""
+    """Our names that verl's registries lack, or hold from another package, and which of the two."""
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    algorithms = ALGORITHMS.values()
-    estimators = {a.estimator.name: a.estimator.advantage is not None for a in algorithms}
-    losses = {a.loss.name: a.loss.token_loss is not None for a in algorithms}
-    loops = {name: entry["_target_"] for name, entry in _agent_loop_registry.items()}
-    return [
-        *_absent("advantage estimator", ADV_ESTIMATOR_REGISTRY, estimators),
-        *_absent("policy loss", POLICY_LOSS_REGISTRY, losses),
-        *_absent("trainer mode", TRAINER_REGISTRY, dict.fromkeys(OUR_MODES, True)),
-        *_absent("rollout", RolloutReplicaRegistry._registry, {"hf": True}),
-        *_absent("agent loop", loops, {"seeded_single_turn_agent": True}),
-    ]
+    absent = []
+    for kind, registry, names in (
+        ("advantage estimator", ADV_ESTIMATOR_REGISTRY, OUR_ESTIMATORS),
+        ("policy loss", POLICY_LOSS_REGISTRY, OUR_LOSSES),
+        ("trainer mode", TRAINER_REGISTRY, OUR_MODES),
+        ("rollout", RolloutReplicaRegistry._registry, ("hf",)),
+        ("agent loop", _agent_loop_registry, ("seeded_single_turn_agent",)),
+    ):
+        for name in names:
+            if name not in registry:
+                absent.append(f"{kind} {name!r}: not registered")
+            elif not (origin := _origin(registry[name])).startswith("hpo_verl."):
+                absent.append(f"{kind} {name!r}: registered by {origin}")
+    return absent
+
+
+def _origin(entry: Any) -> str:
+    """Module of a function, a class, what a `partial` wraps, or an entry of an agent loop."""
+    return (
+        entry["_target_"] if isinstance(entry, dict) else getattr(entry, "func", entry).__module__
+    )
 
 
 def selected(config: DictConfig) -> list[tuple[str, str, list[str]]]:
@@ -79,16 +87,3 @@ def _values(config: DictConfig, key: str) -> list[Any]:
     if isinstance(value, ListConfig):
         return list(value)
     return [] if value is None else [value]
-
-
-def _absent(kind: str, registry: Mapping[str, Any], expected: Mapping[str, bool]) -> Iterator[str]:
-    for name, ours in expected.items():
-        if name not in registry:
-            yield f"{kind} {name!r}: not registered"
-        elif ours and not _origin(registry[name]).startswith(OWN_PACKAGE):
-            yield f"{kind} {name!r}: registered by {_origin(registry[name])}"
-
-
-def _origin(entry: Any) -> str:
-    """Module of a function or class, of what a `partial` wraps, or a dotted name itself."""
-    return entry if isinstance(entry, str) else getattr(entry, "func", entry).__module__

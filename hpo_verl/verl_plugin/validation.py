@@ -153,11 +153,7 @@ def _check_engine(loss: Loss, config: DictConfig) -> None:
 
 
 def check_trainer_mode(config: DictConfig) -> None:
-    """Refuse a trainer mode that does not provide what the algorithm needs.
-
-    Raises:
-        ConfigError: Names the mode, and the estimator or the loss.
-    """
+    """Refuse, by a ConfigError, a trainer mode that lacks what the estimator or loss needs."""
     estimator = ESTIMATORS.get(str(config["algorithm"].get("adv_estimator")))
     loss = selected_loss(config["actor_rollout_ref"]["actor"]["policy_loss"])
     mode = str(config["trainer"]["v1"]["trainer_mode"])
@@ -173,11 +169,7 @@ def check_trainer_mode(config: DictConfig) -> None:
 
 
 def check_guards(config: DictConfig) -> None:
-    """Check the settings of the guards of rewards and updates.
-
-    Raises:
-        ConfigError: names the setting, its value and what is permitted.
-    """
+    """Check the settings of the guards; a bad one raises a ConfigError."""
     from hpo_verl.verl_plugin.engine.step_guard import step_guard_settings
     from hpo_verl.verl_plugin.rollout.reward_guard import guard_settings
     from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout
@@ -188,11 +180,7 @@ def check_guards(config: DictConfig) -> None:
 
 
 def check_with_verl(config: DictConfig) -> None:
-    """Let verl build its typed sections and validate the whole.
-
-    Raises:
-        ConfigError: names the section and verl's complaint.
-    """
+    """Let verl build its typed sections and validate the whole; its complaint is a ConfigError."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -218,9 +206,7 @@ def check_with_verl(config: DictConfig) -> None:
 def prompt_counter(config: DictConfig, model: str) -> Callable[[Any], int]:
     """A function that counts the tokens of a prompt as verl's agent loops make them.
 
-    Args:
-        config: verl's whole configuration.
-        model: folder to read the tokenizer from.
+    The tokenizer is read from the folder of the model, unless the configuration names another.
     """
     from verl.utils import hf_tokenizer
     from verl.utils.tokenizer import normalize_token_ids

@@ -8,8 +8,8 @@ import pytest
 import torch
 from policy_batches import actor_config, make_batch
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import PolicyLossConfig
 from verl.workers import engine as engines
+from verl.workers.config import PolicyLossConfig
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 

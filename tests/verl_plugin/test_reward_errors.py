@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from hpo_verl.errors import DataError, RewardError
-from hpo_verl.verl_plugin.trainer import reward_errors
 from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
 
 
-def fields(text=""):
+def fields(text):
+    if text is None:
+        return {"reward_extra_info": {"acc": 1.0}}
     return {"reward_extra_info": {"reward_error": float(bool(text)), "reward_error_text": text}}
 
 
@@ -90,6 +91,6 @@ def test_above_the_threshold_the_run_ends_with_the_offender_in_a_file(step, tmp_
     }
 
 
-def test_a_response_of_another_manager_is_refused():
-    with pytest.raises(DataError, match="reward_error"):
-        reward_errors.reward_errors([{"reward_extra_info": {"acc": 1.0}}])
+def test_a_response_of_another_manager_is_refused(step):
+    with pytest.raises(DataError, match="carries no reward_error: reward manager 'guarded'"):
+        step(["", None])

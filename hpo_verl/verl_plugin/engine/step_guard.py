@@ -60,7 +60,7 @@ class StepGuardSettings:
     Attributes:
         max_not_finite_in_a_row: number of updates (mini-batches) in a row that are not finite, at
             least 1; the last of them ends the run.
-        max_seconds_without_progress: above 0; where no stage of the run ends for so long, the
+        max_seconds_without_progress: at least 1; where no stage of the run ends for so long, the
             launcher ends it. None for any time.
     """
 
@@ -78,11 +78,7 @@ class StepGuardSettings:
 
 
 def step_guard_settings(config: Mapping[str, Any]) -> StepGuardSettings:
-    """Read `trainer.guard` of verl's whole configuration.
-
-    Raises:
-        ConfigError: names the setting, its value and what is permitted.
-    """
+    """Read `trainer.guard` of verl's whole configuration; a bad one raises a ConfigError."""
     return parse_settings(StepGuardSettings, config["trainer"].get("guard", None), SECTION)
 
 

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from typing import Any
 
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 NAME = "seeded_single_turn_agent"
@@ -31,6 +31,7 @@ def sample_seed(
     return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
+@register(NAME)
 class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn loop with a seed per sample."""
 
@@ -68,8 +69,3 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         return await super().run(  # pyright: ignore[reportAbstractUsage]
             seeded, priority=priority, **kwargs
         )
-
-
-def register_loop(agent_loops: Any) -> None:
-    """Register the agent loop with verl."""
-    agent_loops.agent_loop.register(NAME)(SeededSingleTurnAgentLoop)

@@ -1,27 +1,28 @@
-"""A reward manager that survives broken rewards: they count as 0, and as errors.
+"""Broken rewards: they count as 0, and as errors; too many of them end the run.
 
-Selected by verl's own setting `reward.reward_manager.name=guarded`; it scores as
-verl's `naive` does. An error is a reward that raises, returns no finite number
-(nor a dict with one under `score`), does not return within `reward.guard.time_limit`
-seconds, or ends its process. Which responses these were travels with them as
-`reward_error` (0 or 1) and `reward_error_text`; see `reward_errors` for the
-threshold above which a run ends.
+The reward manager is selected by verl's own setting `reward.reward_manager.name=guarded`; it
+scores as verl's `naive` does. An error is a reward that raises, returns no finite number (nor a
+dict with one under `score`), does not return within `reward.guard.time_limit` seconds, or ends its
+process. Which responses these were travels with them as `reward_error` (0 or 1) and
+`reward_error_text`; the trainer hands them to `check_rewards`.
 
-A plain function runs in a process of its own (`guarded_function`); what is to be
-scored at the same time is sent there together. A coroutine function runs here,
-where a time limit can end it only while it awaits something.
+A plain function runs in a process of its own (`guarded_function`); what is to be scored at the
+same time is sent there together. A coroutine function runs here, where a time limit can end it
+only while it awaits something.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from verl import DataProto
-from verl.experimental.reward_loop.reward_manager import NaiveRewardManager
+from verl.experimental.reward_loop.reward_manager import NaiveRewardManager, register
 
-from hpo_verl.errors import ConfigError
+from hpo_verl.errors import ConfigError, DataError, RewardError
 from hpo_verl.rewards.guarded_function import (
     VERLS_FUNCTION,
     Answer,
@@ -30,9 +31,13 @@ from hpo_verl.rewards.guarded_function import (
     guard_section,
 )
 from hpo_verl.rewards.scoring_process import checked_result, describe
+from hpo_verl.runs.files import write_atomically
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 
 NAME = "guarded"
+METRIC = "reward/error_fraction"
+FILE_NAME = "reward_error.json"
+RESPONSE_CHARACTERS = 2000
 
 
 def is_guarded(config: Mapping[str, Any]) -> bool:
@@ -41,11 +46,7 @@ def is_guarded(config: Mapping[str, Any]) -> bool:
 
 
 def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
-    """Read and check what concerns this reward manager in verl's whole configuration.
-
-    Raises:
-        ConfigError: names the setting, its value and what is permitted.
-    """
+    """Read what concerns this manager in verl's configuration; bad settings raise ConfigError."""
     reward = config["reward"]
     settings = guard_section(reward.get("guard"))
     if not is_guarded(config):
@@ -63,6 +64,7 @@ def guard_settings(config: Mapping[str, Any]) -> RewardGuardSettings:
     return settings
 
 
+@register(NAME)
 class GuardedRewardManager(NaiveRewardManager):
     """verl's `naive` reward manager with bounded time and no exceptions."""
 
@@ -150,6 +152,54 @@ class GuardedRewardManager(NaiveRewardManager):
         return outputs
 
 
-def register_manager(reward_managers: Any) -> None:
-    """Register the reward manager with verl."""
-    reward_managers.register(NAME)(GuardedRewardManager)
+def check_rewards(
+    batch: Any,
+    config: Mapping[str, Any],
+    tokenizer: Any,
+    step: int,
+    folder: Path,
+    metrics: dict[str, Any],
+) -> None:
+    """Log the share of rewards that failed, and end a run with too many.
+
+    The batch has no padding rows. The first response whose reward failed is written to the folder,
+    the run's.
+
+    Raises:
+        RewardError: the share is above `reward.guard.max_error_fraction`; names the file.
+        DataError: a response was not scored by the reward manager here.
+    """
+    import transfer_queue as tq
+
+    def column(name: str, keys: list[str]) -> Any:
+        where: dict[str, Any] = {"keys": keys, "partition_id": batch.partition_id}
+        return tq.kv_batch_get(**where, select_fields=[name]).pop(name)
+
+    failed = []
+    for key, fields in zip(batch.keys, column("extra_fields", batch.keys).tolist(), strict=True):
+        info = (fields if isinstance(fields, dict) else {}).get("reward_extra_info") or {}
+        if "reward_error" not in info:
+            raise DataError("a response carries no reward_error: reward manager 'guarded' expected")
+        if info["reward_error"]:
+            failed.append((key, str(info["reward_error_text"])))
+    fraction = metrics[METRIC] = len(failed) / max(len(batch.keys), 1)
+    limit = guard_settings(config).max_error_fraction
+    if fraction <= limit:
+        return
+    key, error = failed[0]
+    response = tokenizer.decode(column("responses", [key])[0], skip_special_tokens=True)
+    offender = {
+        "error": error,
+        "step": step,
+        "sample": key,
+        "response": response[:RESPONSE_CHARACTERS],
+        "response_characters": len(response),
+    }
+    path = folder / FILE_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    # JSON escapes all but printable ASCII, and DEL.
+    write_atomically(path, json.dumps(offender, indent=2).replace("\x7f", "\\u007f") + "\n")
+    raise RewardError(
+        f"{METRIC} = {fraction:.3g} in step {step}, above reward.guard.max_error_fraction = "
+        f"{limit:g}; the first response and its error: {path}"
+    )

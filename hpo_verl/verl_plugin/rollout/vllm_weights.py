@@ -66,11 +66,7 @@ class WatchedSender(BucketedWeightSender):
         self.socket = WatchedSocket(socket, file, self.seconds, self.reply)
 
     async def async_send_weights(self, weights: Any) -> None:
-        """Send all weights, and wait until the server has loaded them.
-
-        Raises:
-            WeightSyncError: the server failed, or took too long.
-        """
+        """Send all weights, and wait until the server has loaded them."""
         await super().async_send_weights(weights)
         if self.reply is not None:
             loaded = asyncio.wrap_future(self.reply)
@@ -81,12 +77,7 @@ class WatchedServerAdapter(ServerAdapter):
     """verl's adapter of a vLLM server, which tells the sender of the server's reply."""
 
     async def update_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Send all weights to the server.
-
-        Raises:
-            WeightSyncError: the server failed, or took longer over a bucket than
-                `weight_update_timeout` permits.
-        """
+        """Send all weights to the server, or raise a WeightSyncError if it fails or is late."""
         WatchedSender.seconds = weight_update_timeout(self.config)
         WatchedSender.reply = None
         await super().update_weights(*args, **kwargs)
@@ -101,11 +92,7 @@ class WatchedServerAdapter(ServerAdapter):
 
 
 def watch(adapters: Any) -> None:
-    """Put our classes where verl looks for its own.
-
-    Args:
-        adapters: verl's module of the adapter, before anything else has imported from it.
-    """
+    """Put our classes where verl looks for its own, before anything has imported them."""
     adapters.ServerAdapter = WatchedServerAdapter
     adapters.BucketedWeightSender = WatchedSender
     bucketed_weight_transfer.BucketedWeightReceiver = OwnReceiver

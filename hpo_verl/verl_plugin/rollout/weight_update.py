@@ -26,11 +26,7 @@ POLL_MILLISECONDS = 100
 
 
 def weight_update_timeout(rollout: Any) -> float:
-    """Seconds that the server may take over one bucket, by verl's rollout configuration.
-
-    Raises:
-        ConfigError: not a number above 0.
-    """
+    """Seconds (> 0, else a ConfigError) that the server may take over one bucket of weights."""
     seconds = (rollout.get("custom") or {}).get(KEY.rsplit(".", 1)[-1], DEFAULT_SECONDS)
     require_number(KEY, seconds, 0, open_low=True)
     return float(seconds)
@@ -52,11 +48,7 @@ def server_failed(error: BaseException) -> WeightSyncError:
 
 
 async def within(reply: Awaitable[Any], seconds: float, what: str) -> None:
-    """Wait for the server's reply to `what` it takes.
-
-    Raises:
-        WeightSyncError: the server failed, or did not reply in time.
-    """
+    """Wait for the server's reply; raise a WeightSyncError where it fails or is too late."""
     try:
         await asyncio.wait_for(reply, seconds)
     except (asyncio.TimeoutError, TimeoutError) as error:

@@ -9,19 +9,11 @@ import torch
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
-FOR_THE_DRIVER_ALONE = frozenset(
-    {
-        "data_source",
-        "extra_fields",
-        "num_turns",
-        "reward_model",
-        "rm_scores",
-        "rollout_log_probs",
-        "token_level_rewards",
-        "uid",
-    }
-)
-"""Columns that no worker reads."""
+# Columns that no worker reads.
+FOR_THE_DRIVER_ALONE = {
+    *("uid", "data_source", "reward_model", "extra_fields", "num_turns"),
+    *("rm_scores", "token_level_rewards", "rollout_log_probs"),
+}
 
 
 def response_order(key: str) -> tuple[str, int, int]:
@@ -38,10 +30,8 @@ def sort_rows(batch: Any) -> None:
 def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
     """Deal the rows of every mini-batch to the ranks, about the same work to each.
 
-    Args:
-        lengths: tokens of each row, in the order in which mini-batches are cut.
-        mini_batch_size: rows of a mini-batch over all ranks.
-        ranks: data-parallel ranks; they divide the mini-batch and the number of rows.
+    Mini-batches are cut in the order of the lengths (tokens). The data-parallel ranks divide the
+    mini-batch (its rows over all ranks) and the number of rows.
 
     Returns:
         For each rank, its rows: its share of the first mini-batch, of the second, ...

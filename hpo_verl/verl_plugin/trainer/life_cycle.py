@@ -7,7 +7,7 @@
   removed only then. verl's `checkpoint_callback_class` is called before that, not at all where
   saving fails, and belongs to the user.
 - The same settings give the same numbers, on any number of ranks (`batches`).
-- Too many rewards that fail end the run (`reward_errors`).
+- Too many rewards that fail end the run (`rollout.reward_guard`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.runs import checkpoints
 from hpo_verl.runs.files import write_atomically
 from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
-from hpo_verl.verl_plugin.rollout.reward_guard import is_guarded
+from hpo_verl.verl_plugin.rollout.reward_guard import check_rewards, is_guarded
 from hpo_verl.verl_plugin.trainer.batches import columns_for_workers, deal_mini_batches, sort_rows
-from hpo_verl.verl_plugin.trainer.reward_errors import check_rewards
 
 METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
 ASYNC_KEY = "actor_rollout_ref.actor.checkpoint.async_save"
@@ -45,11 +44,7 @@ def run_folder(default_local_dir: str) -> Path:
 
 @contextlib.contextmanager
 def whole_or_not_at_all(checkpoint: Path) -> Iterator[None]:
-    """Remove a checkpoint whose writing fails, and say so where the disk is full.
-
-    Raises:
-        EnvironmentCheckError: the disk is full; names where.
-    """
+    """Remove a checkpoint whose writing fails; a full disk becomes an EnvironmentCheckError."""
     try:
         yield
     except Exception as error:
@@ -65,14 +60,7 @@ def whole_or_not_at_all(checkpoint: Path) -> Iterator[None]:
 
 
 class LifeCycle:
-    """Mixed into a trainer of verl, as the first of its bases.
-
-    `trainer.v1.sampler.poll_interval` (seconds) sets how often it looks for finished responses;
-    verl's own default is 2.
-
-    Raises:
-        ConfigError: checkpoints are to be written asynchronously.
-    """
+    """Mixed into a trainer of verl, as the first of its bases."""
 
     actor_rollout_wg: Any
     config: DictConfig
@@ -120,7 +108,7 @@ class LifeCycle:
         super()._setup()  # type: ignore[misc]
 
     def _build_replay_buffer(self) -> Any:
-        """Set the interval of the buffer, for which verl has no setting."""
+        """Set how often the buffer looks for responses (seconds; 2 in verl, without a setting)."""
         buffer = super()._build_replay_buffer()  # type: ignore[misc]
         interval = self.config.trainer.v1.sampler.get("poll_interval")
         if interval is not None:
@@ -243,19 +231,17 @@ class LifeCycle:
         return batch
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        compute = super()._compute_old_log_prob  # type: ignore[misc]
-        return self._with_columns("old_log_prob", compute, batch, metrics)
+        return self._with_columns("_compute_old_log_prob", batch, metrics)
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        update = super()._update_actor  # type: ignore[misc]
-        return self._with_columns("update_actor", update, batch, metrics)
+        return self._with_columns("_update_actor", batch, metrics)
 
-    def _with_columns(self, phase: str, call: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+    def _with_columns(self, name: str, batch: Any, metrics: dict[str, Any]) -> Any:
         """Let workers fetch only what they read of a batch; in verl they fetch all columns."""
-        if phase not in self._columns:
-            self._columns[phase] = columns_for_workers(batch)
-        batch.fields = self._columns[phase]
-        batch = call(batch, metrics)
+        if name not in self._columns:
+            self._columns[name] = columns_for_workers(batch)
+        batch.fields = self._columns[name]
+        batch = getattr(super(), name)(batch, metrics)
         batch.fields = None
         return batch
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from hpo_verl.algorithms.base import Estimator, PromptHistory
+from hpo_verl.algorithms.base import PromptHistory
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.ratios import mean_drift
 from hpo_verl.errors import DataError
@@ -147,11 +147,7 @@ class HistorySampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            DataError: It is of another number of prompts.
-        """
+        """Go on from a state; one of another number of prompts raises a DataError."""
         self.history.load_state_dict(state["tracker"])
         self.last = taken_apart(state["last"])
         self.generator.set_state(state["generator"])
@@ -168,13 +164,9 @@ class PromptHistoryTrainer:
     _sampler: HistorySampler
     _rows: dict[Hashable, int]
 
-    def _with_history(self) -> Estimator | None:
-        estimator = ESTIMATORS.get(str(self.config.algorithm.adv_estimator))
-        return estimator if estimator is not None and estimator.history is not None else None
-
     def _init_dataloader(self) -> None:
         super()._init_dataloader()  # type: ignore[misc]
-        estimator = self._with_history()
+        estimator = ESTIMATORS.get(str(self.config.algorithm.adv_estimator))
         if estimator is None or estimator.history is None:
             return
         from torchdata.stateful_dataloader import StatefulDataLoader
@@ -196,7 +188,7 @@ class PromptHistoryTrainer:
         )
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
-        if self._with_history() is not None:
+        if ROW in batch:
             self._rows.update(zip(batch["uid"], batch[ROW], strict=True))
             batch.pop(ROW)
         return super()._submit_batch_to_rollout(batch)  # type: ignore[misc]
@@ -211,13 +203,9 @@ class PromptHistoryTrainer:
         return RESPONSE_FIELDS if self._sampler.history.measures_drift else ()
 
     def learn_from(self, estimate: Estimate, data: Any) -> dict[str, float]:
-        """Update the history with the step's responses; `data` holds the step's fields, nested.
+        """Update the history with the step's responses; returns what is logged as `hpo/<name>`.
 
-        Returns:
-            Numbers to log as `hpo/<name>`.
-
-        Raises:
-            DataError: A prompt has several responses.
+        Several responses of one prompt raise a DataError.
         """
         at = estimate.rollout.live.nonzero().squeeze(-1).tolist()
         rows = [self._rows[estimate.labels[position]] for position in at]
