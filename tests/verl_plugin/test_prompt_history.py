@@ -23,7 +23,6 @@ from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.trainer.prompt_history import (
     PARTITION,
     LastResponse,
-    PromptHistoryTrainer,
     end_to_end,
     scoring_fields,
     taken_apart,
@@ -225,7 +224,7 @@ def trainer(monkeypatch):
     queue = Queue()
     for name in ("kv_batch_put", "kv_batch_get", "kv_clear"):
         monkeypatch.setattr(f"transfer_queue.{name}", getattr(queue, name))
-    result = type("Mode", (AlgorithmStep, PromptHistoryTrainer, Parent), {})
+    result = type("Mode", (AlgorithmStep, Parent), {})
     result = result.__new__(result)
     result.config = OmegaConf.create(
         {

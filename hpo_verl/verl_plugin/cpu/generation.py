@@ -33,15 +33,9 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row by inverting the cumulative distribution at a given uniform.
 
-    The draw depends on nothing but its own row, so neither the order nor the
-    company of requests changes a sample. Top-p works within the top-k.
-
-    Args:
-        logits: `[batch, vocabulary]`.
-        uniforms: `[batch]`, in [0, 1).
-        temperature: 0 means greedy.
-        top_k: below 1 keeps the whole vocabulary; tokens that tie with the k-th stay.
-        top_p: fraction in (0, 1].
+    The draw depends on nothing but its own row of logits, `[batch, vocabulary]`, and its uniform in
+    [0, 1), so neither the order nor the company of requests changes a sample. A temperature of 0
+    means greedy; `top_k` below 1 keeps the whole vocabulary; `top_p` works within the top-k.
 
     Returns:
         Tokens `[batch]`, and their log-probabilities `[batch]` in nats, float32, under the
@@ -111,11 +105,7 @@ class GenerationResult:
 
 
 class BatchGenerator:
-    """Continues prompts in fixed-shape blocks with a KV cache.
-
-    The model is a causal one in evaluation mode; `block_rows` are the rows of every forward pass,
-    `num_threads` the blocks that run at the same time.
-    """
+    """Continues prompts with a KV cache, in blocks of equal shape, `num_threads` at a time."""
 
     def __init__(
         self,
@@ -137,11 +127,7 @@ class BatchGenerator:
         requests: Sequence[GenerationRequest],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[GenerationResult]:
-        """Continue every request; results keep the order of the requests.
-
-        `should_stop` is asked before every token; True ends generation early, with
-        `finished=False` on what was not complete.
-        """
+        """Continue every request, in their order, until `should_stop`, asked before every token."""
         alike: dict[tuple[int, tuple[float, int, float]], list[int]] = {}
         for position, request in enumerate(requests):
             alike.setdefault((request.padded_prompt_length, request.sampling), []).append(position)

@@ -71,21 +71,14 @@ def request_from_sampling_params(
 
 
 class HFServer:
-    """Generates with transformers on the CPU; one Ray actor a replica.
-
-    `engine_kwargs.hf.num_threads` of verl's rollout configuration sets how many blocks are
-    generated at a time. By default it is this server's share of the cores, which as many servers as
-    `replicas` have in common.
-    """
+    """Generates with transformers on this server's share of the cores; one Ray actor a replica."""
 
     def __init__(self, config: Any, model_config: Any, replicas: int) -> None:
         self.config: RolloutConfig = omega_conf_to_dataclass(config)
         self.model_config: HFModelConfig = omega_conf_to_dataclass(
             model_config, dataclass_type=HFModelConfig
         )
-        options = dict((self.config.engine_kwargs or {}).get("hf") or {})
-        threads = options.pop("num_threads", None) or max(1, (os.cpu_count() or 1) // replicas)
-        if options:
+        if options := (self.config.engine_kwargs or {}).get("hf"):
             raise ConfigError(f"rollout.engine_kwargs.hf.{next(iter(options))}: unknown key")
         self.model = AutoModelForCausalLM.from_pretrained(
             str(self.model_config.local_path),
@@ -101,7 +94,7 @@ class HFServer:
             eos_token_ids=[] if self.config.ignore_eos else [*eos_ids, tokenizer.eos_token_id],
             pad_token_id=tokenizer.pad_token_id,
             block_rows=self.config.max_num_seqs,
-            num_threads=threads,
+            num_threads=max(1, (os.cpu_count() or 1) // replicas),
         )
         self._global_steps: int | None = None
         self._requests: Coalescer[GenerationRequest, TokenOutput] = Coalescer(

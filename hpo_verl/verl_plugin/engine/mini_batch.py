@@ -1,15 +1,12 @@
 """What a loss needs of its whole mini-batch, on all ranks.
 
-verl calls a loss on one micro-batch at a time, but its engine sees a rank's whole mini-batch and
-knows the data-parallel group. Where the record of the loss has `mini_batch_sums`, the engine here
-runs the mini-batch through the model once more, forward only, sums each micro-batch, adds the sums
-up over micro-batches and with one all-reduce over ranks, and provides the result to the loss
-(`extras`) while verl's own passes run. So the result knows nothing of the split, and every rank
-has the same. The price is one forward pass a mini-batch.
+verl calls a loss on one micro-batch at a time. Where the record of the loss has `mini_batch_sums`,
+the engine here runs the mini-batch through the model once more, forward only, adds the sums up over
+micro-batches and ranks, and provides the result to the loss (`extras`) while verl's own passes run.
+So the result knows nothing of the split. The price is one forward pass a mini-batch.
 
 Registered for FSDP under the vendor `hpo`, inside the guard of `step_guard`; verl selects it where
-the environment variable VERL_ENGINE_VENDOR says so, which the recipes set for the workers. For
-every other loss this part changes nothing.
+the environment variable VERL_ENGINE_VENDOR says so, which the recipes set for the workers.
 """
 
 from __future__ import annotations

@@ -51,11 +51,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def loss_tensors(model_output: Mapping[str, Any], data: Any) -> Tensors:
-    """Gather what `ppo_loss` reads of a nested micro-batch and of the model's output.
+    """What `ppo_loss` reads of a nested micro-batch and of the model's output.
 
-    Returns:
-        `[batch, response]` each, without a graph, under the names of `FIELDS` and `OUTPUTS`, and
-        the mask as bool.
+    `[batch, response]` each, without a graph, by the names of `FIELDS` and `OUTPUTS`; a bool mask.
     """
     from verl.workers.utils.padding import no_padding_2_padding
 
@@ -116,11 +114,7 @@ def save(path: Path, recording: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a file of `save`; nothing in it is executed.
-
-    Raises:
-        DataError: Names the file and what is wrong with it.
-    """
+    """Read a file of `save`; nothing in it is executed, and another file raises a DataError."""
     try:
         if not path.is_file():
             raise DataError("no such file")
@@ -231,8 +225,7 @@ def first_found(recording: Mapping[str, Any]) -> str | None:
 def report(path: Path) -> list[str]:
     """Evaluate the mini-batch of a file again, and tell of each micro-batch in a line.
 
-    Raises:
-        DataError: It is no such file, or the loss cannot be evaluated with what it holds.
+    Another file, or one with which the loss cannot be evaluated, raises a DataError.
     """
     recording, first = load(path), None
     try:

@@ -18,7 +18,6 @@ import numpy as np
 import ray
 import torch
 import transfer_queue as tq
-from tensordict import TensorDict
 from torch.nn.utils.rnn import pad_sequence
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap, ToolListWrap
 from verl.protocol import DataProto
@@ -89,17 +88,14 @@ def reward_batch(items: Sequence[Response]) -> DataProto:
         "__num_turns__": [output.num_turns for output, _ in items],
         "tool_extra_fields": [output.extra_fields for output, _ in items],
     }
-    return DataProto(
-        batch=TensorDict(
-            {
-                "prompts": pad_sequence(prompts, batch_first=True),
-                "responses": pad_sequence(responses, batch_first=True),
-                "attention_mask": torch.cat([prompt_mask, response_mask], dim=1),
-            },
-            batch_size=len(items),
-        ),
+    return DataProto.from_dict(
+        tensors={
+            "prompts": pad_sequence(prompts, batch_first=True),
+            "responses": pad_sequence(responses, batch_first=True),
+            "attention_mask": torch.cat([prompt_mask, response_mask], dim=1),
+        },
         # np.array() would turn equally long lists into a matrix.
-        non_tensor_batch={key: np.fromiter(column, object) for key, column in columns.items()},
+        non_tensors={key: np.fromiter(column, object) for key, column in columns.items()},
     )
 
 

@@ -21,6 +21,7 @@ from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, po
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
+from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 from hpo_verl.verl_plugin.validation import check_algorithm
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,7 @@ def estimate_of_verl(data: Any) -> Estimate:
 
 
 def step_statistics(estimate: Estimate, scores: torch.Tensor) -> dict[str, float]:
-    """Describe a step from its estimator's call and the scores before any KL penalty, `[batch]`.
-
-    Returns:
-        See `hpo_verl.core.statistics.batch_statistics`, and the estimator's own.
-    """
+    """`batch_statistics` of an estimator's call, and its own; scores are without a KL penalty."""
     rollout, _, result, advantages = estimate
     lengths = rollout.mask.sum(dim=-1)
     assigned = advantages.masked_fill(~rollout.mask, 0.0).sum(dim=-1) / lengths.clamp(min=1)
@@ -64,7 +61,7 @@ def step_statistics(estimate: Estimate, scores: torch.Tensor) -> dict[str, float
     ) | dict(result.statistics)
 
 
-class AlgorithmStep:
+class AlgorithmStep(PromptHistoryTrainer):
     """Mixed into a trainer of verl: serves the algorithm, and adds `hpo/*` to the metrics.
 
     While the estimator runs it provides what the record needs (`extras`); what the estimator
@@ -73,14 +70,8 @@ class AlgorithmStep:
     """
 
     parent_mode: str
-    config: DictConfig
-    actor_rollout_wg: Any
     global_steps: int
     total_training_steps: int
-    # Of `PromptHistoryTrainer`.
-    history_fields: Any
-    prompt_values: Any
-    learn_from: Any
 
     def __init__(self, config: DictConfig) -> None:
         for warning in check_algorithm(config):

@@ -30,8 +30,7 @@ def sort_rows(batch: Any) -> None:
 def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
     """Deal the rows of every mini-batch to the ranks, about the same work to each.
 
-    Mini-batches are cut in the order of the lengths (tokens). The data-parallel ranks divide the
-    mini-batch (its rows over all ranks) and the number of rows.
+    Mini-batches, of so many rows over all ranks, are cut in the order of the lengths (tokens).
 
     Returns:
         For each rank, its rows: its share of the first mini-batch, of the second, ...

@@ -14,7 +14,6 @@ from typing import Any
 from hpo_verl.verl_plugin.advantages import OUR_MODES
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.trainer.life_cycle import LifeCycle
-from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 
 
 @cache
@@ -24,5 +23,5 @@ def register(trainers: Any) -> None:
         parent_mode = name.removeprefix("hpo_")
         parent = trainers.get_trainer_cls(parent_mode)
         members = {"parent_mode": parent_mode, "__module__": __name__}
-        bases = (LifeCycle, AlgorithmStep, PromptHistoryTrainer, parent)
+        bases = (LifeCycle, AlgorithmStep, parent)
         trainers.register_trainer(name)(type(f"HPO{parent.__name__}", bases, members))

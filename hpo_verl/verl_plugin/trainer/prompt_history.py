@@ -1,9 +1,8 @@
 """The part of a trainer for estimators with a history of prompts: draws, values and updates.
 
-verl 0.9.1 has no setting for a sampler of prompts (the curriculum sampler of earlier versions is
-gone). A registered trainer may build its own data loader, and does so here; verl saves the
-loader's state in `data.pt` of every checkpoint, and with it the history and the last response of
-every prompt.
+verl 0.9.1 has no setting for a sampler of prompts, so the trainer builds its own data loader. verl
+saves the loader's state in `data.pt` of every checkpoint, and with it the history and the last
+response of every prompt.
 """
 
 from __future__ import annotations
@@ -27,15 +26,20 @@ ROW = "prompt_row"
 PARTITION = "last_responses"
 """Where in TransferQueue last responses lie while they are scored."""
 
-RESPONSE_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs")
-"""Fields of a step that a last response is made of."""
+RESPONSE_FIELDS = {
+    "prompts": torch.int32,
+    "responses": torch.int32,
+    "response_mask": torch.bool,
+    "old_log_probs": torch.float32,
+}
+"""Fields of a step that a last response is made of, and the types in which they are kept."""
 
 
 class LastResponse(NamedTuple):
     """What scoring the last response to a prompt again takes: nine bytes a token.
 
-    Token ids are int32; `mask` says which response tokens the policy wrote; `log_prob` is that of
-    the response under the policy that gave it, nats, float32.
+    `mask` says which response tokens the policy wrote; `log_prob` is under the policy that gave the
+    response, nats.
     """
 
     prompt: torch.Tensor
@@ -46,9 +50,6 @@ class LastResponse(NamedTuple):
     def length(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt) + len(self.response)
-
-
-RESPONSE_TYPES = (torch.int32, torch.int32, torch.bool, torch.float32)
 
 
 def end_to_end(last: Mapping[int, LastResponse]) -> dict[str, Any]:
@@ -107,14 +108,9 @@ class NumberedRows(Dataset[dict[str, Any]]):
 class HistorySampler(Sampler[int]):
     """Draws prompts as their history says, without end.
 
-    A batch is drawn when its first prompt is asked for, from the history of that
-    moment; the loader must not read ahead, or it would use an old one. `last` holds
-    the last response of every prompt by its row.
-
-    Args:
-        history: Of the prompts.
-        batch_size: Prompts that are drawn at once, all different.
-        seed: Of the draws; None for a seed of the system.
+    A batch of different prompts is drawn when its first one is asked for, from the history of that
+    moment; the loader must not read ahead, or it would use an old one. `last` holds the last
+    response of every prompt by its row. Without a seed, the system's is used.
     """
 
     def __init__(self, history: PromptHistory, batch_size: int, seed: int | None) -> None:
@@ -200,7 +196,7 @@ class PromptHistoryTrainer:
 
     def history_fields(self) -> tuple[str, ...]:
         """Fields of the step that `learn_from` reads."""
-        return RESPONSE_FIELDS if self._sampler.history.measures_drift else ()
+        return tuple(RESPONSE_FIELDS) if self._sampler.history.measures_drift else ()
 
     def learn_from(self, estimate: Estimate, data: Any) -> dict[str, float]:
         """Update the history with the step's responses; returns what is logged as `hpo/<name>`.
@@ -222,13 +218,12 @@ class PromptHistoryTrainer:
         if history.measures_drift and rows:
             if seen:
                 drift[seen] = self._drift([last[rows[i]] for i in seen], len(estimate.labels))
-            columns = [data[name].unbind() for name in RESPONSE_FIELDS]
+            columns = {name: data[name].unbind() for name in RESPONSE_FIELDS}
             for row, i in zip(rows, at, strict=True):
                 # Copies: a view would keep the whole step's column.
-                parts = (
-                    column[i].to(kind, copy=True)
-                    for column, kind in zip(columns, RESPONSE_TYPES, strict=True)
-                )
+                parts = [
+                    columns[name][i].to(kind, copy=True) for name, kind in RESPONSE_FIELDS.items()
+                ]
                 last[row] = LastResponse(*parts)
         rewards = estimate.rollout.rewards[at]
         self._rows.clear()
