@@ -139,7 +139,7 @@ def prepare(
     mask = as_bool_mask(response_mask)
     log_ratio = masked_log_ratio(log_prob.float(), old_log_prob.float(), mask)
     advantages = torch.where(mask, advantages.float(), 0.0)
-    tokens = TokenBatch(log_ratio, advantages, mask, old_log_prob)
+    tokens = TokenBatch(log_ratio, advantages, mask, torch.where(mask, old_log_prob.float(), 0.0))
     if mask.numel() == 0:
         return MicroBatch(tokens, 0, 0.0, None)
 

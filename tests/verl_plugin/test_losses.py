@@ -186,6 +186,16 @@ def test_a_missing_config_is_refused(name, mode):
         get_policy_loss_fn(name)(**make_batch(), loss_agg_mode=mode, config=None)
 
 
+@pytest.mark.parametrize("which", ["log_prob", "old_log_prob", "advantages"])
+def test_what_a_loss_sees_is_0_at_masked_tokens(which):
+    batch = make_batch()
+    batch[which][~batch["response_mask"]] = NAN
+    tokens = plugin.prepare(**batch).tokens
+    for values in (tokens.log_ratio, tokens.advantages, tokens.old_log_prob):
+        assert (values[~tokens.mask] == 0).all()
+        assert (values[tokens.mask] != 0).all()
+
+
 @BOTH
 @pytest.mark.parametrize("which", ["log_prob", "old_log_prob", "advantages"])
 def test_shapes_must_agree(name, mode, which):

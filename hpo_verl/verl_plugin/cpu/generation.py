@@ -26,7 +26,6 @@ PROMPT_MULTIPLE = 8
 def sample_tokens(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
-    *,
     temperature: float = 1.0,
     top_k: int = -1,
     top_p: float = 1.0,
@@ -153,7 +152,6 @@ class BatchGenerator:
     ) -> list[GenerationResult]:
         rows, live = self.block_rows, len(requests)
         padded_prompt_length = requests[0].padded_prompt_length
-        temperature, top_k, top_p = requests[0].sampling
         max_tokens = max(request.max_tokens for request in requests)
         input_ids = torch.full((rows, padded_prompt_length), self.pad_token_id)
         attention_mask = torch.zeros((rows, padded_prompt_length + max_tokens), dtype=torch.long)
@@ -191,13 +189,8 @@ class BatchGenerator:
                 logits_to_keep=1,
             )
             cache = output.past_key_values
-            token, log_prob = sample_tokens(
-                output.logits[:, -1].float(),
-                uniforms[:, step],
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-            )
+            logits = output.logits[:, -1].float()
+            token, log_prob = sample_tokens(logits, uniforms[:, step], *requests[0].sampling)
             tokens[:, step] = torch.where(done, self.pad_token_id, token)
             log_probs[:, step] = log_prob
             length += ~done
