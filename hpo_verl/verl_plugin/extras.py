@@ -42,7 +42,7 @@ def require(name: str, who: str, source: str) -> Any:
     """Return what is provided under a name.
 
     Raises:
-        ConfigError: Nothing is. Says `who`, a setting, needs what `source` describes.
+        ConfigError: Nothing is. Its text: `who` (a setting) needs `source` (what would provide it).
     """
     value = get(name)
     if value is None:

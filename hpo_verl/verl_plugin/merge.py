@@ -55,7 +55,7 @@ def needed_bytes(shards: list[Path]) -> tuple[int, int]:
 
 
 def merge(checkpoint: Path, target: Path) -> None:
-    """Write the model of an `actor` checkpoint folder to an empty one, as Hugging Face does."""
+    """Write the model of an `actor` checkpoint folder to an empty one in Hugging Face's format."""
     config = ModelMergerConfig(
         operation="merge",
         backend="fsdp",

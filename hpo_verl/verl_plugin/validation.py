@@ -28,9 +28,6 @@ from hpo_verl.verl_plugin.losses import (
     selected_loss,
 )
 
-# Sections that verl turns into dataclasses, some of them only inside a worker.
-TYPED_SECTIONS = ("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout")
-
 
 def check_algorithm(config: DictConfig) -> list[str]:
     """Check the algorithm's settings in verl's whole configuration, and how they go together.
@@ -184,7 +181,8 @@ def check_with_verl(config: DictConfig) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    for section in TYPED_SECTIONS:
+    # verl turns them into dataclasses, some of them only inside a worker.
+    for section in ("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"):
         values: Any = OmegaConf.to_container(OmegaConf.select(config, section), resolve=True)
         # verl passes these on to our estimators untyped.
         for estimator in OUR_ESTIMATORS.values():

@@ -183,8 +183,7 @@ def guarded_engine(parent: type) -> type:
         def train_batch(self, data: Any, loss_function: Any) -> Any:
             """Follow verl's interface; guards the update of a `GuardedLoss`.
 
-            Raises:
-                NotFiniteError: The last of too many updates in a row that were not finite.
+            Too many in a row that are not finite raise a NotFiniteError.
             """
             if not isinstance(loss_function, GuardedLoss):
                 return super().train_batch(data, loss_function)
@@ -210,8 +209,7 @@ def guarded_engine(parent: type) -> type:
         def optimizer_step(self) -> float:
             """Make verl's step if all ranks find the update finite and worth it.
 
-            Returns:
-                verl's norm of the gradient; NaN or 0 where there was no step.
+            Returns verl's norm of the gradient; NaN or 0 where there was no step.
             """
             update = self._update
             if update is None:

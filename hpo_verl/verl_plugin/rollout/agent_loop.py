@@ -15,7 +15,6 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 NAME = "seeded_single_turn_agent"
-SEED_BITS = 63
 PROMPTS_KEPT = 4096
 
 
@@ -28,7 +27,7 @@ def sample_seed(
     """
     name = repr((rollout_seed, int(global_steps), str(index), int(session_id), messages))
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
+    return int.from_bytes(digest, "big") >> 1
 
 
 @register(NAME)

@@ -44,7 +44,7 @@ def run_folder(default_local_dir: str) -> Path:
 
 @contextlib.contextmanager
 def whole_or_not_at_all(checkpoint: Path) -> Iterator[None]:
-    """Remove a checkpoint whose writing fails; a full disk becomes an EnvironmentCheckError."""
+    """Remove a checkpoint whose writing fails; a full disk raises an EnvironmentCheckError."""
     try:
         yield
     except Exception as error:
