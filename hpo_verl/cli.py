@@ -28,34 +28,12 @@ app = typer.Typer(
 app.add_typer(lab, name="lab")
 
 
-def _complete_recipe(incomplete: str) -> list[str]:
-    from hpo_verl.config.recipes import recipe_names
-
-    return [name for name in recipe_names() if name.startswith(incomplete)]
-
-
-def _complete_override(incomplete: str) -> list[str]:
-    """Group overrides such as `algo=a_hpo`; single settings are too many."""
-    from hpo_verl.config.recipes import GROUPS, group_options
-
-    group = incomplete.partition("=")[0]
-    options = [f"{group}={name}" for name in group_options(group)] if group in GROUPS else []
-    offered = options if "=" in incomplete else [f"{name}=" for name in GROUPS]
-    return [text for text in offered if text.startswith(incomplete)]
-
-
-_RECIPE = typer.Argument(
-    help="Name of a recipe; see `hpo-verl list`.", autocompletion=_complete_recipe
-)
+_RECIPE = typer.Argument(help="Name of a recipe; see `hpo-verl list`.")
 Recipe = Annotated[str, _RECIPE]
 OptionalRecipe = Annotated[str | None, _RECIPE]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Hydra overrides, as verl takes them.",
-        autocompletion=_complete_override,
-    ),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides, as verl takes them."),
 ]
 Resume = Annotated[
     bool,
@@ -219,7 +197,7 @@ def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
 
       hpo-verl prepare telelogs-7b prepare.data.arguments.source=hub
     """
-    from hpo_verl.launch.prepare_recipe import prepare_recipe
+    from hpo_verl.checks.list import prepare_recipe
 
     for made in prepare_recipe(recipe, overrides or [], print):
         print(f"{made.name}: {made.output}")

@@ -8,23 +8,18 @@ from typing import Literal
 
 from hpo_verl.errors import CheckFailedError
 
-Status = Literal["ok", "warning", "error", "skipped"]
-
 
 @dataclass(frozen=True)
 class Finding:
     """The result of one check.
 
-    Attributes:
-        name: what was checked; empty until the list of checks names it.
-        status: `ok`; `warning`, the run starts but may not do what is meant; `error`, it
-            would fail or learn nothing; `skipped`, the check could not be made.
-        detail: what was seen, with its figures; for `skipped`, the reason.
-        fix: what to do about it; empty for `ok`.
+    `status` is `ok`; `warning`, the run starts but may not do what is meant; `error`, it would
+    fail or learn nothing; `skipped`, the check could not be made. `detail` is what was seen, or
+    why it was skipped; `fix` what to do about it. The list of checks names a finding without name.
     """
 
     name: str
-    status: Status
+    status: Literal["ok", "warning", "error", "skipped"]
     detail: str
     fix: str = ""
 
@@ -62,10 +57,7 @@ def first_line(problem: BaseException) -> str:
 
 
 def raise_first_error(findings: Iterable[Finding]) -> list[str]:
-    """Stop at the first error; no later finding is asked for.
-
-    Returns:
-        A line for each warning.
+    """Return a line for each warning; at the first error no later finding is asked for.
 
     Raises:
         CheckFailedError: the first error, as the doctor says it.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from hpo_verl.checks import cluster, code, configuration, data, machine, model, packages, storage
 from hpo_verl.checks.finding import Finding, error, first_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.prepare import make_missing, missing
+from hpo_verl.config.prepare import Preparation, make_missing, missing, preparations
 from hpo_verl.errors import HpoVerlError
 
 Need = Literal["here", "own ray", "data", "policy", "verl", "cluster", "ray"]
@@ -20,15 +21,15 @@ THE_OTHERS = "other checks"
 class Check:
     """One check of the list.
 
+    `look` returns what it found; an `HpoVerlError` that it raises is an error, and `fix` what to do
+    about it. `name` is that of findings that have none of their own.
+
     Attributes:
-        name: of its findings that have none of their own.
-        look: returns what it found; an `HpoVerlError` that it raises is an error.
         needs: `here`, it looks at this machine; `own ray`, it is about a Ray that the run starts
             here; `data` and `policy`, it reads these files; `verl`, it imports verl, which takes
             seconds; `cluster`, it asks whether one answers; `ray`, it asks Ray's workers, unless
             an error was found before.
         after: names of findings without which it cannot be made.
-        fix: what to do about an error that it raises.
         vital: whether no other check can be made if it finds an error.
         again: whether it can say more once data and policy are there.
     """
@@ -134,14 +135,7 @@ def make_and_check(run: PlannedRun, announce: Callable[[str], None]) -> list[str
     """Make the other checks, and between them what the recipe makes and is missing.
 
     Nothing is made for a configuration of which something else is wrong; it has passed
-    `check_quickly`.
-
-    Returns:
-        A line for each warning.
-
-    Raises:
-        CheckFailedError: the first error, as the doctor says it.
-        DataError: a command that was to make something failed.
+    `check_quickly`. Returns a line for each warning.
     """
     parts, slow = awaited(run), [check for check in BEFORE_RAY if not check.is_quick]
     lines = raise_first_error(run_checks(run, [c for c in slow if parts.isdisjoint(c.needs)]))
@@ -155,13 +149,38 @@ def make_and_check(run: PlannedRun, announce: Callable[[str], None]) -> list[str
 
 def awaited(run: PlannedRun) -> set[Need]:
     """What the recipe makes and is not there yet."""
-    read: dict[Need, list] = {
-        "data": [path for _, path in run.data_files],
-        "policy": [run.policy_folder],
-    }
     outputs = [preparation.output for preparation in missing(run.config)]
-    return {
-        need
-        for need, paths in read.items()
-        if any(path.is_relative_to(output) for path in paths for output in outputs)
-    }
+
+    def is_made(paths: Iterable[Path]) -> bool:
+        return any(path.is_relative_to(output) for path in paths for output in outputs)
+
+    data = is_made(path for _, path in run.data_files)
+    parts: dict[Need, bool] = {"data": data, "policy": is_made([run.policy_folder])}
+    return {part for part, made in parts.items() if made}
+
+
+def prepare_recipe(
+    recipe: str, overrides: Sequence[str], announce: Callable[[str], None]
+) -> list[Preparation]:
+    """Make what a recipe lists under `prepare` where it is missing, and check what is there.
+
+    Returns:
+        Everything that the recipe lists; all of it is there now.
+
+    Raises:
+        HpoVerlError: a wrong recipe or override; a command failed; something that was there
+            is damaged.
+    """
+    run = PlannedRun(recipe, tuple(overrides), Path())
+
+    def check(*names: str) -> None:
+        raise_first_error(run_checks(run, (check for check in CHECKS if check.name in names)))
+
+    check(*(check.name for check in CHECKS if check.vital))
+    wanted = list(preparations(run.config))
+    if "data" not in awaited(run):
+        # Before gigabytes of a policy are fetched.
+        check("data files")
+    make_missing(run.config, announce)
+    check("data files", *(["model", "remote code"] if run.maker(run.policy_folder) else []))
+    return wanted

@@ -26,13 +26,9 @@ from hpo_verl.runs.quiet import quiet_imports
 class PlannedRun:
     """A run that has not started.
 
-    Attributes:
-        recipe: its name.
-        overrides: Hydra overrides, as given.
-        run_folder: where the run writes.
-        given_address: of a Ray cluster; None where configuration and environment name it, if any.
-        here: whether the run's processes, or some of them, run on this machine.
-        composed: the composed configuration, Hydra's own part included; None to compose it.
+    `here` says whether any of its processes run on this machine; `composed` is the composed
+    configuration, where the caller has it. Without `given_address`, configuration and environment
+    name the Ray cluster, if any.
     """
 
     recipe: str
@@ -44,11 +40,7 @@ class PlannedRun:
 
     @cached_property
     def whole(self) -> DictConfig:
-        """The composed configuration, Hydra's own part included.
-
-        Raises:
-            ConfigError: it does not compose.
-        """
+        """The composed configuration, Hydra's own part included."""
         if self.composed is not None:
             return self.composed
         with quiet_imports():
@@ -56,11 +48,7 @@ class PlannedRun:
 
     @cached_property
     def config(self) -> DictConfig:
-        """What verl reads, resolved; without what starts a Ray where the run joins one.
-
-        Raises:
-            ConfigError: it does not compose, or an interpolation leads nowhere.
-        """
+        """What verl reads, resolved; without what starts a Ray where the run joins one."""
         config = without_hydra(self.whole)
         try:
             OmegaConf.resolve(config)
@@ -78,10 +66,6 @@ class PlannedRun:
         """Value of a dotted key; the default where it is absent or null."""
         value = OmegaConf.select(self.config, key)
         return default if value is None else value
-
-    def command(self, name: str) -> str:
-        """The same recipe and overrides with another command of `hpo-verl`."""
-        return shlex.join(["hpo-verl", name, self.recipe, *self.overrides])
 
     @property
     def on_cpu(self) -> bool:
@@ -124,7 +108,9 @@ class PlannedRun:
         maker = self.maker(path)
         if maker is None:
             return otherwise
-        command = self.command("prepare") if self.recipe in recipe_names() else maker.shown
+        command = maker.shown
+        if self.recipe in recipe_names():
+            command = shlex.join(["hpo-verl", "prepare", self.recipe, *self.overrides])
         return f"remove {maker.output}, then {command}" if maker.output.exists() else command
 
     @cached_property
@@ -138,9 +124,5 @@ class PlannedRun:
 
     @cached_property
     def rows(self) -> dict[Path, Sample]:
-        """Every row of the data looked at, and some kept.
-
-        Raises:
-            DataError: a row is not in verl's schema.
-        """
+        """The data files' rows, all of them in verl's schema, and some kept of each file."""
         return {path: read_rows(key, path) for key, path in self.data_files}

@@ -6,7 +6,6 @@ made there. Ray uploads the code and the recipes, see `cluster.job_runtime_env`.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from hpo_verl.runs.process import last_line
 DASHBOARD = "the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONNECT_SECONDS = 10.0
-POLL_SECONDS = 1.0
+POLL_SECONDS = 2.0
 STOP_SECONDS = 90.0
 # After this time without an answer the cluster is given up; its job may still run.
 SILENCE_SECONDS = 60.0
@@ -122,16 +121,10 @@ def submit(
     write: Callable[[str], None],
     resume: bool = False,
 ) -> None:
-    """Submit a recipe as a job, and follow it to its end. Ctrl-C stops the job.
+    """Submit a recipe as a job, and, with `wait`, follow it to its end. Ctrl-C stops the job.
 
-    Args:
-        recipe: its name.
-        overrides: Hydra overrides. With `resume` they must name the run folder.
-        address: of the cluster's dashboard.
-        wait: whether to follow the job to its end.
-        announce: told what happens, a line at a time.
-        write: given the job's output as it comes.
-        resume: whether the job continues the run in the run folder.
+    `announce` is told what happens, a line at a time; `write` is given the job's output as it
+    comes. With `resume` the overrides must name the run folder, which the job continues.
 
     Raises:
         HpoVerlError: wrong input, found before or by the job before training starts.
@@ -178,42 +171,25 @@ def submit(
 
 
 def follow(client: Any, job: str, write: Callable[[str], None]) -> tuple[Any, str]:
-    """Write a job's output as it comes, until the job has ended.
-
-    Returns:
-        Ray's `JobDetails`, and the whole output.
+    """Write a job's output until the job has ended; return Ray's `JobDetails` and all output.
 
     Raises:
         TrainingFailed: the cluster does not answer any more.
     """
-    written, lost_since = 0, None
-
-    async def copy() -> None:
-        nonlocal written, lost_since
-        seen = 0
-        async for text in client.tail_job_logs(job):
-            lost_since = None
-            # A new connection begins with the first line again.
-            seen += len(text)
-            if seen > written:
-                write(text[written - seen :])
-                written = seen
-
+    written, answered = 0, time.monotonic()
     while True:
         try:
-            asyncio.run(copy())
             # In this order, or the last lines would be missing.
             info, log = client.get_job_info(job), client.get_job_logs(job)
         except Exception as error:
-            lost_since = lost_since or time.monotonic()
-            if time.monotonic() - lost_since > SILENCE_SECONDS:
+            if time.monotonic() - answered > SILENCE_SECONDS:
                 raise TrainingFailed(
                     f"job {job}: the cluster has not answered for {SILENCE_SECONDS:.0f} s "
                     f"({first_line(error)}); the job may still run"
                 ) from error
         else:
             write(log[written:])
-            written, lost_since = len(log), None
+            written, answered = len(log), time.monotonic()
             if info.status.is_terminal():
                 return info, log
         time.sleep(POLL_SECONDS)

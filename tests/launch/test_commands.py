@@ -1,19 +1,16 @@
-"""`hpo-verl list`, `prepare`, help, completion and exit codes."""
+"""`hpo-verl list`, `prepare`, help and exit codes."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from hpo_verl import cli
 from hpo_verl.algorithms.registry import ALGORITHMS
+from hpo_verl.checks import list as checklist
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
 from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
-from hpo_verl.launch import prepare_recipe, resume, train
+from hpo_verl.launch import resume, train
 
-HPO_VERL = "import sys; sys.argv = ['hpo-verl']; from hpo_verl.cli import main; main()"
 SMALL = (
     "prepare.data.arguments.train_size=64",
     "prepare.data.arguments.val_size=8",
@@ -142,7 +139,7 @@ def test_ctrl_c_has_its_own_exit_code(monkeypatch, capsys):
     def interrupt(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_recipe, "prepare_recipe", interrupt)
+    monkeypatch.setattr(checklist, "prepare_recipe", interrupt)
     monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", "countdown-tiny"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -167,39 +164,3 @@ def test_the_exit_codes_are_documented():
 @pytest.mark.parametrize("arguments", [["doctr"], ["doctor", "--jsn"], ["prepare"]])
 def test_a_command_line_that_does_not_parse(arguments):
     assert invoke(*arguments).exit_code == EXIT_BAD_INPUT
-
-
-def test_completion_offers_recipes_groups_and_their_options():
-    assert cli._complete_recipe("countdown4") == [
-        "countdown4-1.5b",
-        "countdown4-3b",
-        "countdown4-7b",
-    ]
-    assert cli._complete_override("") == ["task=", "model=", "algo=", "hardware="]
-    assert cli._complete_override("al") == ["algo="]
-    assert cli._complete_override("algo=a_") == ["algo=a_hpo"]
-    assert cli._complete_override("trainer.n") == []
-    assert cli._complete_override("trainer.nnodes=") == []
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("hpo-verl tr", "train"),
-        ("hpo-verl doctor countdown-t", "countdown-tiny"),
-        ("hpo-verl prepare telelogs-7b hardware=2", "hardware=2x8gpu"),
-    ],
-)
-def test_the_shell_is_answered(words, expected):
-    finished = subprocess.run(
-        [sys.executable, "-c", HPO_VERL],
-        env={
-            **os.environ,
-            "_HPO_VERL_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(len(words.split()) - 1),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert expected in finished.stdout.split(), finished.stderr

@@ -110,13 +110,14 @@ class Cluster:
     """A client whose job says and becomes what a test wants.
 
     Args:
-        connections: what each call of `tail_job_logs` yields, and may raise in the end.
         log: the whole output.
         status: how the job ends.
+        looks: before its end, the output so far at each look, or an error.
     """
 
-    def __init__(self, connections=((),), log="", status="SUCCEEDED", exit_code=1, message=None):
-        self.connections, self.log = iter(connections), log
+    def __init__(self, log="", status="SUCCEEDED", exit_code=1, message=None, looks=()):
+        self.looks = [*looks, log]
+        self.running = SimpleNamespace(status=JobStatus.RUNNING)
         self.info = SimpleNamespace(
             status=JobStatus(status), driver_exit_code=exit_code, message=message
         )
@@ -126,20 +127,17 @@ class Cluster:
         self.submitted = job
         return "job-1"
 
-    async def tail_job_logs(self, job):
-        for text in next(self.connections):
-            if isinstance(text, BaseException):
-                raise text
-            yield text
-
     def get_job_status(self, job):
         return self.info.status
 
-    def get_job_logs(self, job):
-        return self.log
-
     def get_job_info(self, job):
-        return self.info
+        return self.running if self.looks[1:] else self.info
+
+    def get_job_logs(self, job):
+        seen = self.looks.pop(0)
+        if isinstance(seen, BaseException):
+            raise seen
+        return seen
 
     def stop_job(self, job):
         self.stopped.append(job)
@@ -191,8 +189,8 @@ def test_a_job_goes_on_with_a_named_run_only(run):
 
 
 def test_output_is_written_once_as_it_comes(run):
-    gone = ConnectionError("gone")
-    cluster = Cluster([["a\nb", gone], ["a\n", gone], ["a\n", "b\nc\n"]], "a\nb\nc\nd\n")
+    looks = ["a\nb", ConnectionError("gone"), "a\nb", "a\nb\nc\n"]
+    cluster = Cluster("a\nb\nc\nd\n", looks=looks)
     run(cluster)
     assert cluster.written == "a\nb\nc\nd\n"
 
@@ -211,12 +209,12 @@ LOG = "a\nerror: training ended with exit code 1: ValueError: no\nfull output: /
 )
 def test_a_failure_ends_with_the_jobs_own_error(run, status, log, code, message, kind, told):
     with pytest.raises(kind) as caught:
-        run(Cluster([[]], log, status, code, message))
+        run(Cluster(log, status, code, message))
     assert str(caught.value).endswith(told)
 
 
 def test_ctrl_c_stops_the_job(run):
-    cluster = Cluster([["a\n", KeyboardInterrupt()]], status="STOPPED")
+    cluster = Cluster(status="STOPPED", looks=["a\n", KeyboardInterrupt()])
     with pytest.raises(KeyboardInterrupt):
         run(cluster)
     assert cluster.stopped == ["job-1"]
@@ -226,7 +224,7 @@ def test_ctrl_c_stops_the_job(run):
 def test_a_cluster_that_is_gone(run, monkeypatch):
     monkeypatch.setattr(submit, "SILENCE_SECONDS", -1.0)
     with pytest.raises(TrainingFailed, match="has not answered"):
-        run(Cluster([[ConnectionError("refused")]]))
+        run(Cluster(looks=[ConnectionError("refused")]))
 
 
 def test_wrong_input_never_reaches_the_cluster(run):
@@ -289,7 +287,6 @@ class Dashboard:
         self.app.router.add_post("/api/jobs/", self.submit)
         self.app.router.add_get("/api/jobs/job-1", self.info)
         self.app.router.add_get("/api/jobs/job-1/logs", self.logs)
-        self.app.router.add_get("/api/jobs/job-1/logs/tail", self.tail)
 
     async def version(self, request):
         return web.json_response({"version": "4", "ray_version": ray.__version__})
@@ -310,14 +307,6 @@ class Dashboard:
 
     async def logs(self, request):
         return web.json_response({"logs": self.log})
-
-    async def tail(self, request):
-        connection = web.WebSocketResponse()
-        await connection.prepare(request)
-        for line in self.log.splitlines(keepends=True):
-            await connection.send_str(line)
-        await connection.close()
-        return connection
 
 
 @contextlib.contextmanager
@@ -352,7 +341,6 @@ def test_rays_own_client_uploads_submits_and_follows(monkeypatch, nodes):
     with listening(dashboard.app) as url:
         overrides = ["hydra.run.dir=/run"]
         submit.submit("countdown-tiny", overrides, url, True, lambda line: None, written.append)
-    assert written[:2] == ["first\n", "second\n"]
     assert "".join(written) == dashboard.log
     assert "hpo_verl train countdown-tiny" in dashboard.submitted["entrypoint"]
     (package,) = dashboard.uploaded.values()
