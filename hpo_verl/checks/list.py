@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hpo_verl.checks import cluster, code, configuration, data, machine, model, packages, storage
+from hpo_verl.checks import cluster, configuration, data, loaded, machine, packages, storage
 from hpo_verl.checks.finding import Finding, error, first_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import Preparation, make_missing, missing, preparations
@@ -62,7 +62,7 @@ CHECKS = (
     Check("python", packages.check_base, vital=True),
     Check("address", cluster.check_address, ("cluster",), fix=f"{CORRECT}, or start the cluster"),
     Check("recipe", configuration.check_recipe, fix=f"see `hpo-verl list`, {CORRECT}", vital=True),
-    Check("code", code.check_code, vital=True),
+    Check("code", loaded.check_code, vital=True),
     Check("settings", configuration.check_settings, fix=CORRECT, vital=True),
     Check("learning", configuration.check_learnable),
     Check("steps", configuration.check_steps, again=True),
@@ -78,9 +78,9 @@ CHECKS = (
     Check("data files", data.check_files, DATA),
     Check("schema", data.check_schema, DATA, ("data files",), SCHEMA),
     Check("reward", data.check_reward, DATA, ("schema",)),
-    Check("model", model.check_model, POLICY),
-    Check("remote code", code.check_model_code, POLICY, (), "a model that transformers knows"),
-    Check("positions", model.check_positions, POLICY),
+    Check("model", loaded.check_model, POLICY),
+    Check("remote code", loaded.check_model_code, POLICY, (), "a model that transformers knows"),
+    Check("positions", loaded.check_positions, POLICY),
     Check("plugin", packages.check_plugin, ("verl",)),
     Check("driver", packages.check_driver, ("here", "verl"), (), "repair the driver"),
     Check("names", configuration.check_names, ("verl",), ("plugin",)),

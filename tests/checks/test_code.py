@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from wrong_settings import LOADED_CODE_OF_OTHERS
 
-from hpo_verl.checks.code import check_loaded_code, check_model_code, check_targets
+from hpo_verl.checks.loaded import check_loaded_code, check_model_code, check_targets
 from hpo_verl.errors import DataError
 
 

@@ -6,8 +6,7 @@ import pytest
 from model_folders import make_model
 from omegaconf import OmegaConf
 
-from hpo_verl.checks.code import check_model_code
-from hpo_verl.checks.model import check_policy, other_faults
+from hpo_verl.checks.loaded import check_model_code, check_policy, other_faults
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.settings import policy_folder
 from hpo_verl.errors import DataError
