@@ -1,48 +1,60 @@
-"""Whether a Ray cluster answers, and whether Ray's workers, here or there, can run the plugin."""
+"""Whether a Ray cluster answers, and whether Ray's workers, here or there, can run the plugin.
+
+    python -m hpo_verl.checks.cluster ADDRESS TEMPORARY_FOLDER [PATH]...
+
+asks the workers about themselves, in a process of its own that can be ended, and prints one line:
+a mark and JSON. `local` starts a Ray of its own on loopback; any other address joins a cluster,
+or, for `http://`, sends itself there as a job.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import shlex
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
-from hpo_verl.checks.finding import Finding, error, ok, warning
+from hpo_verl.checks.finding import Finding, error, first_line, ok, warning
 from hpo_verl.checks.machine import Card, Node, check_machines
-from hpo_verl.checks.packages import plugin_finding
+from hpo_verl.checks.packages import plugin_fault, plugin_finding
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.checks.probe import LOCAL, find_answer, process_versions
+from hpo_verl.config.cluster import job_runtime_env
 from hpo_verl.config.recipes import nearest
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.installed import package_versions
 from hpo_verl.runs.process import ChildProcess, last_line, tail
 
 NAME = "plugin in Ray"
-PROBE_SECONDS = 180.0
-CONNECT_SECONDS = 5.0
-AUTO = "auto"
+MARK = "hpo_verl.checks.cluster: "
+PROBE_SECONDS, ANSWER_SECONDS = 180.0, 120.0
+CONNECT_SECONDS, POLL_SECONDS = 5.0, 0.5
+AUTO, LOCAL = "auto", "local"
 FORMS = "auto, HOST:PORT of the head (6379) or http://HOST:PORT of its dashboard (8265)"
 SCHEMES = ("http", "https")
 HOW_TO_ANSWER = (
     "install hpo-verl in the environment of Ray's processes; where a cluster asks for a token, "
     "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; see `ray status`"
 )
+# What a cluster says of a job while the agent of its head is still starting.
+NOT_YET = "try again later"
 
 
 def split_address(address: str, forms: str = FORMS) -> tuple[str, str, int]:
     """Scheme (empty where none is given), host and port of an address.
 
-    Args:
-        address: as a user gives it.
-        forms: what is permitted, for the message.
-
     Raises:
-        ConfigError: not of a permitted form.
+        ConfigError: not of the permitted `forms`.
     """
     scheme, separator, _ = address.partition("://")
     if separator and scheme not in SCHEMES:
@@ -73,12 +85,7 @@ def is_elsewhere(address: str | None) -> bool:
 
 
 def check_address(run: PlannedRun) -> list[Finding]:
-    """Whether the given address is one, and somebody listens there; nothing without one.
-
-    Raises:
-        ConfigError: not of a permitted form.
-        EnvironmentCheckError: nobody listens there.
-    """
+    """Whether the given address is one, and somebody listens there; nothing without one."""
     address = run.given_address
     if address is None:
         return []
@@ -98,40 +105,6 @@ def check_address(run: PlannedRun) -> list[Finding]:
         text = f"--address={address}: nobody answers at {host} port {port} ({problem})"
         raise EnvironmentCheckError(f"{text}; need {FORMS}") from problem
     return [ok(f"{address} answers")]
-
-
-def ask(run: PlannedRun) -> dict[str, Any]:
-    """Run the probe and return its answer; `failure` says why there is none."""
-    paths = read_paths(run) if run.address else []
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    if run.address is None:
-        # Ray's own switch for one node with every server on loopback.
-        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    if run.on_cpu:
-        environment["VERL_PLATFORM"] = "cpu"
-    deadline = time.monotonic() + PROBE_SECONDS
-
-    def watch() -> None:
-        if time.monotonic() > deadline:
-            raise TimeoutError
-
-    with tempfile.TemporaryDirectory(prefix="hpo-doctor-") as folder:
-        log = Path(folder) / "probe.log"
-        try:
-            with ChildProcess(
-                lambda own: ["-m", "hpo_verl.checks.probe", run.address or LOCAL, str(own), *paths],
-                lambda _: environment,
-            ) as process:
-                process.go(log)
-                process.wait(watch)
-        except TimeoutError:
-            return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(tail(log))}"}
-        return find_answer(log.read_text(errors="replace")) or {"failure": last_line(tail(log))}
-
-
-def read_paths(run: PlannedRun) -> list[str]:
-    """Files and folders that every machine of a cluster must see."""
-    return [*(str(path) for _, path in run.data_files), str(run.policy_folder)]
 
 
 def check_cluster(run: PlannedRun) -> list[Finding]:
@@ -187,3 +160,145 @@ def _node(state: Mapping[str, Any]) -> Node:
     plain, resources = state["node"] or {"cards": [], "memory": 0.0}, state["resources"]
     cards = [Card(**card) for card in plain["cards"]][: int(resources.get("GPU", 0))]
     return Node(tuple(cards), resources.get("CPU", 0.0), plain["memory"])
+
+
+def ask(run: PlannedRun) -> dict[str, Any]:
+    """Run the probe and return its answer; `failure` says why there is none."""
+    command = ["-m", "hpo_verl.checks.cluster", run.address or LOCAL]
+    # What every machine of a cluster must see.
+    paths = [str(path) for _, path in run.data_files] + [str(run.policy_folder)]
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    if run.address is None:
+        # Ray's own switch for one node with every server on loopback.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if run.on_cpu:
+        environment["VERL_PLATFORM"] = "cpu"
+    deadline = time.monotonic() + PROBE_SECONDS
+
+    def watch() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+    with tempfile.TemporaryDirectory(prefix="hpo-doctor-") as folder:
+        log = Path(folder) / "probe.log"
+        try:
+            with ChildProcess(
+                lambda own: [*command, str(own), *paths], lambda _: environment
+            ) as process:
+                process.go(log)
+                process.wait(watch)
+        except TimeoutError:
+            return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(tail(log))}"}
+        return find_answer(log.read_text(errors="replace")) or {"failure": last_line(tail(log))}
+
+
+def process_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, in this process."""
+    return {"python": platform.python_version(), **package_versions()}
+
+
+def node_state(paths: Sequence[str]) -> dict[str, Any]:
+    """What a worker process knows of its machine and its environment, as plain values.
+
+    `plugin` is a fault or null, `missing` are those of the paths that are not there.
+    """
+    try:
+        node = asdict(Node.here())
+    except EnvironmentCheckError:
+        node = None
+    return {
+        "plugin": plugin_fault(),
+        "node": node,
+        "versions": process_versions(),
+        "missing": [path for path in paths if not Path(path).expanduser().exists()],
+    }
+
+
+def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, Any]:
+    """Run `node_state` in one worker of every node.
+
+    Returns:
+        `nodes`: node's address -> its state with Ray's `resources`, or with a `failure`.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options: dict[str, Any] = {"log_to_driver": False}
+    if address == LOCAL:
+        options |= {"num_cpus": 1, "include_dashboard": False, "_temp_dir": temporary}
+        options["_node_ip_address"] = "127.0.0.1"
+    ray.init(address=address, **options)
+    try:
+        # No CPU is asked for, so that a busy cluster answers too.
+        task = ray.remote(num_cpus=0, max_retries=0)(node_state)
+        asked = {}
+        for node in ray.nodes():
+            if node["Alive"]:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked[task.options(scheduling_strategy=there).remote(list(paths))] = node
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+        nodes = {}
+        for reference, node in asked.items():
+            state: Any = {"failure": f"no answer from a worker within {ANSWER_SECONDS:.0f} s"}
+            if reference in ready:
+                try:
+                    state = ray.get(reference)
+                except Exception as problem:
+                    state = {"failure": last_line(str(problem))[:500]}
+            nodes[node["NodeManagerAddress"]] = {**state, "resources": node["Resources"]}
+        return {"nodes": nodes}
+    finally:
+        ray.shutdown()
+
+
+def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
+    """Send this module as a job to a cluster's dashboard, and return what it prints there."""
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(address)
+    command = ["python3", "-m", "hpo_verl.checks.cluster", AUTO, "", *paths]
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=job_runtime_env())
+            break
+        except RuntimeError as problem:
+            if NOT_YET not in str(problem) or time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
+    try:
+        while not client.get_job_status(job).is_terminal():
+            if time.monotonic() > deadline:
+                return {"failure": f"the job {job} has not ended within {ANSWER_SECONDS:.0f} s"}
+            time.sleep(POLL_SECONDS)
+        log = client.get_job_logs(job)
+        return find_answer(log) or {"failure": f"the job {job} failed: {last_line(log)[:500]}"}
+    finally:
+        if not client.get_job_status(job).is_terminal():
+            client.stop_job(job)
+
+
+def find_answer(text: str) -> dict[str, Any] | None:
+    """The JSON behind the mark in a log; None without it."""
+    for line in reversed(text.splitlines()):
+        _, mark, answer = line.partition(MARK)
+        if mark:
+            return json.loads(answer)
+    return None
+
+
+def main(address: str, temporary: str, *paths: str) -> None:
+    """Ask the workers and print their answer."""
+    try:
+        if address.startswith("http"):
+            answer = ask_by_job(address, paths)
+        else:
+            answer = ask_nodes(address, temporary, paths)
+    except Exception as problem:
+        answer = {"failure": f"{type(problem).__name__}: {first_line(problem)}"}
+    print(f"{MARK}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    main(*sys.argv[1:])

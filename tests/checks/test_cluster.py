@@ -16,15 +16,16 @@ from model_sizes import MODEL_SIZES
 
 from hpo_verl.checks import cluster
 from hpo_verl.checks.cluster import (
+    MARK,
     ask,
     check_address,
     check_cluster,
+    find_answer,
     is_elsewhere,
-    read_paths,
+    process_versions,
     split_address,
 )
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.checks.probe import MARK, find_answer, process_versions
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.runs.process import MARKER, end_processes, marked_processes
 
@@ -125,14 +126,6 @@ def test_cards_that_ray_was_told_to_keep_back(examine):
     # A node that could not tell what it has counts as one without cards.
     findings = examine({"nodes": {"a": state(), "b": state(node=None)}})
     assert "this cluster has 8 + 0" in only(findings, "cards").detail
-
-
-def test_what_a_run_reads(planned, made):
-    assert read_paths(planned()) == [
-        str(made / "data" / "train.parquet"),
-        str(made / "data" / "val.parquet"),
-        str(made / "policy"),
-    ]
 
 
 def test_the_answer_is_found_among_other_lines():
