@@ -163,7 +163,7 @@ def _node(state: Mapping[str, Any]) -> Node:
 
 
 def ask(run: PlannedRun) -> dict[str, Any]:
-    """Run the probe and return its answer; `failure` says why there is none."""
+    """Ask Ray's workers in a process of its own; `failure` says why there is no answer."""
     command = ["-m", "hpo_verl.checks.cluster", run.address or LOCAL]
     # What every machine of a cluster must see.
     paths = [str(path) for _, path in run.data_files] + [str(run.policy_folder)]

@@ -29,7 +29,7 @@ IDLE_GIB = 2.0
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU: its name and its memory in GiB."""
+    """One GPU, its memory in GiB."""
 
     name: str
     total: float
@@ -38,13 +38,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine offers a run.
-
-    Attributes:
-        cards: its GPUs.
-        cpus: CPUs that Ray would count.
-        memory: of the host, GiB, as far as it is available.
-    """
+    """What one machine offers: GPUs, CPUs as Ray counts them, available memory of the host, GiB."""
 
     cards: tuple[Card, ...]
     cpus: float
@@ -52,21 +46,13 @@ class Node:
 
     @classmethod
     def here(cls) -> Node:
-        """This machine.
-
-        Raises:
-            EnvironmentCheckError: nvidia-smi fails.
-        """
+        """This machine."""
         available = psutil.virtual_memory().available / GIB
         return cls(tuple(find_cards()), os.cpu_count() or 1, available)
 
 
 def find_cards() -> list[Card]:
-    """NVIDIA's GPUs on this machine, whatever this process may use of them.
-
-    Raises:
-        EnvironmentCheckError: nvidia-smi is there and fails.
-    """
+    """NVIDIA's GPUs on this machine, whatever this process may use of them."""
     cards = []
     # Lines such as `NVIDIA H100 80GB HBM3, 81559, 4`, memory in MiB.
     for line in _query("name,memory.total,memory.used"):
@@ -79,16 +65,16 @@ def find_cards() -> list[Card]:
 
 
 def driver_version() -> str | None:
-    """Version of NVIDIA's driver on this machine; None without one.
-
-    Raises:
-        EnvironmentCheckError: nvidia-smi is there and fails.
-    """
+    """Version of NVIDIA's driver on this machine; None without one."""
     return next(iter(_query("driver_version")), None)
 
 
 def _query(fields: str) -> list[str]:
-    """What nvidia-smi says of each card, one line a card; nothing where it is not installed."""
+    """What nvidia-smi says of each card, one line a card; nothing where it is not installed.
+
+    Raises:
+        EnvironmentCheckError: it is installed, and fails.
+    """
     program = shutil.which(SMI)
     if program is None:
         return []

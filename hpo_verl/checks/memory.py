@@ -33,18 +33,7 @@ OUTPUT_EMBEDDING = "lm_head.weight"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Dimensions of a dense decoder.
-
-    Attributes:
-        parameters: number of them, shared matrices once.
-        hidden_size: width of the residual stream.
-        intermediate_size: width inside the feed-forward layer.
-        layers: number of decoder layers.
-        key_value_heads: per layer.
-        head_size: width of an attention head.
-        vocabulary: rows of the embedding.
-        tied: whether input and output embedding are one matrix.
-    """
+    """Dimensions of a dense decoder; `tied`: input and output embedding are one matrix."""
 
     parameters: int
     hidden_size: int
@@ -272,11 +261,7 @@ def _scoring(size: ModelSize, config: DictConfig) -> Moment:
 
 
 def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
-    """Memory that one machine needs while the policy is loaded and trained.
-
-    Returns:
-        GiB, and the arithmetic.
-    """
+    """GiB that one machine needs while the policy is loaded and trained, and the arithmetic."""
     weights, ranks = 4 * size.parameters / GIB, config.trainer.n_gpus_per_node
     if config.trainer.device == "cpu":
         loss, layer = _backward_moments(size, config, 4)

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import ListConfig
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
 from hpo_verl.checks.machine import driver_version
@@ -25,6 +26,7 @@ from hpo_verl.installed import (
     TESTED_VERL,
     VLLM_CPU_VERSIONS,
     installed,
+    is_permitted_verl,
 )
 from hpo_verl.runs.quiet import quiet_imports
 
@@ -109,19 +111,15 @@ def check_base(_: PlannedRun | None = None) -> list[Finding]:
     """Python and verl: without the right ones nothing else can be checked."""
     running, verl = platform.python_version(), installed("verl")
     python = ok(running, "python")
-    if not _permits(PERMITTED_PYTHON, running):
+    if running not in SpecifierSet(PERMITTED_PYTHON):
         python = error(f"{running}; need {PERMITTED_PYTHON}", "make an environment", "python")
-    if verl is None or not _permits(PERMITTED_VERL, verl):
+    if not is_permitted_verl(verl):
         need = f"{verl or 'not installed'}; need {PERMITTED_VERL}"
         return [python, error(need, INSTALL_VERL, "verl")]
     if verl != TESTED_VERL:
         untested = f"verl {verl}: tested with {TESTED_VERL} only"
         return [python, warning(untested, INSTALL_VERL, "verl")]
     return [python, ok(verl, "verl")]
-
-
-def _permits(specifier: str, version: str) -> bool:
-    return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
 def check_packages(run: PlannedRun) -> list[Finding]:
@@ -160,7 +158,7 @@ def _compare(package: str, kind: str) -> Finding:
         extra = "gpu" if kind == "cuda" else "cpu"
         fix = f"pip install --constraint constraints-{extra}.txt '.[{extra}]'"
         return error("not installed", fix, package)
-    if package == "ray" and not _permits(f">={LOWEST_RAY}", found):
+    if package == "ray" and Version(found) < Version(LOWEST_RAY):
         text = f"{found}; need >= {LOWEST_RAY} (CVE-2026-27482)"
         return error(text, f"pip install 'ray>={LOWEST_RAY}'", package)
     # A local part such as +cpu or +cu130 names the build, not the version.
@@ -238,13 +236,10 @@ def check_driver(run: PlannedRun) -> list[Finding]:
 
 
 def plugin_fault() -> tuple[str, str] | None:
-    """Import verl, and tell what keeps the plugin out of this process.
+    """Import verl, and tell what keeps the plugin out of this process, and what to do about it.
 
     verl logs a plugin that fails to load at DEBUG only. So the plugin is not
     imported here by name before verl has had its chance to do it.
-
-    Returns:
-        What is wrong and what to do about it; None where all is registered.
     """
     policy = os.environ.get(PLUGINS_VARIABLE, "auto").strip().lower()
     allowed = {name.strip() for name in policy.split(",")}

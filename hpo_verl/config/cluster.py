@@ -18,17 +18,8 @@ from hpo_verl.config.recipes import recipes_directory
 
 # Arguments of ray.init that only a new cluster takes; Ray refuses most of them when it joins one.
 START_ONLY = (
-    "num_cpus",
-    "num_gpus",
-    "resources",
-    "labels",
-    "object_store_memory",
-    "include_dashboard",
-    "dashboard_host",
-    "dashboard_port",
-    "_node_name",
-    "_system_config",
-    "_temp_dir",
+    *("num_cpus", "num_gpus", "resources", "labels", "object_store_memory", "include_dashboard"),
+    *("dashboard_host", "dashboard_port", "_node_name", "_system_config", "_temp_dir"),
 )
 # Ray sets this variable for every job that was submitted.
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

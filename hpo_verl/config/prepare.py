@@ -55,9 +55,6 @@ def preparations(config: DictConfig) -> Iterator[Preparation]:
     """The commands that a composed recipe lists, and whose output it names elsewhere.
 
     A recipe that was given another policy or other data does not need those it lists.
-
-    Raises:
-        ConfigError: a module lies outside `data_prep`.
     """
     whole = dict(leaves(OmegaConf.to_container(config, resolve=True)))
     for name, entry in (OmegaConf.select(config, "prepare") or {}).items():
@@ -68,14 +65,10 @@ def preparations(config: DictConfig) -> Iterator[Preparation]:
             raise ConfigError(
                 f"prepare.{name}.module={entry.module}: only modules below {PERMITTED_PREFIX[:-1]}"
             )
-        arguments = [
-            part
-            for key, value in (entry.get("arguments") or {}).items()
-            for part in (f"--{key.replace('_', '-')}", str(value))
-        ]
-        yield Preparation(
-            str(name), str(entry.module), Path(entry.output).expanduser(), tuple(arguments)
-        )
+        arguments: list[str] = []
+        for key, value in (entry.get("arguments") or {}).items():
+            arguments += [f"--{key.replace('_', '-')}", str(value)]
+        yield Preparation(name, entry.module, Path(entry.output).expanduser(), tuple(arguments))
 
 
 def _lies_in(value: object, folder: str) -> bool:
@@ -88,10 +81,7 @@ def missing(config: DictConfig) -> list[Preparation]:
 
 
 def check_made(config: DictConfig) -> None:
-    """Let the commands check what they made before it is used again.
-
-    A module under `prepare` may offer `check(folder)`, which raises where the
-    folder's content is not what the command wrote.
+    """Let the modules under `prepare` check what they made: those that offer `check(folder)`.
 
     Raises:
         DataError: names the file that was changed.
@@ -112,11 +102,9 @@ def make_missing(config: DictConfig, announce: Callable[[str], None]) -> None:
     """
     for preparation in missing(config):
         announce(f"making {preparation.name}: {preparation.shown}")
-        finished = subprocess.run(preparation.command, check=False)  # noqa: S603
-        if finished.returncode != 0:
-            raise DataError(
-                f"prepare.{preparation.name}: exit code {finished.returncode} from "
-                f"{preparation.shown}"
-            )
+        code = subprocess.run(preparation.command, check=False).returncode  # noqa: S603
+        if code != 0:
+            text = f"prepare.{preparation.name}: exit code {code} from {preparation.shown}"
+            raise DataError(text)
         if made := getattr(importlib.import_module(preparation.module), "made", None):
             made(preparation.output)

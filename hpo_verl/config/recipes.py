@@ -27,11 +27,7 @@ def recipes_directory() -> Path:
 
 
 def verl_configurations() -> Path:
-    """Folder of verl's own configurations, found without importing verl, which takes seconds.
-
-    Raises:
-        EnvironmentCheckError: verl is not installed.
-    """
+    """Folder of verl's own configurations, found without importing verl, which takes seconds."""
     found = find_spec("verl")
     if found is None or found.origin is None:
         raise EnvironmentCheckError("verl is not installed")
@@ -59,8 +55,6 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
 
 def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a recipe with Hydra overrides, as `verl.trainer.main_ppo` would.
-
-    Overrides of Hydra itself (`hydra.run.dir=...`) are permitted.
 
     Returns:
         The whole configuration, Hydra's own part included.

@@ -47,9 +47,8 @@ def masked_command(command: Sequence[str]) -> list[str]:
 def secret_mask(*sources: Mapping[str, Any]) -> Callable[[str], str]:
     """Make a function that puts `***` for secrets in a text.
 
-    Args:
-        sources: environment variables, and plain containers of settings. The values of secret
-            keys are masked, see `is_secret`, and so is whatever has the form of a secret.
+    Masked are the values of secret keys in the sources, environment variables and settings, and
+    whatever has the form of a secret.
     """
     secrets = {
         value

@@ -29,7 +29,7 @@ def examine_installation() -> list[Finding]:
 
 
 def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -> list[Finding]:
-    """Make every check for a recipe, in their order. Trains nothing and writes nothing.
+    """Make every check for a recipe, in their order.
 
     Without an address, the Ray cluster is that which the run itself would join, or start.
     """
@@ -59,13 +59,7 @@ def as_text(findings: Sequence[Finding]) -> str:
 def as_json(
     recipe: str | None, overrides: Sequence[str], address: str | None, findings: Sequence[Finding]
 ) -> str:
-    """One JSON document.
-
-    Returns:
-        Keys recipe, overrides, address, status (the worst of `error`, `warning`, `ok`; a check
-        that was skipped is none of them), counts, versions and findings, each with name, status,
-        detail and fix.
-    """
+    """One JSON document; its status is the worst of `error`, `warning` and `ok`."""
     counts = Counter(finding.status for finding in findings)
     document = {
         "recipe": recipe,

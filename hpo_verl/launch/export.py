@@ -101,12 +101,7 @@ def _shard_files(checkpoint: Path) -> list[Path]:
 def export(source: Path, target: Path) -> Path:
     """Write the model of a checkpoint as a Hugging Face folder, in bfloat16.
 
-    Args:
-        source: see `checkpoint_folder`.
-        target: folder to make.
-
-    Returns:
-        The checkpoint that was used.
+    The source is that of `checkpoint_folder`, whose result is returned.
 
     Raises:
         DataError: no checkpoint, an incomplete one, or one that holds more than tensors.
@@ -145,11 +140,8 @@ def export(source: Path, target: Path) -> Path:
 def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
     """Make `policy/` of a finished run, of its last checkpoint; an older one is removed.
 
-    No error here fails the run: its checkpoint can be exported later.
-
-    Returns:
-        The folder; None where the run saved no checkpoint, or where it cannot be made here: then
-        `announce` is told why, and the command that makes it.
+    No error here fails the run, whose checkpoint can be exported later: `announce` is told why, and
+    the command that makes it. Returns the folder, or None where none was made.
     """
     target = folder / POLICY_NAME
     shutil.rmtree(target, ignore_errors=True)

@@ -30,14 +30,8 @@ FILE_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"
 WORKERS_KEY = "data.dataloader_num_workers"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 
 
@@ -115,6 +109,7 @@ def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must stay the same for a run to continue from a checkpoint."""
+    ranks = manifest["world_size"]
     return {
         "algorithm": manifest["algorithm"],
         "model": manifest["policy"]["sha256"],
@@ -123,10 +118,8 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
             key: [file["sha256"] for file in manifest["data"] if file["key"] == key]
             for key in ("data.train_files", "data.val_files")
         },
-        "world size": manifest["world_size"],
-        "number of cards that share one copy of the weights": manifest.get(
-            "cards_a_copy", manifest["world_size"]
-        ),
+        "world size": ranks,
+        "number of cards that share one copy of the weights": manifest.get("cards_a_copy", ranks),
         # A DataLoader restores its state only with the same number of workers.
         WORKERS_KEY: manifest.get(WORKERS_KEY),
     }
@@ -157,15 +150,10 @@ def _check_checkpoints(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def checked_manifest(config: DictConfig, command: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Describe a run, and refuse to continue from checkpoints of another; writes nothing.
-
-    The configuration is resolved and without Hydra's own part.
-
-    Returns:
-        The content of `config.yaml` and of `manifest.json`.
+    """The content of `config.yaml` and of `manifest.json` for a resolved configuration.
 
     Raises:
-        DataError: the checkpoints there are another run's.
+        DataError: the checkpoints from which verl would continue are another run's.
     """
     text = OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=True))))
     manifest = _describe_run(config, text, command)

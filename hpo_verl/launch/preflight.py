@@ -28,11 +28,7 @@ from hpo_verl.runs.process import MARKER
 
 
 def check(config: DictConfig) -> None:
-    """Make every check that `hpo-verl train` makes, and print the warnings.
-
-    Raises:
-        CheckFailedError: the first error, as the doctor says it.
-    """
+    """Make every check that `hpo-verl train` makes, and print the warnings."""
     run = PlannedRun(
         str(OmegaConf.select(config, "hydra.job.config_name")),
         tuple(OmegaConf.select(config, "hydra.overrides.task") or ()),

@@ -23,11 +23,9 @@ class NoProgress(RuntimeError):
 
 
 class ProgressBound:
-    """Raises where what is seen of a run stays the same for too long.
+    """Raises where what is seen of a run stays the same for more than `seconds` (None: any time).
 
-    Args:
-        seconds: how long it may stay the same; None for any time.
-        key: the setting, for the message.
+    `key` is the setting, for the message.
     """
 
     def __init__(self, seconds: float | None, key: str) -> None:
@@ -38,11 +36,7 @@ class ProgressBound:
         self._looked = time.monotonic()
 
     def check(self, *seen: object) -> None:
-        """Compare what the run is doing, and its other signs of progress, with the last call's.
-
-        Raises:
-            NoProgress: nothing has changed for too long.
-        """
+        """Compare what the run is doing, and its other signs of progress, with the last call's."""
         now = time.monotonic()
         self._unchanged += min(now - self._looked, LONGEST_LOOK_SECONDS)
         self._looked = now

@@ -46,11 +46,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Refuse to start a run from nothing where there is one.
-
-    Raises:
-        ConfigError: names the folder and `--resume`.
-    """
+    """Refuse with a ConfigError to start a run from nothing where there is one."""
     if _holds_run(folder):
         raise ConfigError(
             f"run folder {folder} holds a run: {FLAG} goes on with it; for a new run, choose "
@@ -59,11 +55,7 @@ def refuse_used_folder(folder: Path) -> None:
 
 
 def latest_run(runs: Path) -> Path:
-    """The newest run among the folders of a recipe, which are named by their time.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The newest run among the folders of a recipe, which are named by their time."""
     found = [path for path in sorted(runs.glob("*")) if _holds_run(path)]
     if not found:
         raise ConfigError(f"{FLAG}: no run in {runs}; name its folder with hydra.run.dir=")
@@ -148,7 +140,7 @@ def begin(
         config: the resolved configuration, without Hydra's own part. Where the run continues,
             `trainer.resume_mode` and `resume_from_path` are set to the checkpoint.
         folder: the run's folder, which exists.
-        command: the command line.
+        command: the command line, for the manifest.
         resume: whether the run must continue from a checkpoint.
         announce: told what is left out, what has changed and where the run continues.
 
@@ -157,8 +149,8 @@ def begin(
 
     Raises:
         ConfigError: `trainer.resume_mode` says something else than `--resume`.
-        DataError: the checkpoints are another run's, or another user's, or none is whole.
-            Nothing is written then.
+        DataError: the checkpoints are another run's or another user's, or none is whole. Nothing
+            is written then.
     """
     text, manifest = checked_manifest(config, command)
     saved = Path(config.trainer.default_local_dir).expanduser()

@@ -40,11 +40,7 @@ SILENCE_SECONDS = 60.0
 
 
 def dashboard_address(text: str) -> str:
-    """The URL of a cluster's dashboard, as `http://HOST:PORT`.
-
-    Raises:
-        ConfigError: it is something else, such as Ray's own `ray://`.
-    """
+    """The URL of a cluster's dashboard, as `http://HOST:PORT`."""
     scheme, host, port = split_address(text, DASHBOARD)
     return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -92,11 +88,7 @@ def connect(address: str) -> Any:
 
 
 def living_nodes(address: str) -> list[machine.Node]:
-    """The nodes of a cluster by Ray's resources, which count a CPU run's ranks as GPUs too.
-
-    Raises:
-        EnvironmentCheckError: the cluster does not tell.
-    """
+    """The nodes of a cluster by Ray's resources, which count a CPU run's ranks as GPUs too."""
     from ray.util import state
 
     try:
@@ -196,11 +188,7 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> tuple[Any, st
 
 
 def stop(client: Any, job: str) -> None:
-    """Stop a job and wait until it has ended; a further Ctrl-C changes nothing.
-
-    Raises:
-        TrainingFailed: it has not ended after `STOP_SECONDS`.
-    """
+    """Stop a job and wait until it has ended; a further Ctrl-C changes nothing."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         client.stop_job(job)

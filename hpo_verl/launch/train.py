@@ -123,13 +123,9 @@ def train(
 ) -> Path:
     """Train as a recipe says, and collect what the run leaves; return its folder.
 
-    Args:
-        recipe: its name.
-        overrides: Hydra overrides.
-        announce: told what happens, one line each.
-        on_poll: called about three times a second with the metrics so far and what the run is
-            doing.
-        resume: continue from the newest whole checkpoint of the named, or else the last, run.
+    `announce` is told what happens, one line each; `on_poll` is called about three times a second
+    with the metrics so far and what the run is doing. With `resume` the run continues from the
+    newest whole checkpoint of the named, or else the last, run.
 
     Raises:
         HpoVerlError: wrong input, found before Ray starts.

@@ -37,13 +37,7 @@ HASHING_THREADS = 8
 
 @dataclass(frozen=True)
 class Chosen:
-    """The checkpoint that a run continues from.
-
-    Attributes:
-        path: its folder.
-        step: its step.
-        left_out: newer ones that are not whole, each with what is wrong.
-    """
+    """The checkpoint that a run continues from; `left_out` says what is wrong with newer ones."""
 
     path: Path
     step: int
@@ -106,9 +100,6 @@ def _absent(names: list[str]) -> str | None:
 def seal(checkpoint: Path) -> None:
     """Write `complete.json`, once all files of the checkpoint are on the disk.
 
-    Args:
-        checkpoint: `global_step_N`, all of whose files are written and closed.
-
     Raises:
         DataError: a file is missing without which no run can continue.
         OSError: a file could not be read, or the disk is full.
@@ -140,9 +131,7 @@ def _check_owner(path: Path) -> None:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole.
-
-    Reads every byte of it.
+    """What is wrong with a checkpoint, every byte of which is read; None if it is whole.
 
     Raises:
         DataError: it, or a file in it, belongs to another user.
@@ -213,11 +202,8 @@ def keep_newest(folder: Path, count: int) -> None:
 def full_disk(error: BaseException, folder: Path) -> bool:
     """Whether an error comes from a full disk, an exhausted quota or a file's size limit.
 
-    torch's own writer reports no error number, so a small file is written to find out.
-
-    Args:
-        error: what writing below `folder` raised, here or in a worker.
-        folder: an existing folder, with the file that failed to be written still in it.
+    torch's own writer reports no error number, so a small file is written to find out, while the
+    file that failed to be written is still in the folder.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -93,12 +93,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def locked(
     folder: Path, remedy: str = "choose another with hydra.run.dir=", *, wait: bool = False
 ) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when this process ends.
+    """Hold the lock of a folder, made if missing; the system releases it when this process ends.
 
-    Args:
-        folder: made if missing.
-        remedy: what to do where another process holds it, for the message.
-        wait: until another process has released it.
+    With `wait`, until another process has released it; `remedy` is what to do otherwise.
 
     Raises:
         EnvironmentCheckError: another process holds it, the file system keeps no locks, or the

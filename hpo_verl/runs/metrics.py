@@ -13,12 +13,7 @@ VALIDATION_SUFFIX = "/acc/mean@"
 
 @dataclass
 class MetricsFile:
-    """The lines of a `metrics.jsonl` that are complete so far.
-
-    Attributes:
-        path: the file; it may not exist yet.
-        rows: step and metrics of each line read.
-    """
+    """The complete lines read so far of a `metrics.jsonl`, which may not exist yet."""
 
     path: Path
     rows: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)

@@ -47,10 +47,6 @@ class ChildProcess:
         arguments: of Python, given the temporary folder.
         environment: variables on top of the caller's, given the temporary folder.
         mask: takes secrets out of the output before it is written to the log file.
-
-    Attributes:
-        temporary: the private temporary folder.
-        marker: value of `MARKER` in the environment of all processes.
     """
 
     def __init__(
@@ -89,11 +85,9 @@ class ChildProcess:
         return self
 
     def go(self, log_file: Path, line: str = "") -> None:
-        """Let the program run: send it a line on its standard input, which then ends.
+        """Let the program run: send it the line that it waits for on its standard input.
 
-        Args:
-            log_file: takes the output of all processes; an existing file is overwritten.
-            line: what the program waits for.
+        The log file takes the output of all processes; an existing one is overwritten.
         """
         self._log_file = log_file
         self._log_thread = threading.Thread(
@@ -161,12 +155,7 @@ def copy_masked(pipe: IO[bytes], file: IO[bytes], mask: Callable[[str], str]) ->
 
     verl prints its whole configuration, and libraries print what they were given. The mask is
     applied to whole lines, so that no secret is cut in two; a line without an end is written
-    once it is longer than `LINE_BYTES`.
-
-    Args:
-        pipe: unbuffered; closed at the end.
-        file: closed at the end.
-        mask: returns what may be written of a text.
+    once it is longer than `LINE_BYTES`. The pipe is unbuffered; both are closed at the end.
     """
 
     def write(block: bytes) -> None:

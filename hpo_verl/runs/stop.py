@@ -60,15 +60,8 @@ class GracefulStop:
     """The first Ctrl-C or SIGTERM asks the trainer to stop; the next one interrupts.
 
     A context manager. The first one interrupts too where the trainer does not listen: it has
-    not begun to train, or is not ours.
-
-    Args:
-        file: how the trainer is asked; removed at the end.
-        announce: told once that the trainer was asked.
-        signals: the signals to handle.
-
-    Attributes:
-        stopped: at the end, whether the trainer ended early because it was asked.
+    not begun to train, or is not ours. At the end `file` is removed, and `stopped` says whether
+    the trainer ended early because it was asked.
     """
 
     def __init__(
