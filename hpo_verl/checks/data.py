@@ -72,19 +72,15 @@ def check_schema(run: PlannedRun) -> Finding:
     return ok(f"{rows} rows: chat messages, a data source and a ground truth in each")
 
 
-class Scores(NamedTuple):
-    """What a reward function made of sampled rows."""
+class Scored(NamedTuple):
+    """What a reward function made of a sampled row: scores, or what went wrong (`problem`)."""
 
-    # Score of a wrong response to each row.
-    wrong: list[float]
-    # Best score of the known answers, where one scores better than the wrong response.
-    right: list[float]
-    # Rows with a known answer; 1 is the first sampled.
-    known: list[int]
-    # Row -> what went wrong.
-    failures: dict[int, str]
+    wrong: float = math.nan
+    # The best of the known answers; None where none is known.
+    right: float | None = None
     # Names that it returned, each set once.
-    keys: set[frozenset[str]]
+    keys: frozenset[frozenset[str]] = frozenset()
+    problem: str = ""
 
 
 def check_reward(run: PlannedRun) -> Finding:
@@ -108,33 +104,35 @@ def check_reward(run: PlannedRun) -> Finding:
     except HpoVerlError as problem:
         return error(str(problem), fix)
     try:
-        scores = _score(run, function, options)
+        scored = list(_score(run, function, options))
     finally:
         function.close()
-    rows = len(scores.wrong) + len(scores.failures)
-    if scores.failures:
-        row, problem = next(iter(scores.failures.items()))
+    failures = {row: one.problem for row, one in enumerate(scored, start=1) if one.problem}
+    if failures:
+        row, problem = next(iter(failures.items()))
         guarded = run.get("reward.reward_manager.name") == "guarded"
-        if len(scores.failures) > (guard.max_error_fraction if guarded else 0) * rows:
+        if len(failures) > (guard.max_error_fraction if guarded else 0) * len(scored):
             # Without the number of rows, which the clock decides.
             return error(f"{shown}: fails on sampled row {row}: {problem}", fix)
-        share = f"{len(scores.failures)} of {rows} sampled rows"
+        share = f"{len(failures)} of {len(scored)} sampled rows"
         return warning(f"{shown}: fails on {share}, first on row {row}: {problem}", fix)
-    if len(scores.keys) > 1:
+    if len(frozenset().union(*(one.keys for one in scored))) > 1:
         return error(f"{shown}: the keys it returns differ from row to row", fix)
+    wrong = [one.wrong for one in scored]
     low = (
-        f"{rows} rows scored by {shown}: {min(scores.wrong):g} to {max(scores.wrong):g} "
-        "for a wrong response"
+        f"{len(scored)} rows scored by {shown}: {min(wrong):g} to {max(wrong):g} for a wrong "
+        "response"
     )
-    known, right = len(scores.known), scores.right
+    known = [(one.wrong, one.right) for one in scored if one.right is not None]
     if not known:
         return ok(f"{low}; no right response is known to compare with")
-    if len(right) < known:
+    if no_better := sum(right <= wrong for wrong, right in known):
         return warning(
-            f"{low}; in {known - len(right)} of {known} rows the known answer scores no better",
+            f"{low}; in {no_better} of {len(known)} rows the known answer scores no better",
             "check that the reward function and the data belong together",
         )
-    return ok(f"{low}, up to {max(right):g} for the known answer in all {known}")
+    best = max(right for _, right in known)
+    return ok(f"{low}, up to {best:g} for the known answer in all {len(known)}")
 
 
 def _named_function(run: PlannedRun) -> tuple[str, str, dict[str, Any]]:
@@ -147,29 +145,27 @@ def _named_function(run: PlannedRun) -> tuple[str, str, dict[str, Any]]:
     return (*VERLS_FUNCTION, {})
 
 
-def _score(run: PlannedRun, function: GuardedFunction, options: Mapping[str, Any]) -> Scores:
-    chosen = [row for sample in run.rows.values() for row in sample.spread.values()]
-    chosen = chosen[:: max(1, len(chosen) // SAMPLE_ROWS)][:SAMPLE_ROWS]
-    scores = Scores([], [], [], {}, set())
+def _score(
+    run: PlannedRun, function: GuardedFunction, options: Mapping[str, Any]
+) -> Iterator[Scored]:
+    rows = [row for sample in run.rows.values() for row in sample.spread.values()]
+    rows = rows[:: max(1, len(rows) // SAMPLE_ROWS)][:SAMPLE_ROWS]
     deadline = time.monotonic() + SCORING_SECONDS
-    for number, row in enumerate(chosen, start=1):
-        if number > 1 and time.monotonic() > deadline:
-            break
+    for number, row in enumerate(rows):
+        if number > 0 and time.monotonic() > deadline:
+            return
         # A wrong response alone first: where it hangs, the others would too.
         answers = function.score([_call(row, WRONG_RESPONSE, options)])
         texts = [] if answers[0][1] else list(right_responses(row))
         answers += function.score([_call(row, text, options) for text in texts])
         if problem := next((problem for _, problem in answers if problem), ""):
-            scores.failures[number] = problem
+            yield Scored(problem=problem)
             continue
-        scores.keys.update(frozenset(result) for result, _ in answers)
-        base, *best = (
+        keys = frozenset(frozenset(result) for result, _ in answers)
+        wrong, *right = (
             float(result.get("score", result.get("acc", math.nan))) for result, _ in answers
         )
-        scores.wrong.append(base)
-        scores.known.extend([number] if best else [])
-        scores.right.extend([max(best)] if best and max(best) > base else [])
-    return scores
+        yield Scored(wrong, max(right, default=None), keys)
 
 
 def _call(row: Mapping[str, Any], response: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ once, h hidden size, m intermediate size, k width of the keys, L layers, V
 vocabulary, p parameters of one layer, b bytes of a value (2 in bfloat16, 4 in
 float32).
 
-What verl's FSDP2 engine holds on a card (`Moment`) is measured with tensors
-without data in tests/checks/test_memory_measured.py. The rest is an estimate:
-OVERHEAD_GIB, vLLM's cache and the host's memory. Nothing was run on a GPU.
+What verl's FSDP2 engine holds on a card is measured with tensors without data in
+tests/checks/test_memory_measured.py. The rest is an estimate: OVERHEAD_GIB,
+vLLM's cache and the host's memory. Nothing was run on a GPU.
 """
 
 from __future__ import annotations
@@ -103,21 +103,8 @@ def read_model_size(folder: Path) -> ModelSize:
         raise DataError(f"{path}: {error}") from error
 
 
-class Moment(NamedTuple):
-    """What a card holds beside its shards at one moment, GiB, and the arithmetic."""
-
-    size: float
-    text: str
-
-
-def _moment(width: int, tokens: int, values: int, more: float) -> Moment:
-    """So many values a token, and values that do not depend on tokens."""
-    text = f"{width} x ({tokens} tokens x {values:,} + {more:,.0f})"
-    return Moment(width * (tokens * values + more) / GIB, text)
-
-
 class CardMemory(NamedTuple):
-    """Memory of one card in the phases of a step, GiB.
+    """Memory of one card in the phases of a step, GiB; four moments are beside the shards.
 
     Attributes:
         weights: 4 P / G, float32.
@@ -135,10 +122,10 @@ class CardMemory(NamedTuple):
     weights: float
     gradients: float
     adam: float
-    loss: Moment
-    layer: Moment
-    step: Moment
-    scoring: Moment
+    loss: float
+    layer: float
+    step: float
+    scoring: float
     resident: float
     rollout: float
     cache_tokens: float
@@ -146,8 +133,7 @@ class CardMemory(NamedTuple):
     @property
     def update(self) -> float:
         """The peak of scoring and update, GiB."""
-        largest = max(self.loss.size, self.layer.size, self.step.size)
-        peak = max(self.gradients + largest, self.scoring.size)
+        peak = max(self.gradients + max(self.loss, self.layer, self.step), self.scoring)
         return self.weights + self.adam + peak + OVERHEAD_GIB
 
     @property
@@ -158,14 +144,12 @@ class CardMemory(NamedTuple):
     @property
     def arithmetic(self) -> str:
         """The estimate as a text with every term."""
-        names = ("loss", "layer", "AdamW's step", "scoring, without gradients,")
-        moments = zip(names, (self.loss, self.layer, self.step, self.scoring), strict=True)
-        shown = ", ".join(f"{name} {moment.size:.1f} ({moment.text})" for name, moment in moments)
         return (
             f"update {self.update:.1f} GiB = weights {self.weights:.1f} + gradients "
-            f"{self.gradients:.1f} + Adam {self.adam:.1f} + {OVERHEAD_GIB:g} + the largest of "
-            f"{shown}; sampling {self.sampling:.1f} GiB = vLLM {self.rollout:.1f} + resident "
-            f"{self.resident:.1f} + {OVERHEAD_GIB:g}; vLLM's cache "
+            f"{self.gradients:.1f} + Adam {self.adam:.1f} + {OVERHEAD_GIB:g} + the largest of loss "
+            f"{self.loss:.1f}, layer {self.layer:.1f}, AdamW's step {self.step:.1f} and scoring, "
+            f"without gradients, {self.scoring:.1f}; sampling {self.sampling:.1f} GiB = vLLM "
+            f"{self.rollout:.1f} + resident {self.resident:.1f} + {OVERHEAD_GIB:g}; vLLM's cache "
             f"{self.cache_tokens / 1e6:.1f} M tokens"
         )
 
@@ -194,7 +178,7 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
         adam=2 * weights,
         loss=loss,
         layer=layer,
-        step=Moment(weights, f"4 x {parameters:,} / {cards}" if weights else "on the host"),
+        step=weights,
         scoring=_scoring(size, config),
         resident=weights * (not fsdp.param_offload) + 2 * weights * (not fsdp.optimizer_offload),
         rollout=share,
@@ -202,8 +186,8 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     )
 
 
-def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[Moment, Moment]:
-    """The two peaks of the backward pass; `width` is the bytes of a value.
+def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[float, float]:
+    """The two peaks of the backward pass, GiB; `width` is the bytes of a value.
 
     A layer saves 4 m + 10 h + 2 k values a token: four of the feed-forward, four
     of each of two norms (a float32 value counts twice), query, attention's output,
@@ -225,10 +209,9 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
         kept, work = hidden, work + saved
     kept, matrix, layer = kept * size.layers, 2 * vocabulary * hidden, size.layer_parameters
     more = max(matrix + layer, (copies - 1) * tokens * vocabulary)
-    return (
-        _moment(width, tokens, kept + 5 * hidden + vocabulary, more),
-        _moment(width, tokens, kept + work, matrix + 3 * layer),
-    )
+    loss_values = tokens * (kept + 5 * hidden + vocabulary) + more
+    layer_values = tokens * (kept + work) + matrix + 3 * layer
+    return width * loss_values / GIB, width * layer_values / GIB
 
 
 def _logits_copies(config: DictConfig, width: int) -> int:
@@ -247,7 +230,7 @@ def _logits_copies(config: DictConfig, width: int) -> int:
     return 1 if config.actor_rollout_ref.rollout.temperature == 1 else 2
 
 
-def _scoring(size: ModelSize, config: DictConfig) -> Moment:
+def _scoring(size: ModelSize, config: DictConfig) -> float:
     """Logits and the entropy of one chunk: values, softmax and product in float32.
 
     Compiled, as by default, the entropy may take less.
@@ -257,7 +240,7 @@ def _scoring(size: ModelSize, config: DictConfig) -> Moment:
     if fsdp.entropy_from_logits_with_chunking:
         chunk = min(tokens, fsdp.entropy_from_logits_chunk_size)
     copies = 1 if config.actor_rollout_ref.rollout.temperature == 1 else 2
-    return _moment(2, tokens, copies * size.vocabulary, 6 * chunk * size.vocabulary)
+    return 2 * (tokens * copies + 6 * chunk) * size.vocabulary / GIB
 
 
 def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
@@ -267,9 +250,9 @@ def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
         loss, layer = _backward_moments(size, config, 4)
         text = (
             f"weights, gradients and Adam 16 P, and {ranks} times a rollout's 4 P with the larger "
-            f"of loss {loss.size:.1f} and layer {layer.size:.1f}; 4 P = {weights:.1f}"
+            f"of loss {loss:.1f} and layer {layer:.1f}; 4 P = {weights:.1f}"
         )
-        return 4 * weights + ranks * (weights + max(loss.size, layer.size)), text
+        return 4 * weights + ranks * (weights + max(loss, layer)), text
     actor = config.actor_rollout_ref.actor
     fsdp = actor.fsdp_config
     # Tied embeddings keep FSDP from loading on one rank only.

@@ -86,22 +86,19 @@ def check_folders(run: PlannedRun) -> Finding:
 
 def check_disk(run: PlannedRun) -> Finding:
     """Compare what a run writes with the free disk: logs, and the checkpoints of the policy."""
-    folder = run.checkpoint_folder
-    count = _checkpoints_at_once(run) if run.get("trainer.save_freq", -1) > 0 else 0
+    folder, count = run.checkpoint_folder, _checkpoints_at_once(run)
     contents = run.get(f"{ACTOR}.checkpoint.save_contents", ["model", "optimizer", "extra"])
     cards = run.get("trainer.nnodes") * run.get("trainer.n_gpus_per_node")
     copies = cards // cards_a_copy(run.config)
     each = sum(copies * SAVED_BYTES.get(c, 0) + SAVED_ONCE_BYTES.get(c, 0) for c in contents)
     parameters = run.size.parameters if run.size else 0
-    needs = {run.run_folder: LEAST_FREE_GIB}
-    needs[folder] = LEAST_FREE_GIB + count * each * parameters / GIB
+    saved = f"logs and checkpoints ({count} x {each} bytes x {parameters:,} parameters)"
+    needs = {run.run_folder: (LEAST_FREE_GIB, "logs")}
+    needs[folder] = (LEAST_FREE_GIB + count * each * parameters / GIB, saved)
     text = ""
-    for path, needed in needs.items():
+    for path, (needed, what) in needs.items():
         free = _free_gib(path)
-        text = f"{needed:.2f} GiB for logs"
-        if path == folder:
-            text += f" and checkpoints ({count} x {each} bytes x {parameters:,} parameters)"
-        text += f"; {free:.2f} GiB free at {path}"
+        text = f"{needed:.2f} GiB for {what}; {free:.2f} GiB free at {path}"
         if needed > free:
             return error(text, DISK_FIX)
     return skipped(UNKNOWN_SIZE) if count and run.size is None else ok(text)
@@ -109,7 +106,9 @@ def check_disk(run: PlannedRun) -> Finding:
 
 def _checkpoints_at_once(run: PlannedRun) -> int:
     """How many checkpoints lie on the disk at worst: those kept, and one being written."""
-    steps, every = run.get("trainer.total_training_steps"), run.get("trainer.save_freq")
+    steps, every = run.get("trainer.total_training_steps"), run.get("trainer.save_freq", -1)
+    if every < 1:
+        return 0
     kept = run.get("trainer.max_actor_ckpt_to_keep", math.inf)
     count = min(math.ceil(steps / every) if steps else math.inf, kept + 1)
     # Without an end and without a limit there is no figure; one is the least.

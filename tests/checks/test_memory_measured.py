@@ -92,9 +92,9 @@ def test_a_step_of_each_recipe_takes_what_the_doctor_says(repo, hardware):
     assert isclose(whole["weights"], 4 * size.parameters / cards_a_copy(config) / GIB, rel_tol=1e-4)
     assert all(near(one.gradients, one.weights) for one in measured)
     scoring = measure_scoring(config, repo)
-    assert near(whole["loss"], memory.loss.size)
-    assert near(whole["layer"], memory.layer.size)
-    assert near(scoring, memory.scoring.size)
+    assert near(whole["loss"], memory.loss)
+    assert near(whole["layer"], memory.layer)
+    assert near(scoring, memory.scoring)
     states = 0.0 if config.actor_rollout_ref.actor.fsdp_config.offload_policy else whole["weights"]
     # AdamW's moments and its step, by the test of its own.
     largest = max(states + max(whole["loss"], whole["layer"], states), scoring)
@@ -107,8 +107,8 @@ def test_two_machines():
     measured = measure_update(config, repo, FEW)
     memory = card_memory(with_few_layers(repo, measured), config, RECIPE_CARD_GIB)
     assert isclose(measured.weights, memory.weights, rel_tol=1e-4)
-    assert near(measured.loss, memory.loss.size)
-    assert near(measured.layer, memory.layer.size)
+    assert near(measured.loss, memory.loss)
+    assert near(measured.layer, memory.layer)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_other_settings(changes):
     config = recipe(repo, **changes)
     measured = measure_update(config, repo, FEW, with_entropy="actor__entropy_coeff" in changes)
     memory = card_memory(with_few_layers(repo, measured), config, RECIPE_CARD_GIB)
-    assert near(measured.loss, memory.loss.size)
-    assert near(measured.layer, memory.layer.size)
-    assert near(measure_scoring(config, repo), memory.scoring.size)
+    assert near(measured.loss, memory.loss)
+    assert near(measured.layer, memory.layer)
+    assert near(measure_scoring(config, repo), memory.scoring)
 
 
 def test_gradients_that_are_exchanged_once_are_whole_on_every_card():

@@ -47,8 +47,8 @@ def memory_row(name, hardware):
     memory = card_memory(MODEL_SIZES[HUB_IDS[name]], config, RECIPE_CARD_GIB)
     assert max(memory.update, memory.sampling) < RECIPE_CARD_GIB
     cells = (
-        *(memory.weights, memory.gradients, memory.adam, memory.loss.size, memory.layer.size),
-        *(memory.step.size, memory.scoring.size, memory.update, memory.resident, memory.sampling),
+        *(memory.weights, memory.gradients, memory.adam, memory.loss, memory.layer),
+        *(memory.step, memory.scoring, memory.update, memory.resident, memory.sampling),
     )
     figures = " | ".join(f"{value:.1f}" for value in cells)
     tokens = tokens_at_once(config)
