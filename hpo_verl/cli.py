@@ -141,7 +141,7 @@ def export(
 
       hpo-verl export ~/hpo_verl_checkpoints/NAME/global_step_100 --out policy
     """
-    from hpo_verl.launch.export import export as run
+    from hpo_verl.launch.outputs import export as run
 
     print(f"{run(source, out)} -> {out}")
 

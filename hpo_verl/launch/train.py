@@ -22,7 +22,6 @@ from hpo_verl.config.recipes import quoted, recipes_directory
 from hpo_verl.config.redaction import secret_mask
 from hpo_verl.errors import TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
-from hpo_verl.launch.export import make_policy
 from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.resume import (
     FLAG,
@@ -176,7 +175,7 @@ def train(
             summary = outputs.write_summary(folder, config, metrics, seconds)
             title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
             outputs.draw_curve(folder, metrics, title)
-            make_policy(folder, announce)
+            outputs.make_policy(folder, announce)
             return folder
 
 

@@ -19,8 +19,8 @@ from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.cli import app
 from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import DataError, EnvironmentCheckError
-from hpo_verl.launch.export import _shard_files, checkpoint_folder, export, make_policy
 from hpo_verl.launch.manifest import CONFIG_NAME
+from hpo_verl.launch.outputs import _shard_files, checkpoint_folder, export, make_policy
 from hpo_verl.runs.checkpoints import SEAL, TRACKER
 from hpo_verl.verl_plugin import merge
 
