@@ -213,8 +213,8 @@ def doctor(
     address: Annotated[
         str | None,
         typer.Option(
-            help="A Ray cluster: auto, HOST:PORT of its head, or http://HOST:PORT of its "
-            "dashboard. Without it a Ray is started on loopback for the check."
+            help="A Ray cluster of which this machine is a node: auto, or HOST:PORT of its head. "
+            "Without it a Ray is started on loopback for the check."
         ),
     ] = None,
     json: Annotated[

@@ -1,10 +1,9 @@
 """Whether a Ray cluster answers, and whether Ray's workers, here or there, can run the plugin.
 
-    python -m hpo_verl.checks.cluster ADDRESS TEMPORARY_FOLDER [PATH]...
+    python -m hpo_verl.checks.cluster ADDRESS FOLDER [PATH]...
 
-asks the workers about themselves, in a process of its own that can be ended, and prints one line:
-a mark and JSON. `local` starts a Ray of its own on loopback; any other address joins a cluster,
-or, for `http://`, sends itself there as a job.
+asks the workers about themselves, in a process of its own that can be ended, and writes their
+answer into the folder. `local` starts a Ray of its own on loopback.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import socket
 import sys
 import tempfile
@@ -23,65 +21,43 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
-
-from hpo_verl.checks.finding import Finding, error, first_line, ok, warning
+from hpo_verl.checks.finding import Finding, error, ok, warning
 from hpo_verl.checks.machine import Card, Node, check_machines
 from hpo_verl.checks.packages import plugin_fault, plugin_finding
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.cluster import job_runtime_env
-from hpo_verl.config.recipes import nearest
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.installed import package_versions
 from hpo_verl.runs.process import ChildProcess, last_line, tail
 
 NAME = "plugin in Ray"
-MARK = "hpo_verl.checks.cluster: "
+ANSWER_NAME = "answer.json"
 PROBE_SECONDS, ANSWER_SECONDS = 180.0, 120.0
-CONNECT_SECONDS, POLL_SECONDS = 5.0, 0.5
+CONNECT_SECONDS = 5.0
 AUTO, LOCAL = "auto", "local"
-FORMS = "auto, HOST:PORT of the head (6379) or http://HOST:PORT of its dashboard (8265)"
-SCHEMES = ("http", "https")
+FORMS = "auto or HOST:PORT of the head (6379), on a node of the cluster"
 HOW_TO_ANSWER = (
     "install hpo-verl in the environment of Ray's processes; where a cluster asks for a token, "
     "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; see `ray status`"
 )
-# What a cluster says of a job while the agent of its head is still starting.
-NOT_YET = "try again later"
 
 
-def split_address(address: str, forms: str = FORMS) -> tuple[str, str, int]:
+def split_address(address: str, forms: str, schemes: tuple[str, ...] = ()) -> tuple[str, str, int]:
     """Scheme (empty where none is given), host and port of an address.
 
     Raises:
-        ConfigError: not of the permitted `forms`.
+        ConfigError: it has another scheme or form; names the permitted `forms`.
     """
     scheme, separator, _ = address.partition("://")
-    if separator and scheme not in SCHEMES:
-        hint = nearest(scheme, SCHEMES)
-        text = f"--address={address}: {scheme}:// is not permitted; {hint} Need {forms}"
-        raise ConfigError(text)
+    if separator and scheme not in schemes:
+        raise ConfigError(f"--address={address}: {scheme}:// is not permitted; need {forms}")
     try:
         parts = urlsplit(address if separator else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError as problem:
         raise ConfigError(f"--address={address}: {problem}; need {forms}") from problem
     if not host or not port or parts.path not in ("", "/") or parts.query or parts.username:
-        offered = [AUTO] if AUTO in forms and not separator and ":" not in address else []
-        hint = f"; {nearest(address, offered)}" if offered else ""
-        raise ConfigError(f"--address={address}: must be {forms}{hint}")
+        raise ConfigError(f"--address={address}: must be {forms}")
     return parts.scheme, host, port
-
-
-def is_elsewhere(address: str | None) -> bool:
-    """Whether an address is that of another machine than this one."""
-    if address is None or address == AUTO:
-        return False
-    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
-    try:
-        return socket.gethostbyname(split_address(address)[1]) not in own
-    except (ConfigError, OSError):
-        return True
 
 
 def check_address(run: PlannedRun) -> list[Finding]:
@@ -98,7 +74,7 @@ def check_address(run: PlannedRun) -> list[Finding]:
                 "head, or start one with `ray start --head`"
             )
         return [ok(f"{address} answers")]
-    _, host, port = split_address(address)
+    _, host, port = split_address(address, FORMS)
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except OSError as problem:
@@ -179,17 +155,18 @@ def ask(run: PlannedRun) -> dict[str, Any]:
         if time.monotonic() > deadline:
             raise TimeoutError
 
-    with tempfile.TemporaryDirectory(prefix="hpo-doctor-") as folder:
-        log = Path(folder) / "probe.log"
+    with ChildProcess(
+        lambda folder: [*command, str(folder), *paths], lambda _: environment
+    ) as process:
+        log, answer = process.temporary / "probe.log", process.temporary / ANSWER_NAME
+        process.go(log)
         try:
-            with ChildProcess(
-                lambda own: [*command, str(own), *paths], lambda _: environment
-            ) as process:
-                process.go(log)
-                process.wait(watch)
+            process.wait(watch)
         except TimeoutError:
             return {"failure": f"no answer within {PROBE_SECONDS:.0f} s: {last_line(tail(log))}"}
-        return find_answer(log.read_text(errors="replace")) or {"failure": last_line(tail(log))}
+        if answer.is_file():
+            return json.loads(answer.read_text())
+        return {"failure": process.failure()}
 
 
 def process_versions() -> dict[str, str]:
@@ -251,54 +228,7 @@ def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, A
         ray.shutdown()
 
 
-def ask_by_job(address: str, paths: Sequence[str]) -> dict[str, Any]:
-    """Send this module as a job to a cluster's dashboard, and return what it prints there."""
-    from ray.job_submission import JobSubmissionClient
-
-    client = JobSubmissionClient(address)
-    command = ["python3", "-m", "hpo_verl.checks.cluster", AUTO, "", *paths]
-    deadline = time.monotonic() + ANSWER_SECONDS
-    while True:
-        try:
-            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=job_runtime_env())
-            break
-        except RuntimeError as problem:
-            if NOT_YET not in str(problem) or time.monotonic() > deadline:
-                raise
-            time.sleep(POLL_SECONDS)
-    try:
-        while not client.get_job_status(job).is_terminal():
-            if time.monotonic() > deadline:
-                return {"failure": f"the job {job} has not ended within {ANSWER_SECONDS:.0f} s"}
-            time.sleep(POLL_SECONDS)
-        log = client.get_job_logs(job)
-        return find_answer(log) or {"failure": f"the job {job} failed: {last_line(log)[:500]}"}
-    finally:
-        if not client.get_job_status(job).is_terminal():
-            client.stop_job(job)
-
-
-def find_answer(text: str) -> dict[str, Any] | None:
-    """The JSON behind the mark in a log; None without it."""
-    for line in reversed(text.splitlines()):
-        _, mark, answer = line.partition(MARK)
-        if mark:
-            return json.loads(answer)
-    return None
-
-
-def main(address: str, temporary: str, *paths: str) -> None:
-    """Ask the workers and print their answer."""
-    try:
-        if address.startswith("http"):
-            answer = ask_by_job(address, paths)
-        else:
-            answer = ask_nodes(address, temporary, paths)
-    except Exception as problem:
-        answer = {"failure": f"{type(problem).__name__}: {first_line(problem)}"}
-    print(f"{MARK}{json.dumps(answer)}", flush=True)
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    main(*sys.argv[1:])
+    place, temporary, *files = sys.argv[1:]
+    answer = ask_nodes(place, temporary, files)
+    (Path(temporary) / ANSWER_NAME).write_text(json.dumps(answer))

@@ -114,7 +114,7 @@ def _look(run: PlannedRun, check: Check, errors: list[str], skips: list[str]) ->
         # What a cluster offers is for its nodes to say.
         return []
     if "here" in check.needs and not run.here:
-        return [skipped(f"this is not a machine of {run.address}; run the doctor on one of them")]
+        return [skipped(f"this is not a machine of {run.address}")]
     missed = [name for name in check.after if name in errors or name in skips]
     missed = errors if "ray" in check.needs else missed
     if missed:

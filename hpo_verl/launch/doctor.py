@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from hpo_verl.checks import packages
-from hpo_verl.checks.cluster import is_elsewhere
 from hpo_verl.checks.finding import Finding, skipped
 from hpo_verl.checks.list import CHECKS, THE_OTHERS, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
@@ -33,8 +32,7 @@ def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -
 
     Without an address, the Ray cluster is that which the run itself would join, or start.
     """
-    folder, here = run_folder(recipe, overrides), not is_elsewhere(address)
-    run = PlannedRun(recipe, tuple(overrides), folder, address, here)
+    run = PlannedRun(recipe, tuple(overrides), run_folder(recipe, overrides), address)
     return list(run_checks(run, CHECKS))
 
 

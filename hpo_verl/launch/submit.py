@@ -41,7 +41,7 @@ SILENCE_SECONDS = 60.0
 
 def dashboard_address(text: str) -> str:
     """The URL of a cluster's dashboard, as `http://HOST:PORT`."""
-    scheme, host, port = split_address(text, DASHBOARD)
+    scheme, host, port = split_address(text, DASHBOARD, ("http", "https"))
     return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
