@@ -89,8 +89,9 @@ CHECKS = (
     Check("prompts", data.check_prompts, (*DATA, "policy", "verl"), ("schema",)),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
-# What is known without asking Ray.
+# What is known without asking Ray, and of that what is known on any machine.
 BEFORE_RAY = tuple(check for check in CHECKS if not {"cluster", "ray"} & set(check.needs))
+ANYWHERE = tuple(check for check in BEFORE_RAY if "here" not in check.needs)
 
 
 def run_checks(run: PlannedRun, checks: Iterable[Check] = BEFORE_RAY) -> Iterator[Finding]:
@@ -113,8 +114,6 @@ def _look(run: PlannedRun, check: Check, errors: list[str], skips: list[str]) ->
     if "own ray" in check.needs and run.address:
         # What a cluster offers is for its nodes to say.
         return []
-    if "here" in check.needs and not run.here:
-        return [skipped(f"this is not a machine of {run.address}")]
     missed = [name for name in check.after if name in errors or name in skips]
     missed = errors if "ray" in check.needs else missed
     if missed:

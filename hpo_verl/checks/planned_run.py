@@ -26,16 +26,14 @@ from hpo_verl.runs.quiet import quiet_imports
 class PlannedRun:
     """A run that has not started.
 
-    `here` says whether any of its processes run on this machine; `composed` is the composed
-    configuration, where the caller has it. Without `given_address`, configuration and environment
-    name the Ray cluster, if any.
+    `composed` is the composed configuration, where the caller has it. Without `given_address`,
+    configuration and environment name the Ray cluster, if any.
     """
 
     recipe: str
     overrides: tuple[str, ...]
     run_folder: Path
     given_address: str | None = None
-    here: bool = True
     composed: DictConfig | None = None
 
     @cached_property

@@ -21,7 +21,7 @@ from packaging.version import Version
 from hpo_verl.checks import machine
 from hpo_verl.checks.cluster import split_address
 from hpo_verl.checks.finding import first_line, raise_first_error
-from hpo_verl.checks.list import run_checks
+from hpo_verl.checks.list import ANYWHERE, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
@@ -127,8 +127,8 @@ def submit(
         raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
     folder = run_folder(recipe, overrides)
     # The job's own `train` checks files and machines.
-    planned = PlannedRun(recipe, tuple(overrides), folder, address, here=False)
-    for line in raise_first_error(run_checks(planned)):
+    planned = PlannedRun(recipe, tuple(overrides), folder, address)
+    for line in raise_first_error(run_checks(planned, ANYWHERE)):
         announce(line)
     client = connect(address)
     nodes = living_nodes(address)
