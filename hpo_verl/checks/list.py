@@ -48,6 +48,7 @@ class Check:
         return {"here", "own ray"}.issuperset(self.needs)
 
 
+DRIVER = "repair the driver, or ask the machine's owner"
 TOGETHER, CORRECT = "see docs/pages/algorithms.md", "correct the override"
 SCHEMA = (
     'a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
@@ -68,7 +69,7 @@ CHECKS = (
     Check("steps", configuration.check_steps, again=True),
     Check("lengths", configuration.check_lengths),
     Check("paths", storage.check_paths),
-    Check("machine", machine.check_here, OWN_RAY, again=True),
+    Check("cards", machine.check_here, OWN_RAY, (), DRIVER, again=True),
     Check("packages", packages.check_packages, HERE),
     Check("modules", packages.check_modules, HERE),
     Check("folders", storage.check_folders, HERE),
@@ -82,7 +83,7 @@ CHECKS = (
     Check("remote code", loaded.check_model_code, POLICY, (), "a model that transformers knows"),
     Check("positions", loaded.check_positions, POLICY),
     Check("plugin", packages.check_plugin, ("verl",)),
-    Check("driver", packages.check_driver, ("here", "verl"), (), "repair the driver"),
+    Check("driver", packages.check_driver, ("here", "verl"), (), DRIVER),
     Check("names", configuration.check_names, ("verl",), ("plugin",)),
     Check("algorithm", configuration.check_algorithm, ("verl",), ("names",), TOGETHER),
     Check("verl's checks", configuration.check_with_verl, ("verl",), ("names",), CORRECT),

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
@@ -46,25 +45,16 @@ def check_paths(run: PlannedRun) -> list[Finding]:
     """Whether paths mean the same on every machine; nothing where there is one machine."""
     if run.address is None and run.get("trainer.nnodes", 1) == 1:
         return []
-    for key, path in _shared_paths(run):
-        if path and not path.startswith(("/", "~", "pkg://")):
-            text = (
-                f"{key}={path}: must be absolute; the processes of a cluster have other working "
-                "folders"
-            )
+    shared = [("hydra.run.dir", run.run_folder), *run.data_files]
+    shared += [(f"prepare.{made.name}.output", made.output) for made in preparations(run.config)]
+    for key in ("trainer.default_local_dir", "reward.custom_reward_function.path", POLICY_KEY):
+        shared.append((key, run.get(key, "/")))
+    for key, path in shared:
+        if not str(path).startswith(("/", "~", "pkg://")):
+            text = f"{key}={path}: must be absolute; a cluster's processes have other folders"
             return [error(text, f"{key}=/an/absolute/path on a disk that all machines share")]
     text = "all are absolute; whether all machines share their disks was not checked"
     return [warning(text, "put data, models and checkpoints on a disk that all machines see")]
-
-
-def _shared_paths(run: PlannedRun) -> Iterator[tuple[str, str]]:
-    """Key and path of all that every machine reads or writes."""
-    yield "hydra.run.dir", str(run.run_folder)
-    yield from ((key, str(path)) for key, path in run.data_files)
-    for made in preparations(run.config):
-        yield f"prepare.{made.name}.output", str(made.output)
-    for key in ("trainer.default_local_dir", "reward.custom_reward_function.path", POLICY_KEY):
-        yield key, str(run.get(key, ""))
 
 
 def check_folders(run: PlannedRun) -> Finding:

@@ -159,7 +159,7 @@ def checked_manifest(config: DictConfig, command: Sequence[str]) -> tuple[str, d
     manifest = _describe_run(config, text, command)
     if config.trainer.get("resume_mode") == "resume_path":
         _check_checkpoints(Path(config.trainer.resume_from_path).expanduser().parent, manifest)
-    _check_checkpoints(Path(config.trainer.default_local_dir).expanduser(), manifest)
+    _check_checkpoints(Path(config.trainer.default_local_dir), manifest)
     return text, manifest
 
 

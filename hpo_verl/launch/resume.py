@@ -31,11 +31,13 @@ def logger_paths(folder: Path) -> dict[str, str]:
 
 
 def place_checkpoints(config: DictConfig, folder: Path) -> None:
-    """Let verl write checkpoints to the run's folder, where the configuration says nothing."""
+    """Let verl write checkpoints to the run's folder, where the configuration says nothing.
+
+    verl takes `~` for the name of a folder, so it is replaced here.
+    """
+    given = config.trainer.default_local_dir or folder / checkpoints.FOLDER_NAME
     with open_dict(config):
-        config.trainer.default_local_dir = str(
-            config.trainer.default_local_dir or folder / checkpoints.FOLDER_NAME
-        )
+        config.trainer.default_local_dir = str(Path(given).expanduser().absolute())
 
 
 def _holds_run(folder: Path) -> bool:
@@ -76,7 +78,7 @@ def _starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | No
         if wrong:
             raise DataError(f"trainer.resume_from_path={path}: the checkpoint is {wrong}")
         return checkpoints.Chosen(path, step, ())
-    folder = Path(config.trainer.default_local_dir).expanduser().absolute()
+    folder = Path(config.trainer.default_local_dir)
     if resume or (mode == "auto" and checkpoints.holds_checkpoints(folder)):
         return checkpoints.choose(folder)
     return None
@@ -153,7 +155,7 @@ def begin(
             is written then.
     """
     text, manifest = checked_manifest(config, command)
-    saved = Path(config.trainer.default_local_dir).expanduser()
+    saved = Path(config.trainer.default_local_dir)
     start = _starting_point(config, resume)
     if start is not None:
         for fault in start.left_out:
@@ -168,7 +170,7 @@ def begin(
         announce(f"going on after step {start.step}, from {start.path}")
         _keep_log(folder / LOG_NAME)
         cut_metrics(folder / METRICS_NAME, start.step)
-        if start.path.parent == saved.absolute():
+        if start.path.parent == saved:
             # verl's own note may be torn, and is read later.
             write_atomically(saved / checkpoints.TRACKER, str(start.step))
         with open_dict(config):

@@ -7,7 +7,8 @@ import pytest
 from model_sizes import MODEL_SIZES
 
 from hpo_verl.checks import machine
-from hpo_verl.checks.machine import Card, Node, check_here, check_machines, find_cards
+from hpo_verl.checks.list import CHECKS, run_checks
+from hpo_verl.checks.machine import Card, Node, check_machines, find_cards
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.errors import EnvironmentCheckError
 
@@ -172,8 +173,10 @@ def test_a_driver_that_fails(monkeypatch, planned, answer):
     smi(monkeypatch, **answer)
     with pytest.raises(EnvironmentCheckError, match="nvidia-smi fails"):
         find_cards()
-    (finding,) = check_here(planned(recipe="countdown4-7b", hardware="8gpu"))
+    run = planned(recipe="countdown4-7b", hardware="8gpu")
+    (finding,) = run_checks(run, [check for check in CHECKS if check.name == "cards"])
     assert (finding.name, finding.status) == ("cards", "error")
+    assert finding.fix
 
 
 def test_no_driver_is_no_card(monkeypatch):

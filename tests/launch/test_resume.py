@@ -63,6 +63,13 @@ def begin(config, folder, go_on=False):
     return resume.begin(config, folder, ["hpo-verl"], go_on, told.append), told
 
 
+def test_verl_is_told_where_a_home_folder_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = OmegaConf.create({"trainer": {"default_local_dir": "~/kept"}})
+    resume.place_checkpoints(config, tmp_path / "run")
+    assert config.trainer.default_local_dir == str(tmp_path / "kept")
+
+
 @pytest.fixture
 def killed(run):
     """A run of which steps 2 and 4 are whole, and which was killed in step 6."""
