@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hpo_verl.checks.finding import Finding, error, ok, warning
+from hpo_verl.checks.finding import Finding, error, first_line, ok, warning
 from hpo_verl.checks.machine import Card, Node, check_machines
 from hpo_verl.checks.packages import plugin_fault, plugin_finding
 from hpo_verl.checks.planned_run import PlannedRun
@@ -230,5 +230,8 @@ def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, A
 
 if __name__ == "__main__":
     place, temporary, *files = sys.argv[1:]
-    answer = ask_nodes(place, temporary, files)
-    (Path(temporary) / ANSWER_NAME).write_text(json.dumps(answer))
+    try:
+        said = ask_nodes(place, temporary, files)
+    except Exception as problem:
+        said = {"failure": f"{type(problem).__name__}: {first_line(problem)}"}
+    (Path(temporary) / ANSWER_NAME).write_text(json.dumps(said))
