@@ -78,7 +78,6 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
     ("recipe", "arguments", "name", "detail"),
     [
         ("countdown-tny", [], "recipe", "unknown recipe 'countdown-tny': did you mean countdown-t"),
-        ("countdown-tiny", ["algo=a_hpoo"], "recipe", "no such algo; did you mean a_hpo"),
         ("countdown-tiny", ["hardware=9gpu"], "recipe", "no such hardware; did you mean"),
         (
             "countdown-tiny",
@@ -86,12 +85,6 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
             "recipe",
             "unknown setting 'algorithm.hpo.alpha_mim' in 'algorithm.hpo.alpha_mim=0.2': did you",
         ),
-        ("countdown-tiny", ["seed=${nothing}"], "recipe", "nothing"),
-        ("countdown-tiny", ["actor_rollout_ref.rollout.n=0"], "settings", "rollout.n=0"),
-        ("countdown-tiny", ["actor_rollout_ref.rollout.n=1"], "learning", "rollout.n=1"),
-        ("countdown-tiny", ["data.train_files=/nowhere.parquet"], "data files", "/nowhere.parquet"),
-        ("countdown-tiny", ["+data.evil._target_=os.system"], "targets", "_target_=os.system"),
-        ("countdown-tiny", ["actor_rollout_ref.model.external_lib=os"], "code", "external_lib=os"),
         ("countdown-tiny", ["--address", "autoo"], "address", "must be auto or HOST:PORT"),
         ("countdown-tiny", ["--address", "127.0.0.1:1"], "address", "nobody answers"),
     ],
