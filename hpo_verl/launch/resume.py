@@ -16,7 +16,6 @@ from hpo_verl.runs.files import write_atomically
 
 FLAG = "--resume"
 METRICS_NAME = "metrics.jsonl"
-LOG_NAME = "train.log"
 # They say where a run starts, not what it computes.
 RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
 DIFFERENCES_SHOWN = 12
@@ -120,15 +119,6 @@ def cut_metrics(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
-def _keep_log(path: Path) -> None:
-    """Rename the last start's log to `train.1.log` and so on; each start writes a new one."""
-    if path.is_file():
-        number = 1
-        while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(other)
-
-
 def begin(
     config: DictConfig,
     folder: Path,
@@ -168,7 +158,6 @@ def begin(
             if len(changed) > DIFFERENCES_SHOWN:
                 announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
         announce(f"going on after step {start.step}, from {start.path}")
-        _keep_log(folder / LOG_NAME)
         cut_metrics(folder / METRICS_NAME, start.step)
         if start.path.parent == saved:
             # verl's own note may be torn, and is read later.

@@ -25,7 +25,6 @@ from hpo_verl.launch import outputs
 from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.resume import (
     FLAG,
-    LOG_NAME,
     METRICS_NAME,
     begin,
     latest_run,
@@ -42,6 +41,7 @@ from hpo_verl.runs.stop import GracefulStop, stage_message, stop_message
 RUN_FOLDER_KEY = "hydra.run.dir"
 NO_PROGRESS_KEY = "trainer.guard.max_seconds_without_progress"
 STARTING = "starting Ray"
+LOG_NAME = "train.log"
 RUNS = Path("runs")
 
 

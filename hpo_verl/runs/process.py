@@ -87,12 +87,12 @@ class ChildProcess:
     def go(self, log_file: Path, line: str = "") -> None:
         """Let the program run: send it the line that it waits for on its standard input.
 
-        The log file takes the output of all processes; an existing one is overwritten.
+        The output of all processes is appended to the log file.
         """
         self._log_file = log_file
         self._log_thread = threading.Thread(
             target=copy_masked,
-            args=(self._output, log_file.open("wb"), self._mask),
+            args=(self._output, log_file.open("ab"), self._mask),
             name="masked log",
             daemon=True,
         )

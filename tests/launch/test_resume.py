@@ -80,7 +80,6 @@ def killed(run):
     (folder / "checkpoints" / "global_step_6" / SEAL).unlink()
     (folder / "checkpoints" / TRACKER).write_text("")
     (folder / "metrics.jsonl").write_text("".join(map(row, range(6))) + row(6)[:9])
-    (folder / "train.log").write_text("of the first start")
     return config, folder
 
 
@@ -102,7 +101,6 @@ def test_a_killed_run_goes_on_after_its_last_whole_checkpoint(killed):
     assert config.trainer.resume_from_path == str(path)
     assert (folder / "metrics.jsonl").read_text() == "".join(map(row, range(5)))
     assert (folder / "checkpoints" / TRACKER).read_text() == "4"
-    assert (folder / "train.1.log").read_text() == "of the first start"
 
 
 def test_what_has_changed_is_told(killed):
@@ -262,14 +260,3 @@ def test_a_damaged_line_before_the_last_is_an_error(tmp_path, line):
 def test_metrics_that_are_not_there_are_not_made(tmp_path):
     resume.cut_metrics(tmp_path / "metrics.jsonl", 1)
     assert os.listdir(tmp_path) == []
-
-
-def test_every_log_is_kept(tmp_path):
-    path = tmp_path / "train.log"
-    resume._keep_log(path)
-    for text in ("first", "second"):
-        path.write_text(text)
-        resume._keep_log(path)
-    assert (tmp_path / "train.1.log").read_text() == "first"
-    assert (tmp_path / "train.2.log").read_text() == "second"
-    assert not path.exists()

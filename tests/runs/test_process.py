@@ -42,11 +42,13 @@ def family(seconds, code):
 @pytest.mark.parametrize("code", [0, 3])
 def test_exit_code_and_no_process_left(tmp_path, code):
     log = tmp_path / "train.log"
+    log.write_text("of an earlier start\n")
     with family(0.5, code) as process:
         process.go(log)
         assert process.wait(lambda: None) == code
         assert len(marked_processes(process.marker)) == 1
     assert marked_processes(process.marker) == []
+    assert log.read_text().startswith("of an earlier start\n")
     assert "started" in log.read_text()
 
 
