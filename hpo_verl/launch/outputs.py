@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.output import check_output, staging
+from hpo_verl.checks.storage import nearest_existing
 from hpo_verl.errors import DataError, EnvironmentCheckError
 from hpo_verl.installed import package_versions
 from hpo_verl.launch.manifest import CONFIG_NAME
@@ -183,36 +184,31 @@ def export(source: Path, target: Path) -> Path:
     The source is that of `checkpoint_folder`, whose result is returned.
 
     Raises:
-        DataError: no checkpoint, an incomplete one, or one that holds more than tensors.
-        EnvironmentCheckError: the target exists or cannot be written; the disk or the memory
-            is too small.
+        DataError: no checkpoint, an incomplete one, or one that holds more than tensors; the
+            target cannot be written.
+        EnvironmentCheckError: the target exists; the disk or the memory is too small.
     """
     checkpoint = checkpoint_folder(source)
     shards = _shard_files(checkpoint)
     target = target.absolute()
     if target.exists():
         raise EnvironmentCheckError(f"{target} exists already; choose another folder")
-    existing = next(parent for parent in target.parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise EnvironmentCheckError(f"{target}: no permission to write to {existing}")
+    check_output(target)
     with quiet_imports():
         from hpo_verl.verl_plugin import merge
 
     disk, memory = merge.needed_bytes(shards)
     for what, free, needed in (
-        (f"{target}: disk", shutil.disk_usage(existing).free, disk),
+        (f"{target}: disk", shutil.disk_usage(nearest_existing(target)).free, disk),
         (f"{checkpoint}: memory", psutil.virtual_memory().available, memory),
     ):
         if free < needed:
             raise EnvironmentCheckError(f"{what}: {free >> 20} MiB free; need {needed >> 20} MiB")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with staging(target.parent) as temporary:
+        partial = temporary / POLICY_NAME
+        partial.mkdir()
         merge.merge(checkpoint, partial)
-        partial.chmod(0o755)
         os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
 
 
