@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hpo_verl.checks.finding import Finding, error, first_line, ok, warning
+from hpo_verl.checks.finding import Finding, error, ok, one_line, warning
 from hpo_verl.checks.machine import Card, Node, check_machines
 from hpo_verl.checks.packages import plugin_fault, plugin_finding
 from hpo_verl.checks.planned_run import PlannedRun
@@ -233,5 +233,5 @@ if __name__ == "__main__":
     try:
         said = ask_nodes(place, temporary, files)
     except Exception as problem:
-        said = {"failure": f"{type(problem).__name__}: {first_line(problem)}"}
+        said = {"failure": f"{type(problem).__name__}: {one_line(problem)}"}
     (Path(temporary) / ANSWER_NAME).write_text(json.dumps(said))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
+from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.rows import REQUIRED_COLUMNS, SAMPLE_ROWS
 from hpo_verl.errors import DataError, HpoVerlError
@@ -52,7 +52,7 @@ def _rows(key: str, path: Path) -> int:
     try:
         table = pq.ParquetFile(path)
     except Exception as problem:
-        text = f"{key}: {path} is not a complete parquet file ({first_line(problem)})"
+        text = f"{key}: {path} is not a complete parquet file ({one_line(problem)})"
         raise DataError(text) from problem
     absent = [name for name in REQUIRED_COLUMNS if name not in table.schema_arrow.names]
     if absent:
@@ -205,7 +205,7 @@ def check_prompts(run: PlannedRun) -> Finding:
         longest, place = max((count(prompt), place) for prompt, place in prompts)
     except Exception as problem:
         return error(
-            f"the tokenizer of {folder} cannot encode them: {first_line(problem)}",
+            f"the tokenizer of {folder} cannot encode them: {one_line(problem)}",
             "a tokenizer with a chat template, or actor_rollout_ref.model.custom_chat_template",
         )
     text = f"{longest} tokens in {place}, of {len(prompts)} prompts (the longest by letters)"

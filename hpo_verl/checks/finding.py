@@ -50,7 +50,7 @@ def skipped(reason: str, name: str = "") -> Finding:
     return Finding(name, "skipped", reason)
 
 
-def first_line(problem: BaseException) -> str:
+def one_line(problem: BaseException) -> str:
     """An exception's message, or its name where it has none, on one line of bounded length."""
     text = " ".join(str(problem).split()) or type(problem).__name__
     return text if len(text) <= 500 else text[:497] + "..."

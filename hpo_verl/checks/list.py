@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpo_verl.checks import cluster, configuration, data, loaded, machine, packages, storage
-from hpo_verl.checks.finding import Finding, error, first_line, raise_first_error, skipped
+from hpo_verl.checks.finding import Finding, error, one_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import Preparation, make_missing, missing, preparations
 from hpo_verl.errors import HpoVerlError
@@ -122,7 +122,7 @@ def _look(run: PlannedRun, check: Check, errors: list[str], skips: list[str]) ->
     try:
         found = check.look(run)
     except HpoVerlError as problem:
-        return [error(first_line(problem), check.fix)]
+        return [error(one_line(problem), check.fix)]
     return found if isinstance(found, list) else [found]
 
 

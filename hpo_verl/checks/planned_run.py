@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_verl.checks.finding import first_line
+from hpo_verl.checks.finding import one_line
 from hpo_verl.checks.memory import ModelSize, read_model_size
 from hpo_verl.checks.rows import Sample, read_rows
 from hpo_verl.config.cluster import join, joined_address
@@ -51,7 +51,7 @@ class PlannedRun:
         try:
             OmegaConf.resolve(config)
         except Exception as problem:
-            raise ConfigError(first_line(problem)) from problem
+            raise ConfigError(one_line(problem)) from problem
         join(config)
         return config
 

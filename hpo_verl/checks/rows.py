@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from hpo_verl.checks.finding import first_line
+from hpo_verl.checks.finding import one_line
 from hpo_verl.errors import DataError
 
 SAMPLE_ROWS = 100
@@ -61,7 +61,7 @@ def read_rows(key: str, path: Path) -> Sample:
     except DataError:
         raise
     except (OSError, ValueError) as problem:
-        text = f"{key}: {path}: cannot read on after row {position}: {first_line(problem)}"
+        text = f"{key}: {path}: cannot read on after row {position}: {one_line(problem)}"
         raise DataError(text) from problem
     return Sample(rows, spread, {-negative: row for _, negative, row in longest})
 

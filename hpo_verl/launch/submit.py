@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from hpo_verl.checks import machine
 from hpo_verl.checks.cluster import split_address
-from hpo_verl.checks.finding import first_line, raise_first_error
+from hpo_verl.checks.finding import one_line, raise_first_error
 from hpo_verl.checks.list import ANYWHERE, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
@@ -66,7 +66,7 @@ def connect(address: str) -> Any:
         # Where a token is asked for, only Ray's client below knows how to give it.
         if getattr(error, "code", None) not in (401, 403):
             raise refusal(
-                f"no Ray dashboard answers ({first_line(error)}); give the URL of the dashboard "
+                f"no Ray dashboard answers ({one_line(error)}); give the URL of the dashboard "
                 "that `ray start --head` printed, or of a tunnel to it"
             ) from error
     if too_old:
@@ -84,7 +84,7 @@ def connect(address: str) -> Any:
             "RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
     except Exception as error:
-        raise refusal(first_line(error)) from error
+        raise refusal(one_line(error)) from error
 
 
 def living_nodes(address: str) -> list[machine.Node]:
@@ -96,7 +96,7 @@ def living_nodes(address: str) -> list[machine.Node]:
             address=address, filters=[("state", "=", "ALIVE")], limit=10_000
         )
     except Exception as error:
-        raise EnvironmentCheckError(f"--address={address}: {first_line(error)}") from error
+        raise EnvironmentCheckError(f"--address={address}: {one_line(error)}") from error
     card, resources = machine.Card("GPU", math.inf, 0.0), [node.resources_total for node in found]
     return [
         machine.Node((card,) * int(has.get("GPU", 0)), has.get("CPU", 0.0), math.inf)
@@ -143,7 +143,7 @@ def submit(
         )
     except Exception as error:
         raise EnvironmentCheckError(
-            f"--address={address}: the cluster takes no job ({first_line(error)})"
+            f"--address={address}: the cluster takes no job ({one_line(error)})"
         ) from error
     announce(f"job: {job}")
     announce(f"run folder, on the cluster: {folder}")
@@ -177,7 +177,7 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> tuple[Any, st
             if time.monotonic() - answered > SILENCE_SECONDS:
                 raise TrainingFailed(
                     f"job {job}: the cluster has not answered for {SILENCE_SECONDS:.0f} s "
-                    f"({first_line(error)}); the job may still run"
+                    f"({one_line(error)}); the job may still run"
                 ) from error
         else:
             write(log[written:])
