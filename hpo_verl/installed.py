@@ -6,6 +6,7 @@ installed: a job on a Ray cluster gets its code only.
 
 from __future__ import annotations
 
+import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
@@ -37,8 +38,8 @@ def installed(package: str) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result; those not installed are left out."""
-    found = {name: installed(name) for name in PACKAGES}
+    """Versions of Python and the packages that decide a result; what is absent is left out."""
+    found = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
     return {name: text for name, text in found.items() if text is not None}
 
 

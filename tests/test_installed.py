@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_an_engine_under_another_distribution_name(monkeypatch):
 
     monkeypatch.setattr(installed, "version", version)
     assert installed.installed("vllm") == "0.29.0"
-    assert installed.package_versions() == {"hpo-verl": hpo_verl.__version__, "vllm": "0.29.0"}
+    versions = {"python": platform.python_version(), "hpo-verl": hpo_verl.__version__}
+    assert installed.package_versions() == {**versions, "vllm": "0.29.0"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import sys
 import tempfile
@@ -119,7 +118,7 @@ def _versions(run: PlannedRun, nodes: Mapping[str, Any]) -> Finding:
     if run.needs_vllm and without:
         fix = "pip install --constraint constraints-gpu.txt '.[gpu]' on these machines"
         return error(f"vllm is not installed on {', '.join(without)}", fix, name)
-    here = process_versions()
+    here = package_versions()
     other = [
         f"{address}: {package} {state['versions'].get(package, 'absent')}, here {version}"
         for address, state in nodes.items()
@@ -169,11 +168,6 @@ def ask(run: PlannedRun) -> dict[str, Any]:
         return {"failure": process.failure()}
 
 
-def process_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, in this process."""
-    return {"python": platform.python_version(), **package_versions()}
-
-
 def node_state(paths: Sequence[str]) -> dict[str, Any]:
     """What a worker process knows of its machine and its environment, as plain values.
 
@@ -186,7 +180,7 @@ def node_state(paths: Sequence[str]) -> dict[str, Any]:
     return {
         "plugin": plugin_fault(),
         "node": node,
-        "versions": process_versions(),
+        "versions": package_versions(),
         "missing": [path for path in paths if not Path(path).expanduser().exists()],
     }
 

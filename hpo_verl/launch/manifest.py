@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -73,7 +72,7 @@ def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) 
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": masked_command(command),
         "git": _commit(),
-        "versions": {"python": platform.python_version(), **package_versions()},
+        "versions": package_versions(),
         "configuration": {
             "file": CONFIG_NAME,
             "sha256": hashlib.sha256(config_text.encode()).hexdigest(),

@@ -19,11 +19,11 @@ from hpo_verl.checks.cluster import (
     ask,
     check_address,
     check_cluster,
-    process_versions,
     split_address,
 )
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
+from hpo_verl.installed import package_versions
 from hpo_verl.runs.process import MARKER, end_processes, marked_processes
 
 SIZE = MODEL_SIZES["Qwen/Qwen2.5-7B-Instruct"]
@@ -37,7 +37,7 @@ def state(**changes):
             "cpus": 64,
             "memory": 500.0,
         },
-        "versions": {**process_versions(), "vllm": "0.24.0"},
+        "versions": {**package_versions(), "vllm": "0.24.0"},
         "missing": [],
         "resources": {"CPU": 64.0, "GPU": 8.0},
         **changes,
@@ -106,11 +106,11 @@ def test_other_versions_on_a_node(examine):
     nodes["10.0.0.1"]["versions"]["verl"] = "0.8.0"
     finding = only(examine({"nodes": nodes}), "versions on the nodes")
     assert finding.status == "warning"
-    assert finding.detail == f"10.0.0.1: verl 0.8.0, here {process_versions()['verl']}"
+    assert finding.detail == f"10.0.0.1: verl 0.8.0, here {package_versions()['verl']}"
 
 
 def test_vllm_that_a_node_lacks(examine):
-    nodes = {"a": state(), "b": state(versions=process_versions())}
+    nodes = {"a": state(), "b": state(versions=package_versions())}
     finding = only(examine({"nodes": nodes}), "versions on the nodes")
     assert (finding.status, finding.detail) == ("error", "vllm is not installed on b")
 
@@ -218,7 +218,7 @@ def test_a_real_cluster_is_asked_through_its_head(planned, head):
     assert state["plugin"] is None, answer
     assert state["missing"] == ["/nowhere/val.parquet"]
     assert state["resources"]["CPU"] == 4
-    assert state["versions"]["verl"] == process_versions()["verl"]
+    assert state["versions"]["verl"] == package_versions()["verl"]
     assert state["node"]["memory"] > 0
 
 
