@@ -20,7 +20,7 @@ from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
 from hpo_verl.config.recipes import quoted, recipes_directory
 from hpo_verl.config.redaction import secret_mask
-from hpo_verl.errors import TrainingFailed, TrainingStopped
+from hpo_verl.errors import ConfigError, TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
 from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.resume import (
@@ -50,6 +50,8 @@ def named_folder(overrides: Sequence[str]) -> Path | None:
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key == RUN_FOLDER_KEY:
+            if "${" in value:
+                raise ConfigError(f"{text}: must be a path without an interpolation")
             return Path(value.strip("'\"")).expanduser().absolute()
     return None
 
