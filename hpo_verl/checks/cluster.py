@@ -1,9 +1,8 @@
 """Whether a Ray cluster answers, and whether Ray's workers, here or there, can run the plugin.
 
-    python -m hpo_verl.checks.cluster ADDRESS FOLDER [PATH]...
-
-asks the workers about themselves, in a process of its own that can be ended, and writes their
-answer into the folder. `local` starts a Ray of its own on loopback.
+`python -m hpo_verl.checks.cluster` asks the workers about themselves, in a process of its own that
+can be ended. It reads one line of JSON: an address (`local` starts a Ray of its own on loopback), a
+folder for the answer, and the files that the workers must see.
 """
 
 from __future__ import annotations
@@ -139,7 +138,6 @@ def _node(state: Mapping[str, Any]) -> Node:
 
 def ask(run: PlannedRun) -> dict[str, Any]:
     """Ask Ray's workers in a process of its own; `failure` says why there is no answer."""
-    command = ["-m", "hpo_verl.checks.cluster", run.address or LOCAL]
     # What every machine of a cluster must see.
     paths = [str(path) for _, path in run.data_files] + [str(run.policy_folder)]
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -154,11 +152,9 @@ def ask(run: PlannedRun) -> dict[str, Any]:
         if time.monotonic() > deadline:
             raise TimeoutError
 
-    with ChildProcess(
-        lambda folder: [*command, str(folder), *paths], lambda _: environment
-    ) as process:
+    with ChildProcess(["-m", "hpo_verl.checks.cluster"], lambda _: environment) as process:
         log, answer = process.temporary / "probe.log", process.temporary / ANSWER_NAME
-        process.go(log)
+        process.go(log, json.dumps([run.address or LOCAL, str(process.temporary), *paths]))
         try:
             process.wait(watch)
         except TimeoutError:
@@ -223,7 +219,7 @@ def ask_nodes(address: str, temporary: str, paths: Sequence[str]) -> dict[str, A
 
 
 if __name__ == "__main__":
-    place, temporary, *files = sys.argv[1:]
+    place, temporary, *files = json.loads(sys.stdin.readline())
     try:
         said = ask_nodes(place, temporary, files)
     except Exception as problem:

@@ -145,7 +145,7 @@ def train(
     settings = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     # It imports verl while this process does, and then waits.
     child = ChildProcess(
-        lambda _: ("-m", "hpo_verl.verl_plugin.main"),
+        ["-m", "hpo_verl.verl_plugin.main"],
         functools.partial(environment, config, folder),
         secret_mask(os.environ, settings),
     )

@@ -31,7 +31,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_PREFIXES = ("verl_weights_", "psm_", "torch_", "sem.mp-")
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.3
-LOG_CLOSE_SECONDS = 10.0
+LOG_CLOSE_SECONDS, LAST_WORDS_SECONDS = 10.0, 2.0
 TAIL_BYTES = 200_000
 LINE_BYTES, BLOCK_BYTES = 1 << 20, 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -44,14 +44,14 @@ class ChildProcess:
     started, its temporary folder and its shared memory are gone.
 
     Args:
-        arguments: of Python, given the temporary folder.
+        arguments: of Python.
         environment: variables on top of the caller's, given the temporary folder.
         mask: takes secrets out of the output before it is written to the log file.
     """
 
     def __init__(
         self,
-        arguments: Callable[[Path], Sequence[str]],
+        arguments: Sequence[str],
         environment: Callable[[Path], dict[str, str]],
         mask: Callable[[str], str] = str,
     ) -> None:
@@ -64,7 +64,7 @@ class ChildProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="hpo-", ignore_cleanup_errors=True)
         self.temporary = Path(self._folder.name)
         self._child = subprocess.Popen(  # noqa: S603
-            [sys.executable, *arguments(self.temporary)],
+            [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -116,7 +116,11 @@ class ChildProcess:
         reported = self.temporary / FAILURE_NAME
         if reported.is_file():
             return self._mask(reported.read_text(encoding="utf-8"))
-        last = last_line(tail(self._log_file) if self._log_file else "")
+        last = "no output"
+        if self._log_thread is not None and self._log_file is not None:
+            # The last words may be under way; other processes of the run may write for longer.
+            self._log_thread.join(LAST_WORDS_SECONDS)
+            last = last_line(tail(self._log_file))
         if self._child.returncode >= 0:
             return last
         number = -self._child.returncode

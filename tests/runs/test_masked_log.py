@@ -102,7 +102,7 @@ def test_the_log_of_a_run_and_its_reported_failure_are_masked(tmp_path, monkeypa
     """Output and errors of the main program and of a process that it starts."""
     monkeypatch.setenv("MY_TOKEN", "correct-horse")
     log = tmp_path / "train.log"
-    with ChildProcess(lambda _: ["-c", PROGRAM], lambda _: {}, secret_mask(os.environ)) as process:
+    with ChildProcess(["-c", PROGRAM], lambda _: {}, secret_mask(os.environ)) as process:
         process.go(log)
         assert process.wait(lambda: None) == 1
         assert process.failure() == "refused with ***"

@@ -36,7 +36,7 @@ def soon(monkeypatch):
 
 def family(seconds, code):
     text = FAMILY.format(seconds=seconds, code=code)
-    return ChildProcess(lambda _: ["-c", text], lambda _: {})
+    return ChildProcess(["-c", text], lambda _: {})
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -81,7 +81,7 @@ WAITING = "import sys; line = sys.stdin.readline(); print('got', repr(line)); sy
 
 def test_a_child_waits_for_its_line_and_then_logs(tmp_path):
     log = tmp_path / "train.log"
-    with ChildProcess(lambda _: ["-c", WAITING], lambda _: {}) as process:
+    with ChildProcess(["-c", WAITING], lambda _: {}) as process:
         assert not log.exists()
         process.go(log, "[1]")
         assert process.wait(lambda: None) == 0
@@ -90,7 +90,7 @@ def test_a_child_waits_for_its_line_and_then_logs(tmp_path):
 
 def test_a_child_that_is_never_let_go_ends_and_leaves_nothing(tmp_path):
     descriptors = set(os.listdir("/proc/self/fd"))
-    with ChildProcess(lambda _: ["-c", WAITING], lambda _: {}) as process:
+    with ChildProcess(["-c", WAITING], lambda _: {}) as process:
         assert len(marked_processes(process.marker)) == 1
     assert marked_processes(process.marker) == []
     assert not process.temporary.exists()
@@ -115,7 +115,7 @@ def test_the_reason_of_a_failure(tmp_path, act, code, failure):
         "import os, signal, sys\n"
         "report = lambda text: open(os.environ['HPO_VERL_FAILURE'], 'w').write(text)\n" + act
     )
-    with ChildProcess(lambda _: ["-c", text], lambda _: {}) as process:
+    with ChildProcess(["-c", text], lambda _: {}) as process:
         process.go(tmp_path / "train.log")
         assert process.wait(lambda: None) == code
         assert process.failure() == failure
@@ -161,7 +161,7 @@ def test_killing_the_launcher_ends_the_child(tmp_path):
             "from pathlib import Path\n"
             "from hpo_verl.runs.process import ChildProcess\n"
             f"text = {FAMILY.format(seconds=600, code=0)!r}\n"
-            "with ChildProcess(lambda _: ['-c', text], lambda _: {}) as p:\n"
+            "with ChildProcess(['-c', text], lambda _: {}) as p:\n"
             f"    p.go(Path({str(tmp_path / 'log')!r}))\n"
             f"    Path({str(marker)!r}).write_text(str(p._child.pid))\n"
             "    p.wait(lambda: None)\n",
