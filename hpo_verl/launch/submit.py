@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -34,7 +33,6 @@ DASHBOARD = "the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 2.0
-STOP_SECONDS = 90.0
 # After this time without an answer the cluster is given up; its job may still run.
 SILENCE_SECONDS = 60.0
 
@@ -155,7 +153,8 @@ def submit(
         info, log = follow(client, job, write)
     except KeyboardInterrupt:
         announce(f"stopping {job}")
-        stop(client, job)
+        client.stop_job(job)
+        follow(client, job, lambda text: None)
         raise
     if info.status != "SUCCEEDED":
         text = f"job {job} {info.status.lower()}: {reported_error(log, info.message)}"
@@ -185,20 +184,6 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> tuple[Any, st
             if info.status.is_terminal():
                 return info, log
         time.sleep(POLL_SECONDS)
-
-
-def stop(client: Any, job: str) -> None:
-    """Stop a job and wait until it has ended; a further Ctrl-C changes nothing."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        client.stop_job(job)
-        deadline = time.monotonic() + STOP_SECONDS
-        while not client.get_job_status(job).is_terminal():
-            if time.monotonic() > deadline:
-                raise TrainingFailed(f"job {job} has not ended {STOP_SECONDS:.0f} s after its stop")
-            time.sleep(POLL_SECONDS)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def reported_error(log: str, message: str | None) -> str:

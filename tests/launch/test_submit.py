@@ -127,9 +127,6 @@ class Cluster:
         self.submitted = job
         return "job-1"
 
-    def get_job_status(self, job):
-        return self.info.status
-
     def get_job_info(self, job):
         return self.running if self.looks[1:] else self.info
 
@@ -214,11 +211,13 @@ def test_a_failure_ends_with_the_jobs_own_error(run, status, log, code, message,
 
 
 def test_ctrl_c_stops_the_job(run):
-    cluster = Cluster(status="STOPPED", looks=["a\n", KeyboardInterrupt()])
+    cluster = Cluster("a\n", status="STOPPED", looks=["a\n", KeyboardInterrupt(), "a\n"])
     with pytest.raises(KeyboardInterrupt):
         run(cluster)
     assert cluster.stopped == ["job-1"]
     assert cluster.written == "a\n"
+    # It has waited for the end.
+    assert cluster.looks == []
 
 
 def test_a_cluster_that_is_gone(run, monkeypatch):
