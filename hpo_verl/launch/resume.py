@@ -18,7 +18,6 @@ FLAG = "--resume"
 METRICS_NAME = "metrics.jsonl"
 # They say where a run starts, not what it computes.
 RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
-DIFFERENCES_SHOWN = 12
 
 
 def logger_paths(folder: Path) -> dict[str, str]:
@@ -152,11 +151,8 @@ def begin(
             announce(f"not used: {fault}")
         before = folder / CONFIG_NAME
         if before.is_file():
-            changed = _changed_settings(before.read_text(), text)
-            for change in changed[:DIFFERENCES_SHOWN]:
+            for change in _changed_settings(before.read_text(), text):
                 announce(f"changed since the last start: {change}")
-            if len(changed) > DIFFERENCES_SHOWN:
-                announce(f"and {len(changed) - DIFFERENCES_SHOWN} other settings")
         announce(f"going on after step {start.step}, from {start.path}")
         cut_metrics(folder / METRICS_NAME, start.step)
         if start.path.parent == saved:

@@ -116,14 +116,6 @@ def test_what_has_changed_is_told(killed):
     assert not any("resume_" in text for text in told)
 
 
-def test_many_changes_are_counted(killed):
-    config, folder = killed
-    config.data.update({f"key_{number:02}": number for number in range(20)})
-    _, told = begin(config, folder, go_on=True)
-    assert told[-2] == "and 8 other settings"
-    assert len(told) == 1 + resume.DIFFERENCES_SHOWN + 2
-
-
 def other_policy(config):
     """A policy of the same tokenizer and other weights."""
     policy = Path(config.actor_rollout_ref.model.path)
