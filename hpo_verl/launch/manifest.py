@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.policies import hub as hub_policy
 from hpo_verl.config.redaction import masked, masked_command
-from hpo_verl.config.settings import cards_a_copy, data_files, leaves, policy_folder
+from hpo_verl.config.settings import cards_a_copy, data_files, policy_folder
 from hpo_verl.errors import DataError
 from hpo_verl.installed import package_versions
 from hpo_verl.runs.checkpoints import holds_checkpoints
@@ -98,11 +98,6 @@ def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) 
         "world_size": config.trainer.nnodes * config.trainer.n_gpus_per_node,
         "cards_a_copy": cards_a_copy(config),
         WORKERS_KEY: OmegaConf.select(config, WORKERS_KEY),
-        "seeds": {
-            key: value
-            for key, value in leaves(OmegaConf.to_container(config, resolve=True))
-            if key.endswith("seed")
-        },
     }
 
 
