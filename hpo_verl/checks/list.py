@@ -25,8 +25,8 @@ class Check:
     about it. `name` is that of findings that have none of their own.
 
     Attributes:
-        needs: `here`, it looks at this machine; `own ray`, it is about a Ray that the run starts
-            here; `data` and `policy`, it reads these files; `verl`, it imports verl, which takes
+        needs: `here`, it looks at this machine; `own ray`, at what a Ray of its own would have
+            here; `data` and `policy`, at these files here; `verl`, it imports verl, which takes
             seconds; `cluster`, it asks whether one answers; `ray`, it asks Ray's workers, unless
             an error was found before.
         after: names of findings without which it cannot be made.
@@ -49,15 +49,12 @@ class Check:
 
 
 DRIVER = "repair the driver, or ask the machine's owner"
+KNOWN_MODEL = "a model that transformers knows"
 TOGETHER, CORRECT = "see docs/pages/algorithms.md", "correct the override"
 SCHEMA = (
     'a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
     "reward_model={ground_truth}"
 )
-HERE: tuple[Need, ...] = ("here",)
-OWN_RAY: tuple[Need, ...] = (*HERE, "own ray")
-DATA: tuple[Need, ...] = (*HERE, "data")
-POLICY: tuple[Need, ...] = (*HERE, "policy")
 # What is quick comes first.
 CHECKS = (
     Check("python", packages.check_base, vital=True),
@@ -69,30 +66,30 @@ CHECKS = (
     Check("steps", configuration.check_steps, again=True),
     Check("lengths", configuration.check_lengths),
     Check("paths", storage.check_paths),
-    Check("cards", machine.check_here, OWN_RAY, (), DRIVER, again=True),
-    Check("packages", packages.check_packages, HERE),
-    Check("modules", packages.check_modules, HERE),
-    Check("folders", storage.check_folders, HERE),
-    Check("disk", storage.check_disk, HERE, ("folders",), again=True),
-    Check("shared memory", storage.check_shared_memory, OWN_RAY),
-    Check("ports", storage.check_ports, OWN_RAY),
-    Check("data files", data.check_files, DATA),
-    Check("schema", data.check_schema, DATA, ("data files",), SCHEMA),
-    Check("reward", data.check_reward, DATA, ("schema",)),
-    Check("model", loaded.check_model, POLICY),
-    Check("remote code", loaded.check_model_code, POLICY, (), "a model that transformers knows"),
-    Check("positions", loaded.check_positions, POLICY),
+    Check("cards", machine.check_here, ("own ray",), (), DRIVER, again=True),
+    Check("packages", packages.check_packages, ("here",)),
+    Check("modules", packages.check_modules, ("here",)),
+    Check("folders", storage.check_folders, ("here",)),
+    Check("disk", storage.check_disk, ("here",), ("folders",), again=True),
+    Check("shared memory", storage.check_shared_memory, ("own ray",)),
+    Check("ports", storage.check_ports, ("own ray",)),
+    Check("data files", data.check_files, ("data",)),
+    Check("schema", data.check_schema, ("data",), ("data files",), SCHEMA),
+    Check("reward", data.check_reward, ("data",), ("schema",)),
+    Check("model", loaded.check_model, ("policy",)),
+    Check("remote code", loaded.check_model_code, ("policy",), (), KNOWN_MODEL),
+    Check("positions", loaded.check_positions, ("policy",)),
     Check("plugin", packages.check_plugin, ("verl",)),
     Check("driver", packages.check_driver, ("here", "verl"), (), DRIVER),
     Check("names", configuration.check_names, ("verl",), ("plugin",)),
     Check("algorithm", configuration.check_algorithm, ("verl",), ("names",), TOGETHER),
     Check("verl's checks", configuration.check_with_verl, ("verl",), ("names",), CORRECT),
-    Check("prompts", data.check_prompts, (*DATA, "policy", "verl"), ("schema",)),
+    Check("prompts", data.check_prompts, ("data", "policy", "verl"), ("schema",)),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.
 BEFORE_RAY = tuple(check for check in CHECKS if not {"cluster", "ray"} & set(check.needs))
-ANYWHERE = tuple(check for check in BEFORE_RAY if "here" not in check.needs)
+ANYWHERE = tuple(check for check in BEFORE_RAY if {"verl"}.issuperset(check.needs))
 
 
 def run_checks(run: PlannedRun, checks: Iterable[Check] = BEFORE_RAY) -> Iterator[Finding]:
