@@ -52,11 +52,7 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
     Examples:
       hpo-verl train countdown-tiny
 
-      hpo-verl train countdown-tiny algo=grpo seed=1
-
-      hpo-verl train countdown-tiny algo=hpo algorithm.hpo.alpha=0.4
-
-      hpo-verl train countdown-tiny trainer.total_training_steps=300 hydra.run.dir=runs/long
+      hpo-verl train countdown-tiny algo=hpo algorithm.hpo.alpha=0.4 hydra.run.dir=runs/mine
 
       hpo-verl train countdown-tiny trainer.total_training_steps=300 --resume
     """
@@ -112,8 +108,6 @@ def report(
     The dashed curve in the picture is that of the first group of runs.
 
     Examples:
-      hpo-verl report runs/countdown-tiny/*
-
       hpo-verl report runs/a runs/b --picture comparison.svg
     """
     from hpo_verl.report.figures import check_picture, draw_curves
@@ -138,8 +132,6 @@ def export(
 
     Examples:
       hpo-verl export runs/countdown3-1.5b/2026-01-31_12-00-00 --out policy
-
-      hpo-verl export ~/hpo_verl_checkpoints/NAME/global_step_100 --out policy
     """
     from hpo_verl.launch.outputs import export as run
 
@@ -191,8 +183,6 @@ def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
     What is there is checked and left as it is. Nothing is trained.
 
     Examples:
-      hpo-verl prepare countdown-tiny
-
       hpo-verl prepare countdown4-7b seed=1
 
       hpo-verl prepare telelogs-7b prepare.data.arguments.source=hub
