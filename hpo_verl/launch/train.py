@@ -94,7 +94,7 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # torch's own store would listen on all interfaces.
             "DIST_INIT_METHOD": f"file://{temporary}/process_group",
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            "GLOO_SOCKET_IFNAME": "lo",
         }
         if not OmegaConf.select(config, "ray_kwargs.timeline_json_file"):
             # Events of tasks, which only the dashboard and the timeline show, make Ray's
