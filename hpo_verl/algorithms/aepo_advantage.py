@@ -23,10 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.clipping import clipped_surrogate
-from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_number
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,7 @@ class AEPOAdvantageSettings:
 
 
 def standardized_entropy(entropy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Standardise the entropy over all live tokens.
-
-    Args:
-        entropy: Nats, `[batch, response]`.
-        mask: Bool, `[batch, response]`.
+    """Standardise the entropy, nats, `[batch, response]`, over all live tokens.
 
     Returns:
         z(H), `[batch, response]` float64: mean 0 and unbiased standard deviation 1 over the live
@@ -62,25 +56,16 @@ def standardized_entropy(entropy: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 
 
 def entropy_aware_advantages(
-    advantages: torch.Tensor,
-    entropy: torch.Tensor,
-    mask: torch.Tensor,
-    settings: AEPOAdvantageSettings,
-) -> torch.Tensor:
+    rollout: base.Rollout, settings: AEPOAdvantageSettings
+) -> base.Advantages:
     """Raise advantages at tokens of high entropy and lower them at tokens of low entropy.
 
-    Args:
-        advantages: One per response, `[batch]`.
-        entropy: Of the policy that is about to be updated, nats, `[batch, response]`.
-        mask: Bool, `[batch, response]`.
-        settings: The scale.
-
     Returns:
-        A (1 + a z(H)), `[batch, response]` float64, detached; 0 at masked tokens.
+        A (1 + a z(H)), `[batch, response]` float64; 0 at masked tokens.
     """
-    scores = standardized_entropy(entropy.detach(), mask)
-    weights = (1.0 + settings.entropy_scale * scores).masked_fill(~mask, 0.0)
-    return advantages.detach().double().unsqueeze(-1) * weights
+    scores = standardized_entropy(rollout.extras["entropy"], rollout.mask)
+    weights = (1.0 + settings.entropy_scale * scores).masked_fill(~rollout.mask, 0.0)
+    return base.Advantages(rollout.grouped().advantages.unsqueeze(-1) * weights)
 
 
 def aepo_clip_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
@@ -95,16 +80,6 @@ def aepo_clip_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
     return TokenLoss(loss.values, torch.where(stopped, loss.values, loss.slopes))
 
 
-def _advantage(rollout: base.Rollout, settings: AEPOAdvantageSettings) -> base.Advantages:
-    group = group_relative_advantages(
-        rollout.rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
-    )
-    values = entropy_aware_advantages(
-        group.advantages, rollout.extras["entropy"], rollout.mask, settings
-    )
-    return base.Advantages(values, zero_spread_groups=group.zero_spread_groups, groups=group.groups)
-
-
 ALGORITHMS = (
     base.Algorithm(
         "aepo_advantage",
@@ -113,7 +88,7 @@ ALGORITHMS = (
         base.TOKEN_MEAN,
         base.Estimator(
             "aepo_advantage",
-            _advantage,
+            entropy_aware_advantages,
             AEPOAdvantageSettings,
             section="aepo_advantage",
             needs=("entropy",),

@@ -11,8 +11,7 @@ advantage make up at least the share rho_0 of what the loss is made of (Eq. 8):
 
 Both bounds start at the low ends of their ranges; c_high rises step by step, and
 once it has reached its upper end c_low does, until rho >= rho_0 (Algorithm 1).
-P and N run over the whole mini-batch on all ranks: `contributions` gives them
-for a part of it, they add up, and `find_clip_bounds` needs their total only.
+P and N run over the whole mini-batch on all ranks.
 
 Eq. 8 prints its bars outside the sum over all tokens, |P - N|, which is no share;
 read here as P + N. By these values raising c_low never raises rho, it raises N:
@@ -32,9 +31,8 @@ from typing import NamedTuple
 import torch
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.clipping import clipped_surrogate
 from hpo_verl.core.settings import require_flag, require_number
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 
 PATH = "actor_rollout_ref.actor.policy_loss"
 # Far above float64's rounding of a sum, far below a difference that matters: a share
@@ -47,16 +45,16 @@ MOST_STEPS = 1000
 class BAPOSettings:
     """Settings of BAPO, under `actor_rollout_ref.actor.policy_loss`.
 
-    The bounds are ratios, not distances from 1.
+    The bounds are ratios, not distances from 1; each rises by steps from its start to its end.
 
     Attributes:
         positive_share: Share rho_0 that positive tokens are to reach, in [0, 1].
         clip_low_start: First c_low, in [0, 1].
         clip_low_end: Largest c_low, from `clip_low_start` to 1.
-        clip_low_step: Step of c_low, greater than 0.
+        clip_low_step: Above 0.
         clip_high_start: First c_high, at least 1.
         clip_high_end: Largest c_high, from `clip_high_start`.
-        clip_high_step: Step of c_high, greater than 0.
+        clip_high_step: Above 0.
         repo_compatible: Sums without pi_old and c_low raised first, as in the public code.
     """
 
@@ -98,43 +96,24 @@ def _bounds(start: float, end: float, step: float) -> tuple[float, ...]:
 
 
 class ClipBounds(NamedTuple):
-    """What the search found.
-
-    Attributes:
-        low: c_low, a ratio.
-        high: c_high, a ratio.
-        positive_share: rho at these bounds; 0 without a token of either sign.
-    """
+    """c_low and c_high, ratios, and rho there, which is 0 without a token of either sign."""
 
     low: float
     high: float
     positive_share: float
 
 
-def contributions(
-    log_ratio: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    settings: BAPOSettings,
-) -> torch.Tensor:
+def contributions(batch: base.TokenBatch, settings: BAPOSettings) -> torch.Tensor:
     """Sum what the tokens of a part of a mini-batch contribute, at every bound.
-
-    Args:
-        log_ratio: Bounded log-ratio, nats, `[batch, response]`, finite everywhere.
-        old_log_prob: Under the policy that sampled, nats, `[batch, response]`.
-        advantages: `[batch, response]`, 0 at masked tokens.
-        mask: Bool, `[batch, response]`.
-        settings: The bounds.
 
     Returns:
         P at every upper bound, then N at every lower bound, float64. The sums of parts
         add up to those of the whole.
     """
-    ratio = log_ratio.double().exp()
-    weights = advantages.double()
+    ratio = batch.log_ratio.double().exp()
+    weights = batch.advantages.double()
     if not settings.repo_compatible:
-        weights = weights * torch.where(mask, old_log_prob.double(), 0.0).exp()
+        weights = weights * batch.old_log_prob.double().exp()
     positive, negative = weights.clamp(min=0.0), -weights.clamp(max=0.0)
     return torch.stack(
         [
@@ -177,12 +156,6 @@ def bapo_loss(batch: base.TokenBatch, settings: BAPOSettings) -> TokenLoss:
     return clipped_surrogate(batch.log_ratio, batch.advantages, 1.0 - bounds.low, bounds.high - 1.0)
 
 
-def _contributions(batch: base.TokenBatch, settings: BAPOSettings) -> torch.Tensor:
-    return contributions(
-        batch.log_ratio, batch.old_log_prob, batch.advantages, batch.mask, settings
-    )
-
-
 ALGORITHMS = (
     base.Algorithm(
         "bapo",
@@ -196,7 +169,7 @@ ALGORITHMS = (
             aggregations=(base.TOKEN_MEAN,),
             selects=True,
             caveat="sets its clip bounds by the sums of positive and negative advantages",
-            mini_batch_sums=base.MiniBatchSums(_contributions, find_clip_bounds, ClipBounds),
+            mini_batch_sums=base.MiniBatchSums(contributions, find_clip_bounds, ClipBounds),
         ),
     ),
 )

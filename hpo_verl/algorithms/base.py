@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from hpo_verl.core.groups import GroupAdvantages, group_relative_advantages
 from hpo_verl.core.surrogate import TokenLoss
 
 TOKEN_MEAN = "token-mean"  # noqa: S105
@@ -27,14 +28,14 @@ class Rollout(NamedTuple):
     """What an estimator sees: all responses of a step.
 
     Attributes:
-        rewards: One per response, `[batch]` float32.
+        rewards: One per response, `[batch]` float32, without a graph.
         groups: Prompt of each response, `[batch]` int64, 0 .. groups - 1.
         live: Responses that count, `[batch]` bool; those with a token of the policy.
         mask: Tokens that count, `[batch, response]` bool.
         normalize_by_std: `algorithm.norm_adv_by_std_in_grpo`.
         extras: What `Estimator.needs` names: `entropy`, nats, `[batch, response]`, of the policy
             that sampled; `progress`, 0 at the first step and 1 at the last; `values`, one per
-            response, `[batch]`, from the history of its prompt.
+            response, `[batch]` float64, from the history of its prompt.
     """
 
     rewards: torch.Tensor
@@ -44,21 +45,22 @@ class Rollout(NamedTuple):
     normalize_by_std: bool = True
     extras: Mapping[str, Any] = {}
 
+    def grouped(self) -> GroupAdvantages:
+        """GRPO's advantages, `[batch]` float64, and the spread of each group."""
+        return group_relative_advantages(
+            self.rewards, self.groups, self.live, normalize_by_std=self.normalize_by_std
+        )
+
 
 class Advantages(NamedTuple):
     """What an estimator returns: the advantages and the statistics behind them.
-
-    A count that is None follows from the advantages and the rewards alone, and the caller
-    computes it.
 
     Attributes:
         values: One per response, `[batch]`, or per token, `[batch, response]`; detached.
         unweighted: Before the weight by sign, `[batch]`; None where there is no such weight.
         alpha: Weight of negative advantages.
-        positives: Number of responses counted as positive.
-        negatives: Number of responses counted as negative.
-        zero_spread_groups: Number of groups whose rewards are all equal.
-        groups: Number of groups.
+        positives: Responses counted as positive; None for those with an advantage above 0.
+        negatives: Responses counted as negative; None for those with an advantage below 0.
         statistics: Further numbers, logged as `hpo/<name>`.
     """
 
@@ -67,22 +69,20 @@ class Advantages(NamedTuple):
     alpha: float = 1.0
     positives: int | None = None
     negatives: int | None = None
-    zero_spread_groups: int | None = None
-    groups: int | None = None
     statistics: Mapping[str, float] = {}
 
 
 class TokenBatch(NamedTuple):
-    """What a loss sees: a micro-batch, finite everywhere and clean at masked places.
+    """What a loss sees: a micro-batch, finite everywhere and 0 at masked tokens.
 
     Attributes:
-        log_ratio: Bounded to 20 nats, `[batch, response]`; 0 at masked tokens.
-        advantages: `[batch, response]`; 0 at masked tokens.
+        log_ratio: Bounded to 20 nats, `[batch, response]`.
+        advantages: `[batch, response]`.
         mask: Bool, `[batch, response]`.
-        old_log_prob: Under the policy that sampled, nats, `[batch, response]`; 0 where masked.
+        old_log_prob: Under the policy that sampled, nats, `[batch, response]`.
         clip_range: `clip_ratio_low` and `clip_ratio_high`, where `Loss.clips`.
-        extras: The loss's `token_fields` by name, `[batch, response]`, 0 where masked; and
-            `mini_batch`, the result of its `mini_batch_sums`.
+        extras: The loss's `token_fields` by name, `[batch, response]`; and `mini_batch`, the
+            result of its `mini_batch_sums`.
     """
 
     log_ratio: torch.Tensor
@@ -99,19 +99,15 @@ class PromptHistory(Protocol):
     @property
     def measures_drift(self) -> bool:
         """Whether `learn` reads how far the policy has moved since a prompt's last response."""
-        ...
 
     def __len__(self) -> int:
         """Number of prompts."""
-        ...
 
     def values(self) -> torch.Tensor:
         """What the estimator gets of every prompt, `[prompts]` float64."""
-        ...
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
         """Draw the prompts of a batch, all different."""
-        ...
 
     def learn(
         self, prompts: torch.Tensor, rewards: torch.Tensor, drift: torch.Tensor, revisited: int
@@ -128,15 +124,12 @@ class PromptHistory(Protocol):
         Returns:
             Numbers to log as `hpo/<name>`.
         """
-        ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; raises DataError if it is of another number of prompts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -152,8 +145,7 @@ class Estimator:
         weights_by_sign: Whether it weights advantages by their sign, so that the loss must be
             proportional to the advantage.
         drops_tokens: Whether an advantage of 0 is to silence a token, which the loss must let be.
-        check: Checks verl's whole configuration for what the estimator cannot be combined with,
-            and raises ConfigError.
+        check: Raises ConfigError where verl's whole configuration does not go with the estimator.
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
     """
@@ -238,8 +230,6 @@ class Algorithm:
         papers: arXiv ids.
         equation: Loss of a token or weight of an advantage.
         loss_agg_mode: Aggregation that the recipe sets, the paper's.
-        estimator: Of its advantages.
-        loss: Of its tokens.
     """
 
     name: str

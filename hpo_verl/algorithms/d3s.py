@@ -21,24 +21,22 @@ tokens over the whole rollout batch; ties by position.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_number
 
 
 @dataclass(frozen=True)
 class D3SSettings:
-    """Settings of D3S, under `algorithm.d3s`.
+    """Settings of D3S, under `algorithm.d3s`; all in (0, 1].
 
     Attributes:
-        response_share_start: Share of the responses kept at the first step, in (0, 1].
-        response_share_end: The same at the last step.
-        token_share_start: Share of the kept responses' tokens kept at the first step, in (0, 1].
-        token_share_end: The same at the last step.
+        response_share_start: Share of the responses kept at the first step, N0.
+        response_share_end: The same at the last step, N1.
+        token_share_start: Share of the kept responses' tokens kept at the first step, K0.
+        token_share_end: The same at the last step, K1.
     """
 
     response_share_start: float = 0.25
@@ -47,45 +45,16 @@ class D3SSettings:
     token_share_end: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in (
-            "response_share_start",
-            "response_share_end",
-            "token_share_start",
-            "token_share_end",
-        ):
-            require_number(f"algorithm.d3s.{name}", getattr(self, name), 0.0, 1.0, open_low=True)
+        for name, share in vars(self).items():
+            require_number(f"algorithm.d3s.{name}", share, 0.0, 1.0, open_low=True)
 
     def shares(self, progress: float) -> tuple[float, float]:
-        """Shares of responses and of tokens to keep.
-
-        Args:
-            progress: 0 at the first step, 1 at the last.
-
-        Returns:
-            Share of responses, share of the kept responses' tokens.
-        """
-
-        def between(start: float, end: float) -> float:
-            return (1.0 - progress) * start + progress * end
-
+        """Shares of responses, and of the kept responses' tokens, at a progress from 0 to 1."""
+        start, end = 1.0 - progress, progress
         return (
-            between(self.response_share_start, self.response_share_end),
-            between(self.token_share_start, self.token_share_end),
+            start * self.response_share_start + end * self.response_share_end,
+            start * self.token_share_start + end * self.token_share_end,
         )
-
-
-class DownSampled(NamedTuple):
-    """Advantages after the selection, and how much is left.
-
-    Attributes:
-        advantages: `[batch, response]` float64; 0 at dropped and masked places.
-        response_fraction: Kept responses, of the live ones.
-        token_fraction: Kept tokens, of the live tokens of all responses.
-    """
-
-    advantages: torch.Tensor
-    response_fraction: float
-    token_fraction: float
 
 
 def most_spread(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -102,9 +71,6 @@ def most_spread(values: torch.Tensor, count: int) -> torch.Tensor:
 
     Returns:
         Indices of the chosen values, `[count]` int64.
-
-    References:
-        arXiv 2509.22115, the sample level.
     """
     order = values.sort(stable=True).indices
     if count == 0:
@@ -124,16 +90,7 @@ def most_spread(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def kept_count(share: float, size: int, at_least: int) -> int:
-    """Turn a share into a number of items.
-
-    Args:
-        share: In (0, 1].
-        size: Number of items.
-        at_least: Keep no fewer, as far as there are that many.
-
-    Returns:
-        The share of `size`, rounded to the nearest integer.
-    """
+    """Return the nearest integer to a share of `size` items, `at_least` if there are so many."""
     return min(size, max(at_least, int(share * size + 0.5)))
 
 
@@ -143,8 +100,11 @@ def down_sample(
     mask: torch.Tensor,
     settings: D3SSettings,
     progress: float,
-) -> DownSampled:
+) -> base.Advantages:
     """Keep the responses and tokens that carry most signal, and zero the others.
+
+    At least two responses are kept, since the variance of one is 0 whatever it is, and at least
+    one token.
 
     Args:
         advantages: Group-relative advantage of every response, `[batch]`.
@@ -154,8 +114,8 @@ def down_sample(
         progress: 0 at the first step, 1 at the last.
 
     Returns:
-        Advantages per token and the fractions kept. At least two responses are kept, since
-        the variance of one is 0 whatever it is, and at least one token.
+        Advantages `[batch, response]` float64, 0 at dropped and masked places, and the kept
+        fractions of the live responses and of their tokens.
     """
     response_share, token_share = settings.shares(progress)
     rows = mask.any(dim=-1).nonzero().squeeze(-1)
@@ -171,35 +131,18 @@ def down_sample(
     best = scores.sort(descending=True, stable=True).indices[:count]
     chosen = torch.zeros_like(mask).flatten()
     chosen[candidates[best]] = True
-
-    live = max(int(mask.sum()), 1)
-    return DownSampled(
-        advantages=torch.where(chosen.view_as(mask), weights, 0.0),
-        response_fraction=len(kept_rows) / max(len(rows), 1),
-        token_fraction=count / live,
+    return base.Advantages(
+        torch.where(chosen.view_as(mask), weights, 0.0),
+        statistics={
+            "d3s_response_fraction": len(kept_rows) / max(len(rows), 1),
+            "d3s_token_fraction": count / max(int(mask.sum()), 1),
+        },
     )
 
 
 def _advantage(rollout: base.Rollout, settings: D3SSettings) -> base.Advantages:
-    group = group_relative_advantages(
-        rollout.rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
-    )
-    kept = down_sample(
-        group.advantages,
-        rollout.extras["entropy"],
-        rollout.mask,
-        settings,
-        rollout.extras["progress"],
-    )
-    return base.Advantages(
-        kept.advantages,
-        zero_spread_groups=group.zero_spread_groups,
-        groups=group.groups,
-        statistics={
-            "d3s_response_fraction": kept.response_fraction,
-            "d3s_token_fraction": kept.token_fraction,
-        },
-    )
+    entropy, progress = rollout.extras["entropy"], rollout.extras["progress"]
+    return down_sample(rollout.grouped().advantages, entropy, rollout.mask, settings, progress)
 
 
 ALGORITHMS = (

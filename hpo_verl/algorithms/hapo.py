@@ -31,10 +31,9 @@ from dataclasses import dataclass
 import torch
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.clipping import clipped_surrogate
-from hpo_verl.core.groups import STD_EPSILON, group_relative_advantages
+from hpo_verl.core.groups import STD_EPSILON
 from hpo_verl.core.settings import require_flag, require_number
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 
 DEVIATION = "entropy_deviation"
 """The field with h of every token."""
@@ -82,62 +81,42 @@ class HAPOSettings:
 
 
 def token_group_advantages(
-    rewards: torch.Tensor,
-    lengths: torch.Tensor,
-    group_codes: torch.Tensor,
-    settings: HAPOAdvantageSettings,
-    *,
-    normalize_by_std: bool = True,
-) -> torch.Tensor:
+    rollout: base.Rollout, settings: HAPOAdvantageSettings
+) -> base.Advantages:
     """Group-relative advantages whose mean and deviation run over tokens.
 
     mean_g = sum_i |o_i| R_i / sum_i |o_i|, and std_g likewise (divisor: the number
     of tokens); so the advantages of a group sum to 0 over its tokens. A group with
     an |A| of at least `advantage_limit` gets GRPO's advantages.
 
-    Args:
-        rewards: One reward per response, `[batch]`.
-        lengths: Live tokens of every response, `[batch]`; one without any counts for nothing.
-        group_codes: Group of each response, `[batch]` int64, 0 .. groups - 1.
-        settings: The limit.
-        normalize_by_std: False gives R - mean.
-
     Returns:
-        `[batch]` float64, detached; 0 for groups whose rewards are all equal.
+        `[batch]` float64; 0 for groups whose rewards are all equal.
     """
-    live = lengths > 0
-    grpo = group_relative_advantages(
-        rewards.detach(), group_codes, live, normalize_by_std=normalize_by_std
-    )
-    rewards = rewards.detach().double().masked_fill(~live, 0.0)
-    lengths = lengths.double()
-    zeros = rewards.new_zeros(int(group_codes.max()) + 1 if len(group_codes) else 0)
+    grpo, codes = rollout.grouped(), rollout.groups
+    rewards = rollout.rewards.double().masked_fill(~rollout.live, 0.0)
+    lengths = rollout.mask.sum(dim=-1).double()
+    zeros = rewards.new_zeros(int(codes.max()) + 1 if len(codes) else 0)
 
-    tokens = zeros.index_add(0, group_codes, lengths).clamp(min=1)
-    mean = zeros.index_add(0, group_codes, rewards * lengths) / tokens
-    advantages = rewards - mean.index_select(0, group_codes)
-    if normalize_by_std:
-        square = zeros.index_add(0, group_codes, advantages.square() * lengths)
+    tokens = zeros.index_add(0, codes, lengths).clamp(min=1)
+    mean = zeros.index_add(0, codes, rewards * lengths) / tokens
+    advantages = rewards - mean.index_select(0, codes)
+    if rollout.normalize_by_std:
+        square = zeros.index_add(0, codes, advantages.square() * lengths)
         std = (square / tokens).sqrt()
-        advantages = advantages / (std + STD_EPSILON).index_select(0, group_codes)
-    advantages = advantages.masked_fill(grpo.zero_spread | ~live, 0.0)
+        advantages = advantages / (std + STD_EPSILON).index_select(0, codes)
+    advantages = advantages.masked_fill(grpo.zero_spread | ~rollout.live, 0.0)
 
-    largest = zeros.scatter_reduce(0, group_codes, advantages.abs(), "amax")
-    beyond = (largest >= settings.advantage_limit).index_select(0, group_codes)
-    return torch.where(beyond, grpo.advantages, advantages)
+    largest = zeros.scatter_reduce(0, codes, advantages.abs(), "amax")
+    beyond = (largest >= settings.advantage_limit).index_select(0, codes)
+    return base.Advantages(torch.where(beyond, grpo.advantages, advantages))
 
 
 def entropy_deviation(
     entropy: torch.Tensor, mask: torch.Tensor, settings: HAPOSettings
 ) -> torch.Tensor:
-    """Place the entropy of every token between the extremes of the batch.
+    """Place the entropy of every token, nats, `[batch, response]`, between the batch's extremes.
 
     The quantile is the live token whose rank is nearest to `entropy_pivot`.
-
-    Args:
-        entropy: Nats, `[batch, response]`.
-        mask: Bool, `[batch, response]`.
-        settings: The quantile and the sign below it.
 
     Returns:
         h in [-1, 1], `[batch, response]` float32; with `repo_compatible` in [0, 1].
@@ -172,24 +151,13 @@ def hapo_loss(batch: base.TokenBatch, settings: HAPOSettings) -> TokenLoss:
     return clipped_surrogate(batch.log_ratio, batch.advantages * weights, low, high)
 
 
-def _advantage(rollout: base.Rollout, settings: HAPOAdvantageSettings) -> base.Advantages:
-    values = token_group_advantages(
-        rollout.rewards,
-        rollout.mask.sum(dim=-1),
-        rollout.groups,
-        settings,
-        normalize_by_std=rollout.normalize_by_std,
-    )
-    return base.Advantages(values)
-
-
 ALGORITHMS = (
     base.Algorithm(
         "hapo",
         ("2509.16591",),
         f"{base.CLIP}, A and both bounds adapted to each token's entropy",
         base.TOKEN_MEAN,
-        base.Estimator("hapo", _advantage, HAPOAdvantageSettings, section="hapo"),
+        base.Estimator("hapo", token_group_advantages, HAPOAdvantageSettings, section="hapo"),
         base.Loss(
             "hapo",
             hapo_loss,

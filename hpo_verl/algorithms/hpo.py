@@ -19,11 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.clipping import clipped_surrogate
-from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.settings import require_choice, require_number
-from hpo_verl.core.signs import positive_negative_ratio, weight_negatives
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 
 ZERO_ADVANTAGE_CHOICES = ("ignore", "negative")
 
@@ -56,8 +53,7 @@ class AHPOSettings:
 
     Attributes:
         alpha_min: Lower bound of the weight, in [0, 1].
-        zero_advantage: Whether failed responses (reward <= 0) of groups with equal rewards
-            count as negatives (`negative`) or not (`ignore`).
+        zero_advantage: As in `HPOSettings`; here it changes the weight.
     """
 
     alpha_min: float = 0.1
@@ -68,8 +64,10 @@ class AHPOSettings:
         require_choice("algorithm.hpo.zero_advantage", self.zero_advantage, ZERO_ADVANTAGE_CHOICES)
 
     def weight(self, positives: int, negatives: int) -> float:
-        """Return clip(n+ / n-, alpha_min, 1); 1 without negatives."""
-        return positive_negative_ratio(positives, negatives, self.alpha_min)
+        """Return clip(n+ / n-, alpha_min, 1); 1 without negatives, since nothing is to damp."""
+        if negatives == 0:
+            return 1.0
+        return min(max(positives / negatives, self.alpha_min), 1.0)
 
 
 def hysteretic_advantages(
@@ -77,30 +75,22 @@ def hysteretic_advantages(
 ) -> base.Advantages:
     """Group-relative advantages, the negative ones damped by one weight per batch.
 
-    Args:
-        rollout: The step's responses.
-        settings: Of HPO or of A-HPO.
-
     Returns:
-        One advantage per response, `[batch]` float64, detached, and the counts.
+        One advantage per response, `[batch]` float64, and the counts behind the weight.
     """
-    rewards = rollout.rewards.detach()
-    group = group_relative_advantages(
-        rewards, rollout.groups, rollout.live, normalize_by_std=rollout.normalize_by_std
-    )
-    positives = int((group.advantages > 0).sum())
-    negatives = int((group.advantages < 0).sum())
+    group = rollout.grouped()
+    advantages = group.advantages
+    positives = int((advantages > 0).sum())
+    negatives = int((advantages < 0).sum())
     if settings.zero_advantage == "negative":
-        negatives += int((group.zero_spread & (rewards <= 0)).sum())
+        negatives += int((group.zero_spread & (rollout.rewards <= 0)).sum())
     alpha = settings.weight(positives, negatives)
     return base.Advantages(
-        values=weight_negatives(group.advantages, alpha),
-        unweighted=group.advantages,
+        values=advantages.clamp(min=0) + advantages.clamp(max=0) * alpha,
+        unweighted=advantages,
         alpha=alpha,
         positives=positives,
         negatives=negatives,
-        zero_spread_groups=group.zero_spread_groups,
-        groups=group.groups,
     )
 
 

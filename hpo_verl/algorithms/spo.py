@@ -72,71 +72,55 @@ class SPOSettings:
                 f"{path}.initial_rewards = {self.initial_rewards!r}: must be a path or null"
             )
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether the factor on the counts depends on the policy's drift."""
-        return self.rho_min < self.rho_max
-
     def forgetting(self, drift: torch.Tensor) -> torch.Tensor:
-        """Factor on the counts of every prompt.
-
-        Args:
-            drift: D, nats, `[prompts]`.
-
-        Returns:
-            clip(2^(-D / D_half), rho_min, rho_max), `[prompts]` float64.
-        """
+        """Factor rho on the counts of every prompt, `[prompts]` float64, from D, nats."""
         return torch.exp2(-drift.double() / self.drift_half).clamp(self.rho_min, self.rho_max)
 
 
-def single_stream_advantages(
-    rewards: torch.Tensor, values: torch.Tensor, live: torch.Tensor
-) -> torch.Tensor:
+def single_stream_advantages(rollout: base.Rollout, settings: SPOSettings) -> base.Advantages:
     """Reward above the prompt's own success rate, whitened over the batch.
-
-    Args:
-        rewards: One per response, `[batch]`.
-        values: v of its prompt before this reward, `[batch]`.
-        live: Rows that count, `[batch]` bool.
 
     Returns:
         `[batch]` float64; exactly 0 where all differences are equal.
+
+    Raises:
+        DataError: A live reward is outside [0, 1].
     """
-    difference = rewards.detach().double() - values.double()
-    one_group = torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
-    return group_relative_advantages(difference, one_group, live).advantages
+    rewards, live = rollout.rewards, rollout.live
+    outside = live & ((rewards < 0.0) | (rewards > 1.0))
+    if bool(outside.any()):
+        raise DataError(
+            f"spo: reward {rewards[outside][0].item():g} of response "
+            f"{int(outside.nonzero()[0])}: must be in [0, 1]"
+        )
+    difference = rewards.double() - rollout.extras["values"].double()
+    one_group = torch.zeros_like(rollout.groups)
+    return base.Advantages(group_relative_advantages(difference, one_group, live).advantages)
 
 
 class ValueTracker:
-    """Success rate of every prompt, as counts of a Beta distribution.
-
-    Args:
-        prompts: Number of prompts.
-        settings: Of SPO.
-        initial_rewards: Offline rewards of each prompt; None without.
+    """Success rate of every prompt, as counts of a Beta distribution; a `base.PromptHistory`.
 
     Raises:
-        DataError: Another number of prompts, or a reward outside [0, 1].
+        DataError: Offline rewards are of another number of prompts, or one is outside [0, 1].
 
     Attributes:
         alpha: Weight of successes, `[prompts]` float64.
         beta: Weight of failures, `[prompts]` float64.
     """
 
-    def __init__(
-        self,
-        prompts: int,
-        settings: SPOSettings,
-        initial_rewards: Sequence[Sequence[float]] | None = None,
-    ) -> None:
+    def __init__(self, prompts: int, settings: SPOSettings) -> None:
         self.settings = settings
         self.alpha = torch.full((prompts,), 0.5, dtype=torch.float64)
         self.beta = self.alpha.clone()
-        if initial_rewards is not None:
-            self._start_from(initial_rewards)
+        if (initial_rewards := read_initial_rewards(settings)) is not None:
+            self.start_from(initial_rewards)
 
-    def _start_from(self, initial_rewards: Sequence[Sequence[float]]) -> None:
-        """alpha0 = N0 (sum r + 0.5) / (n + 1), beta0 = N0 - alpha0, N0 = 1 / (1 - rho_min)."""
+    def start_from(self, initial_rewards: Sequence[Sequence[float]]) -> None:
+        """Make the first counts of a prompt from its n offline rewards r, where there are any.
+
+        alpha0 = N0 (sum r + 0.5) / (n + 1),   beta0 = N0 - alpha0,   N0 = 1 / (1 - rho_min)
+        """
         if len(initial_rewards) != len(self.alpha):
             raise DataError(
                 f"initial_rewards: {len(initial_rewards)} lists for {len(self.alpha)} prompts"
@@ -152,6 +136,11 @@ class ValueTracker:
     def __len__(self) -> int:
         return len(self.alpha)
 
+    @property
+    def measures_drift(self) -> bool:
+        """Whether the factor on the counts depends on the policy's drift."""
+        return self.settings.rho_min < self.settings.rho_max
+
     def values(self) -> torch.Tensor:
         """Success rate of every prompt, `[prompts]` float64, in (0, 1)."""
         return self.alpha / (self.alpha + self.beta)
@@ -164,31 +153,14 @@ class ValueTracker:
         return (values * (1.0 - values)).sqrt() + self.settings.exploration
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
-        """Draw prompts by weight, without replacement.
-
-        Args:
-            count: How many, at most the number of prompts.
-            generator: Source of randomness.
-        """
-        weights = self.sampling_weights()
-        return torch.multinomial(weights, count, generator=generator).tolist()
+        """Draw prompts by weight, without replacement; at most as many as there are."""
+        return torch.multinomial(self.sampling_weights(), count, generator=generator).tolist()
 
     def update(self, prompts: torch.Tensor, rewards: torch.Tensor, rho: torch.Tensor) -> None:
-        """Forget a little, and count a response of each prompt.
-
-        Args:
-            prompts: Distinct prompts, `[batch]` int64.
-            rewards: In [0, 1], `[batch]`.
-            rho: Factor on the counts, `[batch]`.
-        """
+        """Forget by the factor rho, `[batch]`, and count a response of each prompt."""
         rewards, rho = rewards.double(), rho.double()
         self.alpha[prompts] = rho * self.alpha[prompts] + rewards
         self.beta[prompts] = rho * self.beta[prompts] + (1.0 - rewards)
-
-    @property
-    def measures_drift(self) -> bool:
-        """Whether the factor on the counts depends on the policy's drift."""
-        return self.settings.adaptive
 
     def learn(
         self, prompts: torch.Tensor, rewards: torch.Tensor, drift: torch.Tensor, revisited: int
@@ -201,7 +173,7 @@ class ValueTracker:
             "spo_value": float(values.sum()) / count,
             "spo_forgetting": float(rho.sum()) / count,
         }
-        if self.settings.adaptive:
+        if self.measures_drift:
             statistics["spo_drift"] = float(drift.sum()) / count
             statistics["spo_revisited_fraction"] = revisited / count
         return statistics
@@ -211,28 +183,17 @@ class ValueTracker:
         return {"alpha": self.alpha.clone(), "beta": self.beta.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over counts.
-
-        Raises:
-            DataError: They are of another number of prompts.
-        """
-        for name in ("alpha", "beta"):
-            if state[name].shape != self.alpha.shape:
-                raise DataError(
-                    f"checkpoint of algorithm.spo: {len(state[name])} prompts, but the training "
-                    f"set has {len(self.alpha)}"
-                )
+        """Take over counts; raises DataError if they are of another number of prompts."""
+        if len(state["alpha"]) != len(self):
+            raise DataError(
+                f"checkpoint of algorithm.spo: {len(state['alpha'])} prompts, but the training "
+                f"set has {len(self)}"
+            )
         self.alpha, self.beta = state["alpha"].clone(), state["beta"].clone()
 
 
 def read_initial_rewards(settings: SPOSettings) -> list[list[float]] | None:
-    """Read the offline rewards.
-
-    Args:
-        settings: Name the file, or none.
-
-    Returns:
-        A list of rewards for every prompt; None without a file.
+    """Read the file of offline rewards, a list for every prompt; None without a file.
 
     Raises:
         DataError: Names the key, the file and what is wrong.
@@ -250,23 +211,6 @@ def read_initial_rewards(settings: SPOSettings) -> list[list[float]] | None:
     ):
         raise DataError(f"{where} must hold a list of lists of numbers in [0, 1]")
     return rows
-
-
-def _advantage(rollout: base.Rollout, settings: SPOSettings) -> base.Advantages:
-    rewards = rollout.rewards
-    outside = rollout.live & ((rewards < 0.0) | (rewards > 1.0))
-    if bool(outside.any()):
-        raise DataError(
-            f"spo: reward {rewards[outside][0].item():g} of response "
-            f"{int(outside.nonzero()[0])}: must be in [0, 1]"
-        )
-    return base.Advantages(
-        single_stream_advantages(rewards, rollout.extras["values"], rollout.live)
-    )
-
-
-def _history(prompts: int, settings: SPOSettings) -> ValueTracker:
-    return ValueTracker(prompts, settings, read_initial_rewards(settings))
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -294,12 +238,12 @@ ALGORITHMS = (
         base.TOKEN_MEAN,
         base.Estimator(
             "spo",
-            _advantage,
+            single_stream_advantages,
             SPOSettings,
             section="spo",
             needs=("values",),
             check=_check,
-            history=_history,
+            history=ValueTracker,
         ),
     ),
 )

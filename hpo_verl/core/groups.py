@@ -45,7 +45,7 @@ def group_relative_advantages(
     *,
     normalize_by_std: bool = True,
 ) -> GroupAdvantages:
-    """Subtract the group's mean reward and divide by its standard deviation.
+    """Subtract the group's mean reward and divide by its standard deviation (arXiv 2402.03300).
 
     A_i = (R_i - mean_g) / (std_g + 1e-6), std unbiased (divisor n - 1); without
     normalisation A_i = R_i - mean_g. A group whose rewards are all equal gets
@@ -56,12 +56,6 @@ def group_relative_advantages(
         group_codes: Group of each response, `[batch]` int64, 0 .. groups - 1 in any order.
         live: Rows that count, `[batch]` bool; the others influence nothing.
         normalize_by_std: False gives R - mean (Dr. GRPO, arXiv 2503.20783).
-
-    Returns:
-        The advantages and the groups' spread.
-
-    References:
-        GRPO: arXiv 2402.03300.
     """
     rewards = rewards.double().masked_fill(~live, 0.0)
     size = int(group_codes.max()) + 1 if group_codes.numel() else 0
@@ -80,12 +74,11 @@ def group_relative_advantages(
     near = centred.abs() <= tolerance.index_select(0, group_codes)
     centred = centred.masked_fill(near, 0.0)
 
+    advantages = centred
     if normalize_by_std:
         square = zeros.index_add(0, group_codes, centred.square())
         std = (square / (count - 1).clamp(min=1)).sqrt()
         advantages = centred / (std + STD_EPSILON).index_select(0, group_codes)
-    else:
-        advantages = centred
 
     occupied = count > 0
     return GroupAdvantages(

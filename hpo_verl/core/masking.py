@@ -12,13 +12,7 @@ from hpo_verl.errors import DataError
 
 
 def as_bool_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Return `mask` as bool.
-
-    Args:
-        mask: Bool, or a number type that holds only 0 and 1; any shape.
-
-    Returns:
-        A bool tensor of the same shape; `mask` itself if it is bool already.
+    """Return a mask of any number type as bool; `mask` itself if it is bool already.
 
     Raises:
         DataError: A value is neither 0 nor 1.
@@ -32,14 +26,7 @@ def as_bool_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def nonempty_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Tell which rows hold at least one live position.
-
-    Args:
-        mask: Bool or number mask, `[batch, response]`.
-
-    Returns:
-        Bool tensor, `[batch]`.
-    """
+    """Tell which rows of a mask of any type, `[batch, response]`, have a live position."""
     if mask.shape[-1] == 0:
         return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
     rows = mask[:, 0] != 0
@@ -73,11 +60,6 @@ def not_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> str | Non
 
 def require_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
     """Refuse NaN and infinity at live positions.
-
-    Args:
-        name: What the tensor is called in the message.
-        values: Any shape.
-        mask: Bool, same shape.
 
     Raises:
         DataError: The text of `not_finite`.

@@ -31,26 +31,12 @@ def masked_log_ratio(
 
 
 def beyond_bound(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Tell where the log-ratio exceeds the bound and so carries no gradient.
-
-    Args:
-        log_ratio: Any shape, nats.
-
-    Returns:
-        Bool tensor of the same shape.
-    """
+    """Tell where the log-ratio, nats, exceeds the bound and so carries no gradient."""
     return log_ratio.abs() > LOG_RATIO_BOUND
 
 
 def bound_log_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Bound the log-ratio to +-20 nats.
-
-    Args:
-        log_ratio: Any shape, nats.
-
-    Returns:
-        Tensor of the same shape, nats.
-    """
+    """Bound the log-ratio, nats, to +-20."""
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

@@ -37,21 +37,13 @@ def require_number(
 
 
 def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse anything but one of the named choices.
-
-    Raises:
-        ConfigError: Names the choices.
-    """
+    """Refuse anything but one of the named choices with a ConfigError."""
     if value not in choices:
         raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(choices)}")
 
 
 def require_flag(key: str, value: object) -> None:
-    """Refuse anything but true and false.
-
-    Raises:
-        ConfigError: Names the key and the value.
-    """
+    """Refuse anything but true and false with a ConfigError."""
     if not isinstance(value, bool):
         raise ConfigError(f"{key} = {value!r}: must be true or false")
 
@@ -65,9 +57,6 @@ def parse_settings(
         settings_type: Dataclass that checks its own values.
         values: Settings by name; absent ones take their defaults, None means no setting at all.
         path: Where the mapping stands in the configuration, for messages.
-
-    Returns:
-        The settings.
 
     Raises:
         ConfigError: Not a mapping, an unknown key, or a bad value.

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-SIGNS = ("positive", "negative")
-
 
 def _quotient(numerator: float, denominator: float) -> float:
     """0 where there is nothing to divide by; the fractions in the same row tell."""
@@ -33,10 +31,10 @@ def batch_statistics(
 
     Args:
         alpha: Weight of negative advantages; 1 for algorithms without one.
-        positives: Number of responses counted as positive.
-        negatives: Number of responses counted as negative.
-        zero_spread_groups: Number of groups whose rewards are all equal.
-        groups: Number of groups.
+        positives: Responses counted as positive.
+        negatives: Responses counted as negative.
+        zero_spread_groups: Groups whose rewards are all equal.
+        groups: All groups.
         rewards: Reward of every response, `[batch]`.
         live: Rows that count, `[batch]` bool.
         lengths: Live tokens of every response, `[batch]`.
@@ -44,12 +42,9 @@ def batch_statistics(
         unweighted: The same before the weight, `[batch]`.
 
     Returns:
-        `alpha`; `positive_fraction`, `negative_fraction`, `solve_rate` (reward > 0), fractions
-        of live responses; `zero_spread_group_fraction`, of groups; `response_length_positive`,
-        `response_length_negative`, tokens;
-        `advantage_mass_negative_over_positive`: sum of |A| over tokens with A < 0, divided by
-        that with A > 0, as trained on, and with `_before_weighting` before the weight.
-        A quotient with nothing below is 0.
+        Fractions are of live responses or of groups, lengths in tokens; a solved response has
+        a reward above 0. `advantage_mass_negative_over_positive` is the sum of |A| over tokens
+        with A < 0, divided by that with A > 0. A quotient with nothing below is 0.
     """
     responses = int(live.sum())
     lengths = lengths.double()
@@ -92,34 +87,31 @@ def token_sums(
         For each sign: `tokens`, `ratio`, `clipped` (tokens with gradient 0) and
         `gradient` (sum of its magnitude).
     """
-    parts = []
-    for live in ((advantages > 0) & mask, (advantages < 0) & mask):
+    sums = {}
+    for sign, of_sign in (("positive", advantages > 0), ("negative", advantages < 0)):
+        live = of_sign & mask
         magnitude = torch.where(live, gradient, 0.0).abs()
-        parts += [
-            live.sum(),
-            torch.where(live, ratio, 0.0).sum(dtype=torch.float64),
-            (live & (magnitude == 0)).sum(),
-            magnitude.sum(dtype=torch.float64),
-        ]
-    values = iter(torch.stack([part.double() for part in parts]).tolist())
-    names = ("tokens", "ratio", "clipped", "gradient")
-    return {f"{name}_{sign}": next(values) for sign in SIGNS for name in names}
+        sums[f"tokens_{sign}"] = live.sum()
+        sums[f"ratio_{sign}"] = torch.where(live, ratio, 0.0).sum(dtype=torch.float64)
+        sums[f"clipped_{sign}"] = (live & (magnitude == 0)).sum()
+        sums[f"gradient_{sign}"] = magnitude.sum(dtype=torch.float64)
+    # One transfer from the device.
+    values = torch.stack([value.double() for value in sums.values()]).tolist()
+    return dict(zip(sums, values, strict=True))
 
 
 def token_means(sums: dict[str, float]) -> dict[str, float]:
-    """Turn sums over tokens into what is logged.
-
-    Args:
-        sums: Totals of `token_sums`.
+    """Turn totals of `token_sums` into what is logged.
 
     Returns:
         For each sign: `ratio` (mean over tokens), `clipped_fraction` (of tokens) and
         `gradient_weight` (sum over the tokens of a mini-batch of |d loss / d log pi|).
     """
-    means = {}
-    for sign in SIGNS:
-        tokens = sums[f"tokens_{sign}"]
-        means[f"ratio_{sign}"] = _quotient(sums[f"ratio_{sign}"], tokens)
-        means[f"clipped_fraction_{sign}"] = _quotient(sums[f"clipped_{sign}"], tokens)
-        means[f"gradient_weight_{sign}"] = sums[f"gradient_{sign}"]
-    return means
+    return {
+        "ratio_positive": _quotient(sums["ratio_positive"], sums["tokens_positive"]),
+        "clipped_fraction_positive": _quotient(sums["clipped_positive"], sums["tokens_positive"]),
+        "gradient_weight_positive": sums["gradient_positive"],
+        "ratio_negative": _quotient(sums["ratio_negative"], sums["tokens_negative"]),
+        "clipped_fraction_negative": _quotient(sums["clipped_negative"], sums["tokens_negative"]),
+        "gradient_weight_negative": sums["gradient_negative"],
+    }

@@ -1,4 +1,4 @@
-"""A loss per token together with its derivative.
+"""A loss per token together with its derivative, and the clipped surrogate of PPO.
 
 The losses of this project are elementwise in the log-ratio and their
 derivatives are known in closed form. Evaluating both at once, without
@@ -27,6 +27,32 @@ class TokenLoss(NamedTuple):
     def scaled(self, weights: torch.Tensor) -> TokenLoss:
         """Multiply by constant weights of the same shape."""
         return TokenLoss(self.values * weights, self.slopes * weights)
+
+
+def clipped_surrogate(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_ratio_low: float | torch.Tensor,
+    clip_ratio_high: float | torch.Tensor,
+) -> TokenLoss:
+    """Clipped surrogate of every token, negated (arXiv 1707.06347); no dual clip.
+
+    l_t = -min(r_t A_t, clip(r_t, 1 - clip_ratio_low, 1 + clip_ratio_high) A_t)
+
+    The slope is -r_t A_t where the first term is the smaller one, else 0.
+
+    Args:
+        log_ratio: Bounded log-ratio, nats, `[batch, response]`.
+        advantages: `[batch, response]`.
+        clip_ratio_low: Distance of the lower bound from 1, in [0, 1); one, or `[batch, response]`.
+        clip_ratio_high: Distance of the upper bound from 1, at least 0; one, or as above.
+    """
+    ratio = log_ratio.exp()
+    surrogate = ratio * -advantages
+    clipped = ratio.clamp_(min=1.0 - clip_ratio_low).clamp_(max=1.0 + clip_ratio_high)
+    clipped.mul_(-advantages)
+    values = torch.maximum(surrogate, clipped)
+    return TokenLoss(values, surrogate.masked_fill_(clipped > surrogate, 0.0))
 
 
 class _Attach(torch.autograd.Function):

@@ -38,6 +38,10 @@ def down(advantages, entropy, mask=None, progress=0.0, **shares):
     )
 
 
+def fractions(result):
+    return tuple(result.statistics.values())
+
+
 # ---------------------------------------------------------------- responses
 
 
@@ -123,31 +127,30 @@ def test_both_levels_by_hand():
         response_share_start=0.5,
         token_share_start=0.5,
     )
-    assert result.advantages.tolist() == [[0, 1.5], [0, 0], [-0.6, 0], [0, 0]]
-    assert result.response_fraction == 0.5
-    assert result.token_fraction == 0.25
+    assert result.values.tolist() == [[0, 1.5], [0, 0], [-0.6, 0], [0, 0]]
+    assert fractions(result) == (0.5, 0.25)
 
 
 def test_tokens_are_ranked_over_the_batch_and_not_per_response():
     result = down([1.0, -1.0], [[0.9, 0.8, 0.7], [0.1, 0.2, 0.3]], token_share_start=0.5)
-    assert result.advantages.tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert result.values.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_entropy_alone_does_not_decide():
     result = down([2.0, -0.1], [[0.2], [1.0]], token_share_start=0.5)
-    assert result.advantages.tolist() == [[2.0], [0.0]]
+    assert result.values.tolist() == [[2.0], [0.0]]
 
 
 def test_equal_scores_go_by_position():
     result = down([1.0, -1.0], [[0.5, 0.5], [0.5, 0.5]], token_share_start=0.75)
-    assert result.advantages.tolist() == [[1, 1], [-1, 0]]
+    assert result.values.tolist() == [[1, 1], [-1, 0]]
 
 
 def test_shares_of_one_change_nothing():
     mask = [[1, 1, 0], [1, 1, 1]]
     result = down([1.0, -0.5], [[0.1, 0.0, 9.0], [0.0, 0.0, 2.0]], mask)
-    assert result.advantages.tolist() == [[1, 1, 0], [-0.5, -0.5, -0.5]]
-    assert result.response_fraction == result.token_fraction == 1.0
+    assert result.values.tolist() == [[1, 1, 0], [-0.5, -0.5, -0.5]]
+    assert fractions(result) == (1, 1)
 
 
 @pytest.mark.parametrize("junk", [NAN, float("inf"), 1e30])
@@ -160,10 +163,10 @@ def test_masked_tokens_and_empty_rows_count_for_nothing(junk):
         [[1, 1, 0]] * 4 + [[0, 0, 0]] * 2,
         **shares,
     )
-    assert torch.equal(padded.advantages[:4, :2], plain.advantages)
-    assert (padded.advantages[4:] == 0).all()
-    assert (padded.advantages[:, 2] == 0).all()
-    assert padded[1:] == plain[1:]
+    assert torch.equal(padded.values[:4, :2], plain.values)
+    assert (padded.values[4:] == 0).all()
+    assert (padded.values[:, 2] == 0).all()
+    assert fractions(padded) == fractions(plain)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 2)])
@@ -171,30 +174,19 @@ def test_a_batch_without_a_live_token_gives_zeros(shape):
     result = down_sample(
         torch.zeros(shape[0]), torch.zeros(shape), torch.zeros(shape).bool(), D3SSettings(), 0.5
     )
-    assert result.advantages.shape == shape
-    assert (result.advantages == 0).all()
-    assert result.response_fraction == result.token_fraction == 0
+    assert result.values.shape == shape
+    assert (result.values == 0).all()
+    assert fractions(result) == (0, 0)
 
 
 def test_one_response_is_kept_whatever_the_share():
     result = down([0.0], [[0.3, 0.2]], response_share_start=0.01, token_share_start=0.01)
-    assert result.response_fraction == 1
-    assert result.token_fraction == 0.5
+    assert fractions(result) == (1, 0.5)
 
 
 def test_two_responses_are_kept_since_one_has_no_variance():
     result = down([1.0, 0.9, -1.0], [[0.5]] * 3, response_share_start=0.01)
-    assert result.advantages.squeeze(-1).tolist() == [1.0, 0.0, -1.0]
-
-
-def test_the_arguments_are_not_changed():
-    advantages, entropy = torch.tensor([1.0, -1.0]), torch.rand(2, 3)
-    mask = torch.ones(2, 3).bool()
-    copies = advantages.clone(), entropy.clone(), mask.clone()
-    down_sample(advantages, entropy, mask, D3SSettings(), 0.3)
-    assert torch.equal(advantages, copies[0])
-    assert torch.equal(entropy, copies[1])
-    assert torch.equal(mask, copies[2])
+    assert result.values.squeeze(-1).tolist() == [1.0, 0.0, -1.0]
 
 
 # ---------------------------------------------------------------- settings

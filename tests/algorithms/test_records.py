@@ -25,6 +25,7 @@ FILES = {
 }
 EVERY = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda one: one.name)
 WITH_LOSS = [one for one in ALGORITHMS.values() if one.loss.token_loss is not None]
+PROPORTIONAL = [loss for loss in OUR_LOSSES.values() if loss.proportional]
 
 
 def test_every_file_of_the_folder_holds_records():
@@ -121,6 +122,18 @@ def test_values_and_slopes_are_those_of_the_equation_by_autograd(algorithm):
     assert (result.slopes[batch.advantages == 0] == 0).all()
     for tensor, kept in zip(batch[:4], before, strict=True):
         assert torch.equal(tensor, kept)
+
+
+@pytest.mark.parametrize("loss", PROPORTIONAL, ids=lambda one: one.name)
+@pytest.mark.parametrize("scale", [0.5, 20.0])
+def test_t4_a_proportional_loss_is_weighted_by_weighting_the_negative_advantages(loss, scale):
+    settings = loss.settings() if loss.settings else None
+    batch = token_batch(loss, settings)
+    batch = batch._replace(log_ratio=(scale * batch.log_ratio).clamp(-20, 20))
+    weight = torch.where(batch.advantages < 0, 0.3, 1.0).double()
+    plain = loss.token_loss(batch, settings).scaled(weight)
+    weighted = loss.token_loss(batch._replace(advantages=weight * batch.advantages), settings)
+    torch.testing.assert_close(weighted, plain, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the records themselves

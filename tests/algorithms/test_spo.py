@@ -5,11 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_verl.algorithms.spo import (
-    SPOSettings,
-    ValueTracker,
-    single_stream_advantages,
-)
+from hpo_verl.algorithms import spo as module
+from hpo_verl.algorithms.base import Rollout
+from hpo_verl.algorithms.spo import SPOSettings, ValueTracker
 from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.ratios import mean_drift
 from hpo_verl.errors import ConfigError, DataError
@@ -22,7 +20,17 @@ def float64(values):
 
 
 def tracker(prompts=3, initial=None, **changes):
-    return ValueTracker(prompts, SPOSettings(**changes), initial)
+    values = ValueTracker(prompts, SPOSettings(**changes))
+    if initial is not None:
+        values.start_from(initial)
+    return values
+
+
+def single_stream_advantages(rewards, values, live):
+    rollout = Rollout(
+        rewards, torch.arange(len(live)), live, live[:, None], True, {"values": values}
+    )
+    return module.single_stream_advantages(rollout, SPOSettings()).values
 
 
 # ---------------------------------------------------------------- advantages
@@ -95,9 +103,9 @@ def test_every_setting_of_the_forgetting_counts():
     drift = float64([0.0, 0.03, 0.1])
     rho = SPOSettings(rho_min=0.25, rho_max=0.75, drift_half=0.05).forgetting(drift)
     assert rho.tolist() == pytest.approx([0.75, 2**-0.6, 0.25])
-    assert SPOSettings().adaptive
+    assert tracker().measures_drift
     constant = SPOSettings(rho_min=0.9, rho_max=0.9)
-    assert not constant.adaptive
+    assert not ValueTracker(3, constant).measures_drift
     assert constant.forgetting(drift).tolist() == [0.9] * 3
 
 

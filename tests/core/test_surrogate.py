@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hpo_verl.core.surrogate import TokenLoss, attach
+from hpo_verl.core.surrogate import TokenLoss, attach, clipped_surrogate
 
 
 def test_the_gradient_is_the_slope_times_what_comes_from_above():
@@ -36,3 +36,20 @@ def test_weights_scale_value_and_slope():
     scaled = loss.scaled(torch.tensor([0.5, 0.0]))
     assert scaled.values.tolist() == [1.0, 0.0]
     assert scaled.slopes.tolist() == [2.5, 0.0]
+
+
+def test_bounds_per_token_equal_one_bound_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    log_ratio, advantages = torch.randn(2, 8, 16, generator=generator, dtype=torch.float64)
+    low = torch.rand(8, 16, generator=generator, dtype=torch.float64) / 2
+    high = torch.rand(8, 16, generator=generator, dtype=torch.float64)
+    together = clipped_surrogate(log_ratio, advantages, low, high)
+    for row in range(8):
+        for column in range(16):
+            place = (slice(row, row + 1), slice(column, column + 1))
+            alone = clipped_surrogate(
+                log_ratio[place], advantages[place], low[row, column].item(),
+                high[row, column].item(),
+            )  # fmt: skip
+            assert torch.equal(together.values[place], alone.values)
+            assert torch.equal(together.slopes[place], alone.slopes)

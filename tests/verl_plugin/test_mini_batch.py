@@ -14,6 +14,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
 from hpo_verl.algorithms.bapo import BAPOSettings, ClipBounds, contributions, find_clip_bounds
+from hpo_verl.algorithms.base import TokenBatch
 from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import extras, losses
@@ -100,9 +101,8 @@ def plain_sums(output, data, settings):
         # The log-probability of a token stands one place before it.
         new = log_prob[1:-1][keep]
         old, advantages = old[keep], advantages[keep]
-        total += contributions(
-            (new - old)[None], old[None], advantages[None], torch.ones(1, len(old)).bool(), settings
-        )
+        live = torch.ones_like(old).bool()
+        total += contributions(TokenBatch(new - old, advantages, live, old), settings)
     return total
 
 

@@ -12,7 +12,6 @@ from tensordict import TensorDict
 
 from hpo_verl.algorithms.base import Advantages, Estimator, Loss, Rollout
 from hpo_verl.algorithms.registry import ESTIMATORS
-from hpo_verl.core.groups import group_relative_advantages
 from hpo_verl.core.masking import as_bool_mask
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.verl_plugin import extras
@@ -43,16 +42,13 @@ def step_statistics(estimate: Estimate, scores: torch.Tensor) -> dict[str, float
     rollout, _, result, advantages = estimate
     lengths = rollout.mask.sum(dim=-1)
     assigned = advantages.masked_fill(~rollout.mask, 0.0).sum(dim=-1) / lengths.clamp(min=1)
-    zero_spread_groups, groups = result.zero_spread_groups, result.groups
-    if zero_spread_groups is None or groups is None:
-        group = group_relative_advantages(rollout.rewards, rollout.groups, rollout.live)
-        zero_spread_groups, groups = group.zero_spread_groups, group.groups
+    group = rollout.grouped()
     return batch_statistics(
         alpha=result.alpha,
         positives=int((assigned > 0).sum()) if result.positives is None else result.positives,
         negatives=int((assigned < 0).sum()) if result.negatives is None else result.negatives,
-        zero_spread_groups=zero_spread_groups,
-        groups=groups,
+        zero_spread_groups=group.zero_spread_groups,
+        groups=group.groups,
         rewards=scores,
         live=rollout.live,
         lengths=lengths,
