@@ -14,12 +14,11 @@ once it has reached its upper end c_low does, until rho >= rho_0 (Algorithm 1).
 P and N run over the whole mini-batch on all ranks.
 
 Eq. 8 prints its bars outside the sum over all tokens, |P - N|, which is no share;
-read here as P + N. By these values raising c_low never raises rho, it raises N:
-what it does is to stop the gradient of more negative tokens (r_t < c_low).
+read here as P + N. Raising c_low never raises rho, it raises N: what it does is to
+stop the gradient of more negative tokens (r_t < c_low).
 
-The public code counts P / N >= rho_0 / (1 - rho_0), which is the same; leaves
-pi_old out; and raises c_low before c_high: `repo_compatible` does the last two.
-Its dual clip is left out. The objective has no KL term.
+The public code leaves pi_old out and raises c_low before c_high: `repo_compatible`
+does the same. Its dual clip is left out. The objective has no KL term.
 """
 
 from __future__ import annotations

@@ -11,11 +11,10 @@ in the response mask: under a loss proportional to the advantage it then adds
 neither value nor gradient, while the counts of tokens and responses that verl
 divides by, fixed before and on other processes, stay true.
 
-The paper fixes both criteria and the linear schedule. It gives no N and K that
-could be found beyond "less than 20 % of the tokens"; this module decides:
-shares instead of counts, responses 0.25 to 0.5, tokens of the kept responses
-0.2 to 0.5 (on average 14 % of all tokens); one ranking of responses and one of
-tokens over the whole rollout batch; ties by position.
+The paper gives no N and K that could be found beyond "less than 20 % of the
+tokens"; this module decides: shares instead of counts (on average 14 % of all
+tokens); one ranking of responses and one of tokens over the whole rollout
+batch; ties by position.
 """
 
 from __future__ import annotations

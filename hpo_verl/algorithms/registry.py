@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
 from hpo_verl.algorithms.base import Algorithm, Estimator, Loss
+from hpo_verl.algorithms.verl_own import OTHER_LOSSES
 from hpo_verl.errors import EnvironmentCheckError
 
 MODULES = ("hpo", "mhpo", "verl_own", "d3s", "spo", "bapo", "hapo", "aepo_advantage")
@@ -17,68 +17,54 @@ MODULES = ("hpo", "mhpo", "verl_own", "d3s", "spo", "bapo", "hapo", "aepo_advant
 ENTRY_POINTS = "hpo_verl.algorithms"
 
 
-def records_of(found: Any) -> Iterator[Algorithm]:
-    """Yield the records of a module (its `ALGORITHMS`), or a record itself.
-
-    Raises:
-        TypeError: It is neither.
-    """
+def _records_of(found: Any) -> tuple[Algorithm, ...]:
+    """Return the records of a module (its `ALGORITHMS`), or a record itself."""
     records = found.ALGORITHMS if isinstance(found, ModuleType) else (found,)
     for record in records:
         if not isinstance(record, Algorithm):
             raise TypeError(f"{record!r} is no Algorithm")
-        yield record
+    return records
 
 
-def installed_records() -> dict[str, list[Algorithm]]:
-    """Load the records of other packages, by the name of their entry point.
+def _collect() -> tuple[dict[str, Algorithm], dict[str, Estimator], dict[str, Loss]]:
+    """Load all records.
 
     Raises:
-        EnvironmentCheckError: An entry point cannot be loaded, or holds no record.
+        EnvironmentCheckError: An entry point cannot be loaded, holds no record, or one whose name
+            is taken.
     """
-    found = {}
+    algorithms: dict[str, Algorithm] = {}
+    estimators: dict[str, Estimator] = {}
+    losses: dict[str, Loss] = {}
+
+    def add(source: str, record: Algorithm) -> None:
+        for known, new in (
+            (algorithms, record),
+            (estimators, record.estimator),
+            (losses, record.loss),
+        ):
+            if known.setdefault(new.name, new) is not new:
+                what = type(new).__name__.lower()
+                raise EnvironmentCheckError(f"{source}: {what} {new.name!r} is already there")
+
+    for name in MODULES:
+        for record in _records_of(import_module(f"hpo_verl.algorithms.{name}")):
+            add(name, record)
+    losses.update({loss.name: loss for loss in OTHER_LOSSES})
     for point in entry_points(group=ENTRY_POINTS):
+        source = f"entry point {point.name!r} = {point.value!r} of {ENTRY_POINTS}"
         try:
-            found[point.name] = list(records_of(point.load()))
+            records = _records_of(point.load())
         except Exception as error:
-            raise EnvironmentCheckError(
-                f"entry point {point.name!r} = {point.value!r} of {ENTRY_POINTS}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    return found
-
-
-def _collect() -> dict[str, Algorithm]:
-    own = [import_module(f"hpo_verl.algorithms.{name}") for name in MODULES]
-    algorithms = {record.name: record for module in own for record in records_of(module)}
-    for point, records in installed_records().items():
+            raise EnvironmentCheckError(f"{source}: {type(error).__name__}: {error}") from error
         for record in records:
-            taken = [(record, algorithms.get(record.name))]
-            for known in algorithms.values():
-                taken += [(record.estimator, known.estimator), (record.loss, known.loss)]
-            for new, old in taken:
-                if old is not None and new.name == old.name and new is not old:
-                    raise EnvironmentCheckError(
-                        f"entry point {point!r} of {ENTRY_POINTS}: {type(new).__name__.lower()} "
-                        f"{new.name!r} is already there"
-                    )
-            algorithms[record.name] = record
-    return algorithms
+            add(source, record)
+    return algorithms, estimators, losses
 
 
-ALGORITHMS: dict[str, Algorithm] = _collect()
-"""Every algorithm by the name of its recipe."""
-
-ESTIMATORS: dict[str, Estimator] = {
-    algorithm.estimator.name: algorithm.estimator for algorithm in ALGORITHMS.values()
-}
-"""Every estimator of an algorithm, by `algorithm.adv_estimator`."""
-
-LOSSES: dict[str, Loss] = {
-    **{algorithm.loss.name: algorithm.loss for algorithm in ALGORITHMS.values()},
-    **{loss.name: loss for loss in import_module("hpo_verl.algorithms.verl_own").OTHER_LOSSES},
-}
-"""Every loss that is known here, verl's own included, by `policy_loss.loss_mode`."""
+ALGORITHMS, ESTIMATORS, LOSSES = _collect()
+"""Algorithms by the name of their recipe, their estimators by `algorithm.adv_estimator`, and all
+losses that are known here, verl's own included, by `policy_loss.loss_mode`."""
 
 OUR_ESTIMATORS = {name: one for name, one in ESTIMATORS.items() if one.advantage is not None}
 OUR_LOSSES = {name: one for name, one in LOSSES.items() if one.token_loss is not None}

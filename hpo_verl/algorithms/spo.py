@@ -11,12 +11,11 @@ mean. Its memory is 1 / (1 - rho) responses and shortens with the distance D
 that the policy has moved since it last answered the prompt. Advantages are
 whitened over all responses of the batch.
 
-From the paper and its public code: everything above, rho in 0.875 .. 0.96,
-D_half 0.06 nats, exploration 0.05, the first counts from offline samples.
-Decided here: a prompt without offline samples starts with alpha = beta = 0.5
-(as the public code does); a prompt's first visit counts as D = 0; prompts are
-drawn from the whole data set, without replacement within a batch (the public
-code draws from a slice of an epoch).
+From the paper and its public code: everything above, the defaults, the first
+counts from offline samples. Decided here: a prompt without such samples starts
+with alpha = beta = 0.5 (as the public code does); its first visit counts as
+D = 0; prompts are drawn from the whole data set (the public code draws from a
+slice of an epoch).
 """
 
 from __future__ import annotations
@@ -101,12 +100,10 @@ def single_stream_advantages(rollout: base.Rollout, settings: SPOSettings) -> ba
 class ValueTracker:
     """Success rate of every prompt, as counts of a Beta distribution; a `base.PromptHistory`.
 
-    Raises:
-        DataError: Offline rewards are of another number of prompts, or one is outside [0, 1].
+    `alpha` weighs successes and `beta` failures, `[prompts]` float64.
 
-    Attributes:
-        alpha: Weight of successes, `[prompts]` float64.
-        beta: Weight of failures, `[prompts]` float64.
+    Raises:
+        DataError: The offline rewards cannot be read, or are of another number of prompts.
     """
 
     def __init__(self, prompts: int, settings: SPOSettings) -> None:
@@ -127,8 +124,6 @@ class ValueTracker:
             )
         weight = 1.0 / (1.0 - self.settings.rho_min)
         for row, rewards in enumerate(initial_rewards):
-            if not all(0.0 <= reward <= 1.0 for reward in rewards):
-                raise DataError(f"initial_rewards: prompt {row} has a reward outside [0, 1]")
             if rewards:
                 self.alpha[row] = weight * (sum(rewards) + 0.5) / (len(rewards) + 1)
                 self.beta[row] = weight - self.alpha[row]
@@ -205,11 +200,13 @@ def read_initial_rewards(settings: SPOSettings) -> list[list[float]] | None:
         rows = json.loads(Path(settings.initial_rewards).expanduser().read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{where} cannot be read as JSON ({error})") from error
-    if not isinstance(rows, list) or not all(
-        isinstance(row, list) and all(type(reward) in (int, float) for reward in row)
-        for row in rows
-    ):
+    if not isinstance(rows, list):
         raise DataError(f"{where} must hold a list of lists of numbers in [0, 1]")
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or not all(
+            type(reward) in (int, float) and 0.0 <= reward <= 1.0 for reward in row
+        ):
+            raise DataError(f"{where}: entry {number} must be a list of numbers in [0, 1]")
     return rows
 
 

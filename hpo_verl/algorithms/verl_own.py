@@ -40,16 +40,13 @@ ALGORITHMS = (
 )
 
 OTHER_LOSSES = (
-    base.Loss("dppo_tv", proportional=True),
-    base.Loss("dppo_kl", proportional=True),
-    base.Loss("gpg", proportional=True),
+    *(base.Loss(name, proportional=True) for name in ("dppo_tv", "dppo_kl", "gpg")),
     base.Loss(
         "geo_mean",
         proportional=True,
         caveat="averages the advantages of a response, so it knows one per response only",
     ),
-    base.Loss("cispo", proportional=True),
-    base.Loss("bypass_mode", proportional=True),
+    *(base.Loss(name, proportional=True) for name in ("cispo", "bypass_mode")),
     base.Loss(
         "clip_cov",
         selects=True,

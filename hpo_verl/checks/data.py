@@ -100,7 +100,7 @@ def check_reward(run: PlannedRun) -> Finding:
     fix = f"correct {path}, or reward.custom_reward_function.path and .name"
     try:
         guard = guard_section(run.get("reward.guard"))
-        function = GuardedFunction(path, name, guard.time_limit, guard.max_error_fraction)
+        function = GuardedFunction(path, name, guard)
     except HpoVerlError as problem:
         return error(str(problem), fix)
     try:

@@ -37,12 +37,7 @@ def nonempty_rows(mask: torch.Tensor) -> torch.Tensor:
 
 
 def not_finite(name: str, values: torch.Tensor, mask: torch.Tensor) -> str | None:
-    """Describe NaN and infinity at live positions.
-
-    Args:
-        name: What the tensor is called in the text.
-        values: Any shape.
-        mask: Bool, same shape.
+    """Describe NaN and infinity at live positions of a tensor of any shape.
 
     Returns:
         Name, count and the first position; None if every live value is finite.

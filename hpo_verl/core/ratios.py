@@ -43,11 +43,11 @@ def bound_log_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
 def mean_drift(
     log_prob: torch.Tensor, last_log_prob: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Distance between the policy and the one that gave the response.
+    """Distance between the policy and the one that gave the last responses.
 
     Args:
-        log_prob: Of the last response's tokens under the current policy, nats, `[batch, response]`.
-        last_log_prob: The same under the policy that gave it.
+        log_prob: Of these responses' tokens under the current policy, nats, `[batch, response]`.
+        last_log_prob: The same under the policy that gave them.
         mask: Bool, `[batch, response]`.
 
     Returns:

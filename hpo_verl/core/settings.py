@@ -16,17 +16,10 @@ SettingsT = TypeVar("SettingsT")
 def require_number(
     key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> None:
-    """Refuse anything but a finite real number of a range.
-
-    Args:
-        key: Full path of the setting, for the message.
-        value: What was given.
-        low: Smallest permitted value.
-        high: Largest permitted value.
-        open_low: Whether `low` itself is excluded.
+    """Refuse anything but a finite real number from `low` to `high`, with `open_low` above `low`.
 
     Raises:
-        ConfigError: Wrong type, NaN, infinite or out of range.
+        ConfigError: Names the key, the value and the range.
     """
     end = ", inf)" if high == math.inf else f", {high:g}]"
     permitted = f"a number in {'(' if open_low else '['}{low:g}{end}"

@@ -29,17 +29,9 @@ def batch_statistics(
 ) -> dict[str, float]:
     """Describe a rollout batch by the sign of its advantages.
 
-    Args:
-        alpha: Weight of negative advantages; 1 for algorithms without one.
-        positives: Responses counted as positive.
-        negatives: Responses counted as negative.
-        zero_spread_groups: Groups whose rewards are all equal.
-        groups: All groups.
-        rewards: Reward of every response, `[batch]`.
-        live: Rows that count, `[batch]` bool.
-        lengths: Live tokens of every response, `[batch]`.
-        advantages: Advantage of every response as trained on, `[batch]`.
-        unweighted: The same before the weight, `[batch]`.
+    Tensors are `[batch]`: rewards, rows that count, live tokens of every response, and
+    advantages as trained on and before the weight alpha. `positives` and `negatives` are the
+    responses counted as such, `zero_spread_groups` the groups whose rewards are all equal.
 
     Returns:
         Fractions are of live responses or of groups, lengths in tokens; a solved response has

@@ -73,11 +73,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(log_prob: torch.Tensor, loss: TokenLoss) -> torch.Tensor:
-    """Put a loss per token into the graph of the log-probabilities.
-
-    Args:
-        log_prob: Log-probabilities that the gradient goes to, `[batch, response]`.
-        loss: Values and slopes, same shape, without a graph of their own.
+    """Put a loss per token into the graph of the log-probabilities, `[batch, response]`.
 
     Returns:
         The values, `[batch, response]`; their gradient with respect to `log_prob` is the slopes.

@@ -4,8 +4,7 @@ Binary reward, exact: 1 if and only if the last complete `<answer>...</answer>`
 block of the response holds one expression (`expression.py` has the grammar) whose
 integers are the given numbers, each as often as given, and whose value is the
 target as a rational number. The expression may be followed by `= N` if N is the
-target. Where the block stands, in a thinking part or after it, makes no difference;
-an answer tag that is opened and never closed is no block.
+target. An answer tag that is opened and never closed is no block.
 
 A response is text from a model and counts as hostile: it is bounded first, never
 evaluated as code, and nothing in it raises. A ground truth is data of ours: a
@@ -38,12 +37,12 @@ def compute_score(
     """Score one response to a Countdown puzzle.
 
     Args:
-        data_source: Name of the data set; used in error messages only.
+        data_source: Name of the data set, for error messages.
         solution_str: The response, without its prompt.
         ground_truth: `{"target": int, "numbers": [int, ...]}`, of Python or numpy
             types, or the same as a JSON string.
-        extra_info: Not used; verl passes it.
-        **kwargs: Not used; verl passes its reward model's address where there is one.
+        extra_info: Not used, as whatever else verl passes.
+        **kwargs: Not used.
 
     Returns:
         `score` and `acc` 0.0 or 1.0; `format` 1.0 if there is an answer block whose
@@ -100,9 +99,8 @@ def _read_ground_truth(
             ground_truth = json.loads(ground_truth)
         return _integer(ground_truth["target"]), sorted(_integers(ground_truth["numbers"]))  # type: ignore[index]
     except (TypeError, KeyError, ValueError, IndexError) as error:
-        shown = repr(ground_truth)
         raise DataError(
-            f"{data_source}: ground_truth is {shown[:100]}; needed: "
+            f"{data_source}: ground_truth is {repr(ground_truth)[:100]}; needed: "
             '{"target": integer, "numbers": [integer, ...]} or the same as JSON'
         ) from error
 

@@ -30,11 +30,8 @@ class RewardGuardSettings:
     """The section `reward.guard`.
 
     Attributes:
-        time_limit: seconds for one response, in (0, 3600].
-        max_error_fraction: share of a step's responses in [0, 1]; above it the run ends.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
+        time_limit: Seconds for one response, in (0, 3600].
+        max_error_fraction: Share of a step's responses in [0, 1]; above it the run ends.
     """
 
     time_limit: float = 10.0
@@ -46,7 +43,7 @@ class RewardGuardSettings:
 
 
 def guard_section(section: Mapping[str, Any] | None) -> RewardGuardSettings:
-    """The section `reward.guard`; a bad one raises a `ConfigError`."""
+    """Read the section `reward.guard`; a bad one raises a ConfigError."""
     return parse_settings(RewardGuardSettings, section, SECTION)
 
 
@@ -55,27 +52,21 @@ class GuardedFunction:
 
     Args:
         path: `pkg://package.module`, or a Python file.
-        name: of the function in it.
-        time_limit: seconds for one response.
-        max_error_fraction: share of a batch that may go wrong before the rest of it is
-            given up, so that a reward that always hangs costs little more than that share.
+        name: Of the function in it.
+        guard: Where more than its share of a batch has gone wrong, the rest is given up, so that
+            a reward that always hangs costs little more than that share.
 
     Raises:
-        DataError: the function cannot be loaded.
+        DataError: The function cannot be loaded.
     """
 
-    def __init__(self, path: str, name: str, time_limit: float, max_error_fraction: float) -> None:
-        self.path, self.name = path, name
-        self.time_limit = time_limit
-        self.max_error_fraction = max_error_fraction
+    def __init__(self, path: str, name: str, guard: RewardGuardSettings) -> None:
+        self.path, self.name, self.guard = path, name, guard
         if problem := self._start():
             raise DataError(f"{name} of {path} cannot be loaded: {problem}")
 
     def score(self, calls: Sequence[Mapping[str, Any]]) -> list[Answer]:
-        """Call the function for each response, one after the other.
-
-        Args:
-            calls: keyword arguments of each call.
+        """Call the function with each response's keyword arguments, one after the other.
 
         Returns:
             An answer for each; no exception of the function's gets out.
@@ -86,14 +77,14 @@ class GuardedFunction:
             try:
                 self._connection.send([_pickled(call) for call in calls[len(answers) :]])
                 while len(answers) < len(calls):
-                    if not self._connection.poll(self.time_limit):
+                    if not self._connection.poll(self.guard.time_limit):
                         raise TimeoutError
                     answers.append(pickle.loads(self._connection.recv_bytes()))  # noqa: S301
                     errors += bool(answers[-1][1])
                 break
             except TimeoutError:
                 hangs += 1
-                problem = f"the reward did not return within {self.time_limit:g} s"
+                problem = f"the reward did not return within {self.guard.time_limit:g} s"
             except (EOFError, OSError):
                 problem = "the reward ended its process"
             # What was sent after the call that went wrong is sent again.
@@ -101,7 +92,7 @@ class GuardedFunction:
             errors += 1
             self.close()
             problem = self._start()
-            if hangs >= FREE_HANGS and errors > self.max_error_fraction * len(calls):
+            if hangs >= FREE_HANGS and errors > self.guard.max_error_fraction * len(calls):
                 problem = f"not called: {hangs} responses of its batch ran into the time limit"
             if problem:
                 answers += [({}, problem)] * (len(calls) - len(answers))

@@ -33,12 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
-    """Load a reward function as verl does.
-
-    Args:
-        path: `pkg://package.module`, or a Python file.
-        name: of the function in it.
-    """
+    """Load a reward function of a `pkg://package.module` or a Python file, as verl does."""
     if path.startswith(PACKAGE_PREFIX):
         module = importlib.import_module(path.removeprefix(PACKAGE_PREFIX).replace("/", "."))
     else:
@@ -60,16 +55,10 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 
 
 def checked_result(value: object) -> dict[str, Any]:
-    """What a reward returned, as verl stores it.
-
-    Args:
-        value: a finite number, or a mapping with one under `score`.
-
-    Returns:
-        The mapping with a float `score`; for a plain number `acc` alone, as verl stores it.
+    """Return a reward's mapping with a float `score`; for a plain number `acc` alone, as verl does.
 
     Raises:
-        TypeError, ValueError: it is anything else.
+        TypeError, ValueError: It is no finite number, nor a mapping with one under `score`.
     """
     if not isinstance(value, Mapping):
         return {"acc": _finite(value)}

@@ -4,9 +4,7 @@ Binary reward as in arXiv 2507.21974: 1 if and only if the last box that the
 response opens is closed and holds the right cause. The prompt itself doubles
 the braces, so `\boxed{{C3}}` counts too, as do `\text{C3}`, `c3` and `3`;
 everything else scores 0. An earlier box never rescues a later one, closed or
-cut off: the last word counts.
-
-A response is hostile text: it is bounded first and scanned once, without
+cut off. A response is hostile text: it is bounded first and scanned once, without
 regular expressions.
 """
 
@@ -37,11 +35,11 @@ def compute_score(
     r"""Score one response to a TeleLogs question.
 
     Args:
-        data_source: Name of the data set; used in error messages only.
+        data_source: Name of the data set, for error messages.
         solution_str: The response, without its prompt.
         ground_truth: The right cause, "C1" to "C8".
-        extra_info: Not used; verl passes it.
-        **kwargs: Not used; verl passes its reward model's address where there is one.
+        extra_info: Not used, as whatever else verl passes.
+        **kwargs: Not used.
 
     Returns:
         `score` and `acc` 0.0 or 1.0; `format` 1.0 if the last box is strictly

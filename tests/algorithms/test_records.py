@@ -86,7 +86,7 @@ def token_batch(loss, settings):
         name: (2 * torch.rand(16, 16, generator=generator, dtype=torch.float64) - 1) * mask
         for name in loss.token_fields
     }
-    batch = TokenBatch(log_ratio * mask, advantages * mask, mask, old, (0.2, 0.3), fields)
+    batch = TokenBatch(log_ratio * mask, advantages * mask, mask, old * mask, (0.2, 0.3), fields)
     if loss.mini_batch_sums is not None:
         total = loss.mini_batch_sums.contributions(batch, settings).tolist()
         fields["mini_batch"] = loss.mini_batch_sums.result(total, settings)
@@ -259,6 +259,7 @@ def test_a_broken_entry_point_is_named(monkeypatch, found, message):
     [
         Algorithm("hpo", (), "", "token-mean"),
         Algorithm("mine", (), "", "token-mean", loss=Loss("hpo")),
+        Algorithm("mine", (), "", "token-mean", loss=Loss("cispo")),
         Algorithm("mine", (), "", "token-mean", estimator=Estimator("spo")),
     ],
 )

@@ -134,17 +134,9 @@ def test_offline_samples_weigh_as_the_shortest_memory():
     assert tracker(1, [[1.0]], rho_min=0.5).alpha.item() == pytest.approx(2 * 1.5 / 2)
 
 
-@pytest.mark.parametrize(
-    ("initial", "message"),
-    [
-        ([[1.0]], "initial_rewards: 1 lists for 3 prompts"),
-        ([[], [0.5, 1.5], []], r"initial_rewards: prompt 1 has a reward outside \[0, 1\]"),
-        ([[], [], [NAN]], "initial_rewards: prompt 2"),
-    ],
-)
-def test_offline_samples_that_do_not_fit_are_refused(initial, message):
-    with pytest.raises(DataError, match=f"^{message}"):
-        tracker(3, initial)
+def test_offline_samples_of_another_number_of_prompts_are_refused():
+    with pytest.raises(DataError, match=r"^initial_rewards: 1 lists for 3 prompts"):
+        tracker(3, [[1.0]])
 
 
 @pytest.mark.parametrize(("rho", "memory"), [(0.875, 8.0), (0.96, 25.0)])

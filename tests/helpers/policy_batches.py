@@ -65,9 +65,8 @@ def provided_to(name, config, batch):
     elif sums is not None:
         live = mask.bool()
         log_ratio = torch.where(live, log_prob.double() - old.double(), 0).nan_to_num(0)
-        tokens = TokenBatch(
-            log_ratio.clamp(-20, 20), torch.where(live, advantages.double(), 0), live, old.double()
-        )
+        advantages, old = (torch.where(live, one.double(), 0) for one in (advantages, old))
+        tokens = TokenBatch(log_ratio.clamp(-20, 20), advantages, live, old)
         settings = loss_settings(record, config.policy_loss)
         total = sums.contributions(tokens, settings)
         found[extras.MINI_BATCH] = sums.result(total.tolist(), settings)

@@ -14,7 +14,7 @@ from verl.trainer.ppo.reward import load_reward_manager
 
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.rewards import countdown
-from hpo_verl.rewards.guarded_function import GuardedFunction
+from hpo_verl.rewards.guarded_function import GuardedFunction, RewardGuardSettings
 from hpo_verl.verl_plugin.rollout.reward_guard import GuardedRewardManager, guard_settings
 
 FAULTS = """
@@ -80,6 +80,7 @@ def endless(**arguments):
 QUICK = ["raise", "silent", "exit", "none", "nan", "infinite", "huge", "tensor", "tensor score",
          "text", "list", "no score", "unsendable", "die", "killed"]  # fmt: skip
 SLOW = ["hang", "backtrack"]
+GUARD = RewardGuardSettings(time_limit=10.0)
 BRIEF = {"time_limit": 2.0, "max_error_fraction": 0.5}
 
 
@@ -252,7 +253,7 @@ def test_our_rewards_are_loaded_as_packages():
         "solution_str": "<answer>1+2</answer>",
         "ground_truth": {"target": 3, "numbers": [1, 2]},
     }
-    guarded = GuardedFunction("pkg://hpo_verl.rewards.countdown", "compute_score", 10.0, 0.1)
+    guarded = GuardedFunction("pkg://hpo_verl.rewards.countdown", "compute_score", GUARD)
     try:
         assert guarded.score([call]) == [(countdown.compute_score(**call), "")]
     finally:
@@ -265,7 +266,7 @@ def test_our_rewards_are_loaded_as_packages():
 )
 def test_a_function_that_does_not_load_is_an_error_at_the_start(path, name):
     with pytest.raises(DataError, match=f"{name} of {path} cannot be loaded: "):
-        GuardedFunction(path, name, 1.0, 0.1)
+        GuardedFunction(path, name, GUARD)
 
 
 @pytest.mark.parametrize(

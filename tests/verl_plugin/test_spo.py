@@ -94,14 +94,16 @@ def test_other_trainer_modes_are_refused(mode):
         (None, "cannot be read as JSON"),
         ("[[1, 0], [", "cannot be read as JSON"),
         ('{"a": [1]}', "must hold a list of lists of numbers"),
-        ("[1, 0]", "must hold a list of lists of numbers"),
-        ('[[1], ["yes"]]', "must hold a list of lists of numbers"),
-        ("[[true]]", "must hold a list of lists of numbers"),
+        ("[1, 0]", "entry 0 must be a list of numbers"),
+        ('[[1], ["yes"]]', "entry 1 must be a list of numbers"),
+        ("[[true]]", "entry 0 must be a list of numbers"),
+        ("[[], [0.5, 1.5], []]", r"entry 1 must be a list of numbers in \[0, 1\]"),
+        ("[[], [], [NaN]]", "entry 2 must be a list of numbers"),
     ],
 )
 def test_a_bad_file_of_offline_rewards_is_named(tmp_path, content, message):
     file = tmp_path / "rewards.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(DataError, match=rf"^algorithm\.spo\.initial_rewards: {file} {message}"):
+    with pytest.raises(DataError, match=rf"^algorithm\.spo\.initial_rewards: {file}:? {message}"):
         check_algorithm(config(spo={"initial_rewards": str(file)}))

@@ -85,9 +85,7 @@ class GuardedRewardManager(NaiveRewardManager):
         self._function: GuardedFunction | None = None
         if not self.is_async_reward_score:
             path, name = (custom.path, custom.name) if custom.path else VERLS_FUNCTION
-            self._function = GuardedFunction(
-                path, name, self.settings.time_limit, self.settings.max_error_fraction
-            )
+            self._function = GuardedFunction(path, name, self.settings)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last sequence of one response, as verl's `naive` does."""
