@@ -97,9 +97,9 @@ def _bounds(start: float, end: float, step: float) -> tuple[float, ...]:
 class ClipBounds(NamedTuple):
     """c_low and c_high, ratios, and rho there, which is 0 without a token of either sign."""
 
-    low: float
-    high: float
-    positive_share: float
+    bapo_low: float
+    bapo_high: float
+    bapo_positive_share: float
 
 
 def contributions(batch: base.TokenBatch, settings: BAPOSettings) -> torch.Tensor:
@@ -151,8 +151,8 @@ def find_clip_bounds(sums: Sequence[float], settings: BAPOSettings) -> ClipBound
 
 def bapo_loss(batch: base.TokenBatch, settings: BAPOSettings) -> TokenLoss:
     """BAPO's loss of every token: the clipped surrogate between two ratios, without gradient."""
-    bounds: ClipBounds = batch.extras["mini_batch"]
-    return clipped_surrogate(batch.log_ratio, batch.advantages, 1.0 - bounds.low, bounds.high - 1.0)
+    low, high, _ = batch.extras["mini_batch"]
+    return clipped_surrogate(batch.log_ratio, batch.advantages, 1.0 - low, high - 1.0)
 
 
 ALGORITHMS = (

@@ -168,7 +168,8 @@ class MiniBatchSums:
     Attributes:
         contributions: Sums over a part of the mini-batch, `[sums]` float64; the sums of parts add
             up to those of the whole.
-        result: What the loss reads, a named tuple of numbers made of the total; logged.
+        result: What the loss reads, a named tuple of numbers made of the total; each is logged as
+            `actor/<name>`.
         kind: Type of the result.
     """
 

@@ -162,16 +162,16 @@ def test_the_search_ends_within_its_ranges_and_as_early_as_it_can(seed, share, r
     lows, highs = options.lower_bounds, options.upper_bounds
     positive, negative = sums[: len(highs)], sums[len(highs) :]
     bounds = find_clip_bounds(sums.tolist(), options)
-    assert bounds.low in lows
-    assert bounds.high in highs
+    assert bounds.bapo_low in lows
+    assert bounds.bapo_high in highs
     # Raising c_high raises P; raising c_low raises N, and so never the share.
     assert (positive.diff() >= 0).all()
     assert (negative.diff() >= 0).all()
-    if bounds.positive_share < share - 1e-6:
-        assert (bounds.low, bounds.high) == (lows[-1], highs[-1])
+    if bounds.bapo_positive_share < share - 1e-6:
+        assert (bounds.bapo_low, bounds.bapo_high) == (lows[-1], highs[-1])
     elif not repo:
-        assert bounds.low == lows[0]
-        before = highs.index(bounds.high) - 1
+        assert bounds.bapo_low == lows[0]
+        before = highs.index(bounds.bapo_high) - 1
         if before >= 0:
             assert positive[before] / (positive[before] + negative[0]) < share
 
@@ -238,5 +238,5 @@ def test_bad_settings_name_key_value_and_range(changes, message):
 def objective(batch, settings):
     """The equation; `test_records` compares values and slopes with it."""
     ratio, bounds = batch.log_ratio.exp(), batch.extras["mini_batch"]
-    clipped = ratio.clamp(bounds.low, bounds.high)
+    clipped = ratio.clamp(bounds.bapo_low, bounds.bapo_high)
     return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)

@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from engine_split_worker import make_engine, mini_batch
 
+from hpo_verl.algorithms.registry import ALGORITHMS
+
+# Loss -> aggregation, of every recipe.
+MODES = {one.loss.name: one.loss_agg_mode for one in ALGORITHMS.values()}
 NAN, INF = float("nan"), float("inf")
 ROWS = {0: range(4), 1: range(4, 8)}
 
@@ -98,12 +102,11 @@ def main(rank, folder, port):
     results = {}
 
     def loss_of(name="hpo", limit=100, **settings):
-        mode = "token-mean" if name not in ("gspo", "sapo") else "seq-mean-token-mean"
         config = ActorConfig(
             strategy="fsdp2",
             rollout_n=1,
             ppo_micro_batch_size_per_gpu=1,
-            loss_agg_mode=mode,
+            loss_agg_mode=MODES[name],
             policy_loss=PolicyLossConfig(loss_mode=name),
             **settings,
         )
@@ -134,7 +137,7 @@ def main(rank, folder, port):
     update("loss", data=batch(rank, scale("advantages", 2e38) if one else None))
     update("gradient", spoil=spoil_backward if one else None)
     update("finite again")
-    for name in ("mhpo", "bapo", "hapo", "aepo_clip", "vanilla", "gspo", "sapo"):
+    for name in MODES:
         update(f"good {name}", loss_of(name))
         bad = batch(rank, put("advantages", NAN) if one else None)
         update(f"bad {name}", loss_of(name), bad)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from engine_ranks import free_port, run_ranks, save_tiny_model
 
+from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.verl_plugin.engine.replay import first_found, load, report
 from hpo_verl.verl_plugin.engine.step_guard import NO_ADVANTAGE, NOT_FINITE
 
-LOSSES = ("mhpo", "bapo", "hapo", "aepo_clip", "vanilla", "gspo", "sapo")
+LOSSES = {one.loss.name: None for one in ALGORITHMS.values()}
 LOG_PROB = r"log_prob: 1 of \d live values are not finite, the first at \(1, 1\) \(nan\)"
 ADVANTAGES = r"advantages: 1 of \d live values are not finite, the first at \(1, 1\) \(nan\)"
 # Case, in the worker's order -> rank that found it, and what is named.
@@ -49,8 +50,8 @@ def ranks(folder):
 def files(folder):
     """The rank and the file of each update that was not finite, in order."""
     names = sorted(path.name for path in folder.glob("not_finite_*"))
-    # Twenty, and that of the update that ended the run.
-    numbers = [*range(1, 21), 24]
+    # Twenty, and that of the update that ended the run, the fifth after those of `NAMED`.
+    numbers = [*range(1, 21), len(NAMED) + 5]
     assert [name[:15] for name in names] == [f"not_finite_{number:04d}" for number in numbers]
     return [(int(name[len("not_finite_0001_rank")]), folder / name) for name in names]
 

@@ -177,16 +177,16 @@ def test_the_bounds_are_set_for_verls_own_pass_and_cleared_afterwards(second_ran
     total[:37] *= 3
     total[37:] *= 2
     expected = find_clip_bounds(total.tolist(), settings)
-    assert expected.high > 1.2
+    assert expected.bapo_high > 1.2
     assert [bounds[:2] for bounds in seen] == [expected[:2]] * 2
-    assert seen[0].positive_share == pytest.approx(expected.positive_share, rel=1e-6)
+    assert seen[0].bapo_positive_share == pytest.approx(expected.bapo_positive_share, rel=1e-6)
     assert engine.passes == [(True, False), (False, True)]
     assert second_rank == ["group"]
     assert extras.get(extras.MINI_BATCH) is None
     metrics = output["metrics"]
-    assert metrics["actor/bapo_low"] == [expected.low]
-    assert metrics["actor/bapo_high"] == [expected.high]
-    assert metrics["actor/bapo_positive_share"] == [seen[0].positive_share]
+    assert metrics["actor/bapo_low"] == [expected.bapo_low]
+    assert metrics["actor/bapo_high"] == [expected.bapo_high]
+    assert metrics["actor/bapo_positive_share"] == [seen[0].bapo_positive_share]
     assert not [key for key in metrics if "min" in key or "max" in key]
 
 

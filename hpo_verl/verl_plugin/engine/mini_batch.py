@@ -77,7 +77,7 @@ def mini_batch_engine(parent: type) -> type:
             with extras.provide(**{extras.MINI_BATCH: result}):
                 output = super().forward_backward_batch(data, loss_function, forward_only)
             for name, value in result._asdict().items():
-                output["metrics"][f"actor/{loss.name}_{name}"] = [value]
+                output["metrics"][f"actor/{name}"] = [value]
             return output
 
         def _sum(self, data: Any, loss: Loss, settings: Any) -> Any:
