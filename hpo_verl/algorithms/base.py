@@ -99,15 +99,19 @@ class PromptHistory(Protocol):
     @property
     def measures_drift(self) -> bool:
         """Whether `learn` reads how far the policy has moved since a prompt's last response."""
+        ...
 
     def __len__(self) -> int:
         """Number of prompts."""
+        ...
 
     def values(self) -> torch.Tensor:
         """What the estimator gets of every prompt, `[prompts]` float64."""
+        ...
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
         """Draw the prompts of a batch, all different."""
+        ...
 
     def learn(
         self, prompts: torch.Tensor, rewards: torch.Tensor, drift: torch.Tensor, revisited: int
@@ -124,9 +128,11 @@ class PromptHistory(Protocol):
         Returns:
             Numbers to log as `hpo/<name>`.
         """
+        ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps."""
+        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; raises DataError if it is of another number of prompts."""

@@ -26,6 +26,12 @@ def _records_of(found: Any) -> tuple[Algorithm, ...]:
     return records
 
 
+def _keep(source: str, known: dict[str, Any], new: Algorithm | Estimator | Loss) -> None:
+    if known.setdefault(new.name, new) is not new:
+        kind = type(new).__name__.lower()
+        raise EnvironmentCheckError(f"{source}: {kind} {new.name!r} is already there")
+
+
 def _collect() -> tuple[dict[str, Algorithm], dict[str, Estimator], dict[str, Loss]]:
     """Load all records.
 
@@ -38,14 +44,9 @@ def _collect() -> tuple[dict[str, Algorithm], dict[str, Estimator], dict[str, Lo
     losses: dict[str, Loss] = {}
 
     def add(source: str, record: Algorithm) -> None:
-        for known, new in (
-            (algorithms, record),
-            (estimators, record.estimator),
-            (losses, record.loss),
-        ):
-            if known.setdefault(new.name, new) is not new:
-                what = type(new).__name__.lower()
-                raise EnvironmentCheckError(f"{source}: {what} {new.name!r} is already there")
+        _keep(source, algorithms, record)
+        _keep(source, estimators, record.estimator)
+        _keep(source, losses, record.loss)
 
     for name in MODULES:
         for record in _records_of(import_module(f"hpo_verl.algorithms.{name}")):
