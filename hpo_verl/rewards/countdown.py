@@ -78,7 +78,7 @@ def compute_score(
         return reward_result("wrong_value", well_formed=True)
     if claimed != target:
         return reward_result("wrong_equation", well_formed=True)
-    return reward_result("correct", well_formed=True, correct=True)
+    return reward_result("correct", well_formed=True)
 
 
 def _last_answer(response: str) -> str | None:

@@ -22,7 +22,7 @@ class RewardResult(TypedDict):
     reason: str
 
 
-def reward_result(reason: str, *, well_formed: bool, correct: bool = False) -> RewardResult:
-    """Return a binary reward with its format mark and reason code."""
-    score = float(correct)
+def reward_result(reason: str, *, well_formed: bool) -> RewardResult:
+    """Return a binary reward with its format mark: 1 for the reason `correct`."""
+    score = float(reason == "correct")
     return {"score": score, "acc": score, "format": float(well_formed), "reason": reason}

@@ -64,10 +64,7 @@ def compute_score(
     if cause is None:
         return reward_result("not_a_cause", well_formed=False)
     strict = content in (cause, f"{{{cause}}}")
-    correct = cause == ground_truth
-    return reward_result(
-        "correct" if correct else "wrong_cause", well_formed=strict, correct=correct
-    )
+    return reward_result("correct" if cause == ground_truth else "wrong_cause", well_formed=strict)
 
 
 def _last_box(response: str) -> tuple[str | None, str]:

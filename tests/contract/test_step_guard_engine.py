@@ -92,14 +92,14 @@ def test_verl_alone_moves_the_weights_without_an_advantage(ranks):
 
 
 def test_the_first_tensor_is_named_in_a_file_of_the_rank_that_found_it(files):
-    for (rank, path), (case, (expected, text)) in zip(files, NAMED.items(), strict=False):
+    for (rank, path), (case, (expected, text)) in zip(files[:-1], NAMED.items(), strict=False):
         assert rank == expected, case
         found = load(path)["found"]
         assert re.fullmatch(rf"{text}.* \(rank {rank} of 2\)", found), (case, found)
 
 
 def test_a_replay_finds_the_same_again(files):
-    for (_, path), (case, (_, text)) in zip(files, NAMED.items(), strict=False):
+    for (_, path), (case, (_, text)) in zip(files[:-1], NAMED.items(), strict=False):
         batch = load(path)
         found = first_found(batch)
         if case == "gradient":

@@ -33,7 +33,7 @@ def _careless_countdown(data_source, solution_str, ground_truth):
         )
     except Exception:
         correct = False
-    return reward_result("?", well_formed=True, correct=correct)
+    return reward_result("correct" if correct else "?", well_formed=True)
 
 
 def _slow_telelogs(data_source, solution_str, ground_truth):
