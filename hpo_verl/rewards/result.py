@@ -23,6 +23,6 @@ class RewardResult(TypedDict):
 
 
 def reward_result(reason: str, *, well_formed: bool) -> RewardResult:
-    """Return a binary reward with its format mark: 1 for the reason `correct`."""
+    """Return a binary reward, 1 for the reason `correct` alone, with its format mark."""
     score = float(reason == "correct")
     return {"score": score, "acc": score, "format": float(well_formed), "reason": reason}

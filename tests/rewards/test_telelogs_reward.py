@@ -1,10 +1,9 @@
-"""TeleLogs reward: accepted and refused answers, hostile text, speed, group metrics."""
+"""TeleLogs reward: accepted and refused answers, hostile text."""
 
 from __future__ import annotations
 
 import random
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -188,45 +187,3 @@ def test_mutated_responses_never_raise_hang_or_cheat() -> None:
         assert result["score"] == float(expected), repr(text)
         ones += expected
     assert 0.02 < ones / count < 0.9, "the mutations must reach both outcomes"
-
-
-# --- speed ------------------------------------------------------------------------------------
-
-HOSTILE = {
-    "open boxes": "\\boxed{" * 14_000,
-    "open braces": "\\boxed{" + "{" * 90_000,
-    "closed braces": "}" * 90_000 + "\\boxed{C3}",
-    "nested text": "\\boxed{" + "\\text{" * 16_000,
-    "backslashes": "\\" * 99_000,
-    "near misses": "\\boxed" * 16_000,
-    "closed boxes": "\\boxed{C3}" * 9_000,
-    "one megabyte": "x" * 1_000_000,
-    "spaces in a box": "\\boxed{" + " " * 90_000 + "C3}",
-    "wide letters": "\\boxed{" + "\U0001f600" * 90_000,
-    "answer tags": "<answer>" * 6_000,
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_no_response_takes_5_ms(name: str) -> None:
-    fastest = min(_cpu_seconds(HOSTILE[name]) for _ in range(5))
-    assert fastest < 5e-3
-
-
-def _cpu_seconds(response: str) -> float:
-    start = time.process_time()
-    compute_score("telelogs", response, "C3")
-    return time.process_time() - start
-
-
-def test_scores_50_000_responses_per_second() -> None:
-    body = "The serving cell is 0.6 km away and the speed is 23 km/h. " * 40
-    responses = [body + end for end in (r"\boxed{{C3}}", r"\boxed{\text{C4}}", "no idea")]
-    rates = []
-    for _ in range(5):
-        start = time.process_time()
-        for _ in range(2000):
-            for response in responses:
-                compute_score("telelogs", response, "C3")
-        rates.append(6000 / (time.process_time() - start))
-    assert max(rates) >= 50_000
