@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,34 +21,32 @@ Row = dict[str, Any]
 _ROW_GROUP = 10_000
 
 
-def verl_schema(
-    ground_truth: pa.DataType,
-    extra_info: Mapping[str, pa.DataType],
-    metadata: Mapping[str, str] | None = None,
-) -> pa.Schema:
-    """Return the arrow schema of the rows that verl's `RLHFDataset` and reward loop read.
-
-    verl itself uses `extra_info.index`. `metadata` says what was asked for: source, seed, ...
-    """
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    return pa.schema(
-        [
-            ("data_source", pa.string()),
-            ("prompt", pa.list_(message)),
-            ("ability", pa.string()),
-            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", ground_truth)])),
-            ("extra_info", pa.struct(list(extra_info.items()))),
-        ],
-        metadata=dict(metadata or {}),
-    )
+def verl_row(
+    data_source: str,
+    prompt: list[dict[str, str]],
+    ability: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any],
+) -> Row:
+    """A row as verl's `RLHFDataset` and reward loop read it; verl uses `extra_info.index`."""
+    return {
+        "data_source": data_source,
+        "prompt": prompt,
+        "ability": ability,
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": extra_info,
+    }
 
 
 def write_splits(
-    out: str | Path, schema: pa.Schema, splits: Mapping[str, Iterable[Row]]
+    out: str | Path, splits: Mapping[str, Iterable[Row]], made_with: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Write `<out>/<split>.parquet` for every split; all of them appear, or none.
+    """Write `<out>/<split>.parquet` for every split, in the place of older ones.
 
-    Files of the same names are replaced.
+    Args:
+        out: Folder, made if missing.
+        splits: Rows of every split; arrow infers the types from the first of them.
+        made_with: What was asked for: source, seed, ...; kept in the files as `hpo_verl`.
 
     Returns:
         Split name -> path written.
@@ -58,16 +57,17 @@ def write_splits(
             through. In each case nothing new stays behind.
     """
     paths = {split: Path(out) / f"{split}.parquet" for split in splits}
+    metadata = {"hpo_verl": json.dumps(made_with)}
     with staging(Path(out)) as folder:
         for split, path in paths.items():
             if path.is_dir():
                 raise DataError(f"{path}: is a folder; a file is to be written there")
-            table = _table(schema, iter(splits[split]))
-            if not table.num_rows:
+            batches = _batches(splits[split])
+            if not batches:
                 raise DataError(f"{path}: the split would have no rows; needed: 1 or more")
             with write_errors(path):
                 pq.write_table(
-                    table,
+                    pa.Table.from_batches(batches).replace_schema_metadata(metadata),
                     folder / path.name,
                     row_group_size=_ROW_GROUP,
                     compression="zstd",
@@ -79,8 +79,11 @@ def write_splits(
     return paths
 
 
-def _table(schema: pa.Schema, rows: Iterator[Row]) -> pa.Table:
-    """Turn rows into a table, a group at a time: rows as dictionaries need much memory."""
-    groups = iter(lambda: list(islice(rows, _ROW_GROUP)), [])
-    batches = (pa.RecordBatch.from_pylist(group, schema=schema) for group in groups)
-    return pa.Table.from_batches(batches, schema=schema)
+def _batches(rows: Iterable[Row]) -> list[pa.RecordBatch]:
+    """Rows as arrow's batches, made a group at a time: dictionaries need much memory."""
+    left = iter(rows)
+    batches: list[pa.RecordBatch] = []
+    while group := list(islice(left, _ROW_GROUP)):
+        schema = batches[0].schema if batches else None
+        batches.append(pa.RecordBatch.from_pylist(group, schema=schema))
+    return batches

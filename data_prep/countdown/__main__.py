@@ -10,31 +10,19 @@ Each row has `data_source` "countdown", the `prompt` as chat messages, and
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-
-import pyarrow as pa
 
 from data_prep.command import CommandParser, integer_in, progress_bar, run
 from data_prep.countdown.prompts import PROMPTS
 from data_prep.countdown.puzzles import OPERATORS, Puzzle, Ranges, sample_puzzles
 from data_prep.countdown.trees import SIZES
 from data_prep.output import check_output
-from data_prep.splits import Row, verl_schema, write_splits
+from data_prep.splits import Row, verl_row, write_splits
 
 DATA_SOURCE = "countdown"
-
-_GROUND_TRUTH = pa.struct([("target", pa.int64()), ("numbers", pa.list_(pa.int64()))])
-_EXTRA_INFO = {
-    "split": pa.string(),
-    "index": pa.int64(),
-    "numbers": pa.list_(pa.int64()),
-    "difficulty": pa.int64(),
-    "solution": pa.string(),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             count, ranges, options["seed"], lambda found: progress.update(bar, completed=found)
         )
     splits = {"train": puzzles[:train_size], "val": puzzles[train_size:]}
-    metadata = {"hpo_verl": json.dumps({"task": DATA_SOURCE, **options})}
-    paths = write_splits(
-        out,
-        verl_schema(_GROUND_TRUTH, _EXTRA_INFO, metadata),
-        {split: _rows(rows, split, options["prompt"]) for split, rows in splits.items()},
-    )
+    rows = {split: _rows(part, split, options["prompt"]) for split, part in splits.items()}
+    paths = write_splits(out, rows, {"task": DATA_SOURCE, **options})
     for split, path in paths.items():
         difficulty = sorted(puzzle.difficulty for puzzle in splits[split])
         print(
@@ -67,22 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _rows(puzzles: Sequence[Puzzle], split: str, prompt: str) -> Iterator[Row]:
     for index, puzzle in enumerate(puzzles):
         numbers = list(puzzle.numbers)
-        yield {
-            "data_source": DATA_SOURCE,
-            "prompt": PROMPTS[prompt](numbers, puzzle.target),
-            "ability": "math",
-            "reward_model": {
-                "style": "rule",
-                "ground_truth": {"target": puzzle.target, "numbers": numbers},
-            },
-            "extra_info": {
-                "split": split,
-                "index": index,
-                "numbers": numbers,
-                "difficulty": puzzle.difficulty,
-                "solution": puzzle.solution,
-            },
+        extra_info = {
+            "split": split,
+            "index": index,
+            "numbers": numbers,
+            "difficulty": puzzle.difficulty,
+            "solution": puzzle.solution,
         }
+        messages = PROMPTS[prompt](numbers, puzzle.target)
+        truth = {"target": puzzle.target, "numbers": numbers}
+        yield verl_row(DATA_SOURCE, messages, "math", truth, extra_info)
 
 
 def _parser() -> CommandParser:
@@ -95,12 +73,8 @@ def _parser() -> CommandParser:
     size, bound = integer_in(1, 5_000_000), integer_in(1, 100_000)
     add("--out", required=True, type=Path, metavar="DIR", help="folder, made if missing")
     # The order of the rest is that of the files' metadata.
-    add(
-        "--prompt",
-        choices=tuple(PROMPTS),
-        default="chat",
-        help="chat: system and user message; tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)",
-    )
+    forms = "chat: system and user message; tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)"
+    add("--prompt", choices=tuple(PROMPTS), default="chat", help=forms)
     add("--train-size", type=size, default=50_000, help="(50000)")
     add("--val-size", type=size, default=1_024, help="(1024)")
     add("--seed", type=integer_in(0, 2**32 - 1), default=0, help="(0)")
@@ -108,11 +82,7 @@ def _parser() -> CommandParser:
     for name in ("min_number", "max_number", "min_target", "max_target"):
         flag, default = f"--{name.replace('_', '-')}", getattr(Ranges, name)
         add(flag, type=bound, default=default, help="(%(default)s)")
-    add(
-        "--operators",
-        default=OPERATORS,
-        help="operators that suffice to solve every puzzle (%(default)s)",
-    )
+    add("--operators", default=OPERATORS, help="which suffice for every puzzle (%(default)s)")
     return parser
 
 

@@ -1,19 +1,43 @@
-"""Demonstrations for the warm start of a policy, drawn as text and batched as tokens."""
+"""Demonstrations for the warm start of a policy, drawn as text and batched as tokens.
+
+Each task has two authors. One knows the answer; the other answers at once with a guess, right by
+chance only. Most demonstrations are the second one's, so the policy that imitates both is seldom
+right, yet can do better; to find that out is left to reinforcement learning.
+"""
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
+from itertools import combinations_with_replacement, permutations, product
 from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.countdown.prompts import tiny
+from data_prep.countdown.puzzles import PuzzleKey
+from data_prep.policies.tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_NUMBER, MAX_VALUE
+from data_prep.telelogs.simulator import simulate
+from data_prep.telelogs.tiny import tiny_prompt
+from hpo_verl.rewards.telelogs import CAUSES
+
 IGNORED = -100
+# Tokens of the longest response with three numbers or a cause, its end included.
+MAX_RESPONSE_TOKENS = 24
 # Batches that are drawn together and sorted by length, to waste little on padding.
 _SORTED_TOGETHER = 4
+# How often the working author of Countdown needs one, two or three attempts, and gives up then.
+_ATTEMPT_WEIGHTS = (5, 3, 2)
+_GIVES_UP = 0.05
+# Of a TeleLogs drive's seed; 0 and 1 are the training and the validation split.
+_STREAM = 2
+# Drives that are simulated; a demonstration shows one of them, with any copied part.
+_DRIVES = 4096
+_COPIED = (0, 3, 6, 9)
 
 
 class Demonstration(NamedTuple):
@@ -51,6 +75,117 @@ class Demonstrations(ABC):
                 queue = [drawn[i : i + size] for i in range(0, len(drawn), size)]
                 self._random.shuffle(queue)
             yield token_batch(queue.pop())
+
+
+class CountdownDemonstrations(Demonstrations):
+    """Demonstrations of puzzles with numbers from 1 to `MAX_NUMBER`, such as `3 7 2 = 8`.
+
+    One author works them out in up to three attempts of different value, adding and subtracting
+    from left to right, and answers with the last:
+
+        3+7=10-2=8
+        <answer>3+7-2</answer>
+
+    The other answers with the numbers in any order and any of the four operators. No solver is
+    asked: attempts are drawn blindly, and the target is then set to the value of the last one
+    (hindsight), except where the author gives up after three.
+
+    Args:
+        seed: Any integer.
+        held_out: Puzzles that no demonstration poses.
+        numbers: How many numbers a puzzle has.
+    """
+
+    # A computed value says more than its one token; the rest is partly chance.
+    weighty = tuple(f"={value}" for value in range(MAX_VALUE + 1))
+
+    def __init__(self, seed: int, held_out: Collection[PuzzleKey] = (), numbers: int = 3) -> None:
+        super().__init__(seed)
+        self._held_out = frozenset(held_out)
+        self._sets = list(combinations_with_replacement(range(1, MAX_NUMBER + 1), numbers))
+
+    def draw(self, direct_share: float) -> Demonstration:
+        """Draw a puzzle and a response; the direct author answers without attempts."""
+        while True:
+            numbers = self._random.choice(self._sets)
+            attempts = _attempts(numbers)
+            tried = min(len(_ATTEMPT_WEIGHTS), len(attempts))
+            values = self._random.sample(list(attempts), tried)
+            untried = [value for value in attempts if value not in values]
+            direct = self._random.random() < direct_share
+            if direct:
+                target = self._random.choice(list(attempts))
+            elif untried and self._random.random() < _GIVES_UP:
+                target = self._random.choice(untried)
+            else:
+                (count,) = self._random.choices(range(1, tried + 1), _ATTEMPT_WEIGHTS[:tried])
+                values = values[:count]
+                target = values[-1]
+            if target > 0 and (numbers, target) not in self._held_out:
+                break
+        shown = self._random.sample(numbers, len(numbers))
+        if direct:
+            lines, answer = "", self._guess(numbers)
+        else:
+            worked = [self._random.choice(attempts[value]) for value in values]
+            lines, answer = "".join(f"{line}\n" for _, line in worked), worked[-1][0]
+        return Demonstration(tiny(shown, target), f"{lines}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}")
+
+    def _guess(self, numbers: tuple[int, ...]) -> str:
+        first, *rest = self._random.sample(numbers, len(numbers))
+        operators = self._random.choices("+-*/", k=len(rest))
+        return str(first) + "".join(map("{}{}".format, operators, rest))
+
+
+@cache
+def _attempts(numbers: tuple[int, ...]) -> dict[int, list[tuple[str, str]]]:
+    """Sums and differences without a negative step, by value: as an answer, and worked out."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    # sorted: the order of a set of tuples is not promised.
+    for first, *rest in sorted(set(permutations(numbers))):
+        for signs in product("+-", repeat=len(rest)):
+            value, answer, line = first, str(first), str(first)
+            for sign, number in zip(signs, rest, strict=True):
+                value += number if sign == "+" else -number
+                if value < 0:
+                    break
+                answer += f"{sign}{number}"
+                line += f"{sign}{number}={value}"
+            else:
+                found.setdefault(value, []).append((answer, line))
+    return found
+
+
+class TeleLogsDemonstrations(Demonstrations):
+    r"""Demonstrations of the compressed TeleLogs task; the seed is not negative.
+
+    Two authors read nine letters, copy none, three, six or all of them, and name one of eight
+    causes:
+
+        AEHKMP
+        \boxed{C3}
+
+    Nothing but the last digit tells the one who knows from the one who guesses. The drives are
+    the simulator's, from a random stream of their own: none is in the training or the validation
+    split. The letters are few, though, so that the same nine appear in all of them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._drives = [
+            (tiny_prompt(simulate((seed, _STREAM, index), cause)), cause)
+            for index in range(_DRIVES // len(CAUSES))
+            for cause in CAUSES
+        ]
+
+    def draw(self, direct_share: float) -> Demonstration:
+        """Draw a drive and a response; the direct author guesses the cause."""
+        letters, cause = self._random.choice(self._drives)
+        if self._random.random() < direct_share:
+            cause = self._random.choice(CAUSES)
+        copied = self._random.choice(_COPIED)
+        line = f"{letters[:copied]}\n" if copied else ""
+        return Demonstration([{"role": "user", "content": letters}], f"{line}\\boxed{{{cause}}}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, shown: Demonstration) -> tuple[list[int], list[int]]:

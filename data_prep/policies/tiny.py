@@ -2,9 +2,8 @@
 
 The policy is a Qwen2 causal language model of about 0.15 million float32
 parameters with its own tokenizer, warm-started on demonstrations of Countdown
-with three numbers from 1 to 15 (see `demos_countdown`) or of the compressed
-TeleLogs task (see `demos_telelogs`). Its answers are right 5 to 15 times in
-a hundred; reinforcement learning does the rest.
+with three numbers from 1 to 15 or of the compressed TeleLogs task (see `demos`).
+Its answers are right 5 to 15 times in a hundred; reinforcement learning does the rest.
 
 The same seed, held-out puzzles and versions of torch and transformers give the
 same bytes on one machine: the warm start runs on one thread, whatever is set.
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,40 @@ from data_prep.command import CommandParser, integer_in, progress_bar, run
 from data_prep.countdown.puzzles import PuzzleKey, puzzles_digest, read_puzzles
 from data_prep.output import check_output
 from data_prep.policies.folder import check_files, read_manifest, save_policy
-from data_prep.policies.schedule import Schedule
 from hpo_verl.errors import DataError
 
 MANIFEST = "manifest.json"
 # To be raised by every change after which a seed gives another policy.
 RECIPE_VERSION = 2
 MAX_SEED = 2**31 - 1
+_REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the warm start trains, and on which mixture.
+
+    Mostly worked demonstrations teach the skill; then mostly unworked ones teach the
+    habit of using it seldom. Steps are batches; a direct share is that of unworked
+    demonstrations, of which the last sets the policy's success.
+    """
+
+    skill_steps: int = 1200
+    habit_steps: int = 150
+    batch_size: int = 16
+    skill_direct_share: float = 0.17
+    habit_direct_share: float = 0.88
+
+    @property
+    def steps(self) -> int:
+        """All batches."""
+        return self.skill_steps + self.habit_steps
+
+
 SCHEDULES = {
     "countdown": Schedule(),
     "telelogs": Schedule(skill_steps=300, skill_direct_share=0.3, habit_direct_share=0.95),
 }
-_REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,8 +115,7 @@ def make_policy(
     import torch
     import transformers
 
-    from data_prep.policies.demos_countdown import CountdownDemonstrations
-    from data_prep.policies.demos_telelogs import TeleLogsDemonstrations
+    from data_prep.policies.demos import CountdownDemonstrations, TeleLogsDemonstrations
     from data_prep.policies.tokenizer import build_tokenizer
     from data_prep.policies.training import build_model, warm_start
 

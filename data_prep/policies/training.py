@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -17,8 +18,10 @@ from transformers import (
 )
 
 from data_prep.policies.demos import IGNORED, Demonstrations
-from data_prep.policies.schedule import Schedule
 from data_prep.policies.tokenizer import END_OF_TEXT, MAX_VALUE, TURN_END, step_part
+
+if TYPE_CHECKING:
+    from data_prep.policies.tiny import Schedule
 
 _PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50, 100)
 _NUMBER_SCALE = 0.1

@@ -11,17 +11,15 @@ The same arguments give the same bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
 from data_prep.output import check_output
-from data_prep.splits import Row, verl_schema, write_splits
+from data_prep.splits import Row, verl_row, write_splits
 from data_prep.telelogs.prompt import render
 from data_prep.telelogs.simulator import simulate
 from data_prep.telelogs.sources import (
@@ -38,7 +36,6 @@ REAL, SYNTHETIC = "telelogs", "telelogs_synthetic"
 # The sizes of the dataset's own splits.
 SYNTHETIC_SIZES = {"train": 2400, "val": 864}
 SPLITS = ("train", "val")
-EXTRA_INFO = {"split": pa.string(), "index": pa.int64()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,16 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{f"{split}_size": count for split, count in counts.items()},
     }
     with progress_bar() as progress:
-        paths = write_splits(
-            options.out,
-            verl_schema(pa.string(), EXTRA_INFO, {"hpo_verl": json.dumps(asked)}),
-            {
-                split: progress.track(
-                    _verl_rows(rows, split, data_source), counts[split], description=split
-                )
-                for split, rows in examples.items()
-            },
-        )
+        rows = {
+            split: progress.track(
+                _verl_rows(read, split, data_source), counts[split], description=split
+            )
+            for split, read in examples.items()
+        }
+        paths = write_splits(options.out, rows, asked)
     for split, path in paths.items():
         print(f"{path}: {counts[split]} rows")
 
@@ -118,13 +112,9 @@ def synthetic_rows(split: str, count: int, seed: int, prompt: str = "full") -> I
 
 def _verl_rows(examples: Iterable[Example], split: str, data_source: str) -> Iterator[Row]:
     for index, example in enumerate(examples):
-        yield {
-            "data_source": data_source,
-            "prompt": [{"role": "user", "content": example.question}],
-            "ability": "root_cause_analysis",
-            "reward_model": {"style": "rule", "ground_truth": example.answer},
-            "extra_info": {"split": split, "index": index},
-        }
+        prompt = [{"role": "user", "content": example.question}]
+        extra_info = {"split": split, "index": index}
+        yield verl_row(data_source, prompt, "root_cause_analysis", example.answer, extra_info)
 
 
 def _parser() -> CommandParser:

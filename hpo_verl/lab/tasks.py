@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 
 from data_prep.countdown.prompts import tiny
 from data_prep.countdown.puzzles import PuzzleKey, Ranges, puzzle_key, sample_puzzles
-from data_prep.policies.demos import Demonstration, Demonstrations
-from data_prep.policies.demos_countdown import CountdownDemonstrations
+from data_prep.policies.demos import CountdownDemonstrations, Demonstration, Demonstrations
 from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.config.recipes import nearest, recipes_directory
 from hpo_verl.errors import ConfigError

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf, open_dict
 
 from data_prep.countdown import __main__ as countdown
 from data_prep.policies import tiny as tiny_policy
-from data_prep.policies.schedule import Schedule
+from data_prep.policies.tiny import Schedule
 from hpo_verl.checks.planned_run import PlannedRun
 
 PUZZLES = ("--prompt", "tiny", "--max-number", "9", "--max-target", "40")

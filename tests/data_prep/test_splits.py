@@ -1,28 +1,22 @@
+import json
 import os
 import stat
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep import output, splits
 from data_prep.output import check_output
-from data_prep.splits import verl_schema, write_splits
+from data_prep.splits import verl_row, write_splits
 from hpo_verl.errors import DataError
 
-SCHEMA = verl_schema(pa.string(), {"index": pa.int64()}, {"seed": "1"})
+MADE = {"seed": 1}
 
 
 def row(index, text="hi"):
-    return {
-        "data_source": "x",
-        "prompt": [{"role": "user", "content": text}],
-        "ability": "y",
-        "reward_model": {"style": "rule", "ground_truth": "C1"},
-        "extra_info": {"index": index},
-    }
+    return verl_row("x", [{"role": "user", "content": text}], "y", "C1", {"index": index})
 
 
 def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
@@ -30,8 +24,8 @@ def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
     made = [
         write_splits(
             tmp_path / name / "deep",
-            SCHEMA,
             {"train": [row(0), row(1), row(2)], "val": (row(3) for _ in range(1))},
+            MADE,
         )
         for name in "ab"
     ]
@@ -39,7 +33,7 @@ def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
     assert pq.read_table(made[0]["train"]).to_pylist() == [row(0), row(1), row(2)]
     file = pq.ParquetFile(made[0]["train"])
     assert file.num_row_groups == 2
-    assert file.schema_arrow.metadata[b"seed"] == b"1"
+    assert json.loads(file.schema_arrow.metadata[b"hpo_verl"]) == MADE
     for split in ("train", "val"):
         assert made[0][split].read_bytes() == made[1][split].read_bytes()
     assert sorted(os.listdir(tmp_path / "a" / "deep")) == ["train.parquet", "val.parquet"]
@@ -51,9 +45,8 @@ def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
 
 def test_our_files_carry_checksums(tmp_path):
     """A flipped bit anywhere in the pages of a text column is seen when that is read."""
-    schema = pa.schema([("text", pa.string())])
     texts = [{"text": os.urandom(99).hex()} for _ in range(99)]
-    path = write_splits(tmp_path, schema, {"val": texts})["val"]
+    path = write_splits(tmp_path, {"val": texts}, {})["val"]
     content = path.read_bytes()
     for place in range(100, 9_000, 150):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -81,17 +74,17 @@ def failing(error):
 def test_a_failure_leaves_nothing_new(tmp_path, error):
     out = tmp_path / "new" / "folder"
     with pytest.raises(type(error)):
-        write_splits(out, SCHEMA, {"train": [row(0)], "val": failing(error)})
+        write_splits(out, {"train": [row(0)], "val": failing(error)}, MADE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_keeps_what_was_there(tmp_path):
-    write_splits(tmp_path, SCHEMA, {"train": [row(0)], "val": [row(1)]})
+    write_splits(tmp_path, {"train": [row(0)], "val": [row(1)]}, MADE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(DataError):
-        write_splits(tmp_path, SCHEMA, {"train": [row(5)], "val": failing(DataError("x"))})
+        write_splits(tmp_path, {"train": [row(5)], "val": failing(DataError("x"))}, MADE)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    write_splits(tmp_path, SCHEMA, {"train": [row(5)], "val": [row(1)]})
+    write_splits(tmp_path, {"train": [row(5)], "val": [row(1)]}, MADE)
     assert pq.read_table(tmp_path / "train.parquet").to_pylist() == [row(5)]
 
 
@@ -101,13 +94,13 @@ def test_disk_full(tmp_path, monkeypatch, text):
     full_disk_for(monkeypatch, "val.parquet")
     val = [row(i, t) for i, t in enumerate(texts)] * 2
     with pytest.raises(DataError, match=r"val\.parquet: cannot be written: no space left on the"):
-        write_splits(tmp_path, SCHEMA, {"train": [row(0)], "val": val})
+        write_splits(tmp_path, {"train": [row(0)], "val": val}, MADE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_split_without_rows(tmp_path):
     with pytest.raises(DataError, match=r"val\.parquet: the split would have no rows"):
-        write_splits(tmp_path / "x", SCHEMA, {"train": [row(0)], "val": []})
+        write_splits(tmp_path / "x", {"train": [row(0)], "val": []}, MADE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,11 +111,11 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="is a file; a folder is needed"):
             check_output(out)
         with pytest.raises(DataError, match="cannot be written"):
-            write_splits(out, SCHEMA, {"train": [row(0)]})
+            write_splits(out, {"train": [row(0)]}, MADE)
     assert file.read_text() == "x"
     (tmp_path / "taken" / "val.parquet").mkdir(parents=True)
     with pytest.raises(DataError, match=r"val\.parquet: is a folder"):
-        write_splits(tmp_path / "taken", SCHEMA, {"train": [row(0)], "val": [row(0)]})
+        write_splits(tmp_path / "taken", {"train": [row(0)], "val": [row(0)]}, MADE)
     assert os.listdir(tmp_path / "taken") == ["val.parquet"]
     check_output(tmp_path / "not" / "yet")
     monkeypatch.setattr(output.os, "access", lambda *_: False)

@@ -3,9 +3,8 @@ from collections import Counter
 import pytest
 
 from data_prep.policies import tiny as tiny_policy
-from data_prep.policies.demos import encode
-from data_prep.policies.demos_telelogs import MAX_RESPONSE_TOKENS, TeleLogsDemonstrations
-from data_prep.policies.schedule import Schedule
+from data_prep.policies.demos import MAX_RESPONSE_TOKENS, TeleLogsDemonstrations, encode
+from data_prep.policies.tiny import Schedule
 from data_prep.policies.tokenizer import build_tokenizer
 from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.rewards.telelogs import CAUSES, compute_score

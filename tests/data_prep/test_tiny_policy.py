@@ -13,9 +13,15 @@ from data_prep.countdown.prompts import tiny
 from data_prep.countdown.puzzles import puzzles_digest, read_puzzles
 from data_prep.policies import folder, training
 from data_prep.policies import tiny as tiny_policy
-from data_prep.policies.demos import IGNORED, Demonstration, encode, token_batch
-from data_prep.policies.demos_countdown import MAX_RESPONSE_TOKENS, CountdownDemonstrations
-from data_prep.policies.schedule import Schedule
+from data_prep.policies.demos import (
+    IGNORED,
+    MAX_RESPONSE_TOKENS,
+    CountdownDemonstrations,
+    Demonstration,
+    encode,
+    token_batch,
+)
+from data_prep.policies.tiny import Schedule
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.countdown import compute_score
