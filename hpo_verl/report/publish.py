@@ -21,18 +21,10 @@ from hpo_verl.report.figures import draw_study
 from hpo_verl.report.statistics import (
     COLLAPSE_FRACTION,
     FINAL_SHARE,
-    MEASURES,
     RESAMPLES,
     Interval,
 )
-from hpo_verl.report.studies import (
-    COMPARED,
-    Comparison,
-    Regime,
-    Result,
-    read_results,
-    write_results,
-)
+from hpo_verl.report.studies import Comparison, Result, read_results, write_results
 from hpo_verl.runs.files import write_atomically
 
 PAGE = "report.md"
@@ -131,7 +123,7 @@ def tables(comparison: Comparison) -> str:
     """Markdown of a study: its setting, and a table for every regime."""
     parts = [comparison.setting]
     for regime in comparison.runs:
-        table = _table(comparison, regime)
+        table = _table(comparison.rows(regime))
         parts += [f"### {regime.title}", comparison.beginning(regime), table]
     return "\n\n".join(parts)
 
@@ -156,25 +148,17 @@ def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
     return "".join(filled)
 
 
-def _table(comparison: Comparison, regime: Regime) -> str:
-    def text(found: Interval | None, template: str) -> str:
-        return "" if found is None else found.shown(template)
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows in Markdown; all have the same columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[_shown(title, value) for title, value in row.items()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    lines = [
-        {
-            "method": f"`{row.variant}`",
-            "lr": f"{row.learning_rate:g}",
-            "runs": str(row.runs),
-            "collapsed": str(row.collapsed),
-            "responses": f"{row.responses:.0f}",
-            **{title: text(row.measures[name], ".3f") for name, title in MEASURES.items()},
-            f"{COMPARED} - {comparison.baseline}": text(row.difference, ".3f"),
-            f"P(better {COMPARED})": text(row.improvement, ".2f"),
-        }
-        for row in comparison.rows(regime)
-    ]
-    cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+def _shown(title: str, value: Any) -> str:
+    if isinstance(value, Interval):
+        return value.shown(".2f" if title.startswith("P(") else ".3f")
+    return "" if value is None else str(value)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.statistics import (
     COLLAPSE_FRACTION,
     MEASURES,
-    Interval,
     improvement_probability,
     interval,
     measures,
@@ -37,7 +36,7 @@ class Result(NamedTuple):
     Attributes:
         facts: The run's settings (`cell`), `status` (`finished` or `diverged`), `seconds`,
             `warm_start_success`, and `environment`: commit, versions, machine, command, time.
-        rows: A row per step: `step`, `success` (NaN where not measured), statistics of the batch.
+        rows: One per step: `step`, `success` (NaN where not measured), statistics of the batch.
     """
 
     facts: dict[str, Any]
@@ -151,27 +150,6 @@ class Regime(NamedTuple):
         return f"{self.task}, warm start {self.warm_start:.0%}"
 
 
-class Row(NamedTuple):
-    """What is reported of one variant; differences are from the baseline, None for it.
-
-    Attributes:
-        runs: How many.
-        collapsed: How many lost half of the success that they began with, or diverged.
-        responses: Sampled per step.
-        difference: Of `COMPARED`, paired by seed.
-        improvement: Probability that a random run is better by `COMPARED`.
-    """
-
-    variant: str
-    learning_rate: float
-    runs: int
-    collapsed: int
-    responses: float
-    measures: dict[str, Interval]
-    difference: Interval | None
-    improvement: Interval | None
-
-
 class Comparison:
     """The runs of one study.
 
@@ -246,8 +224,13 @@ class Comparison:
             f"standard deviation {first['response_length_std']:.1f}."
         )
 
-    def rows(self, regime: Regime) -> list[Row]:
-        """Table of a regime; variants without a run are left out."""
+    def rows(self, regime: Regime) -> list[dict[str, Any]]:
+        """Table of a regime: title of a column -> text, number, `Interval`, or None.
+
+        Runs that lost half of the success that they began with, or diverged, have collapsed.
+        `COMPARED` is compared with the baseline: its difference, paired by seed, and the
+        probability that a random run is better. Variants without a run are left out.
+        """
         found, rows = self.runs[regime], []
         for variant, runs in found.items():
             difference = improvement = None
@@ -257,13 +240,17 @@ class Comparison:
                     difference = interval(ours - theirs)
                     improvement = improvement_probability(ours, theirs)
             rows.append(
-                Row(
-                    variant, self.rates[variant], len(runs), int(runs["collapsed"].sum()),
-                    float(runs["responses"].mean()),
-                    {name: interval(runs[name]) for name in MEASURES},
-                    difference, improvement,
-                )
-            )  # fmt: skip
+                {
+                    "method": f"`{variant}`",
+                    "lr": f"{self.rates[variant]:g}",
+                    "runs": len(runs),
+                    "collapsed": int(runs["collapsed"].sum()),
+                    "responses": round(runs["responses"].mean()),
+                    **{title: interval(runs[name]) for name, title in MEASURES.items()},
+                    f"{COMPARED} - {self.baseline}": difference,
+                    f"P(better {COMPARED})": improvement,
+                }
+            )
         return rows
 
 
