@@ -23,11 +23,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and return the exit code: 0, 2 for bad input, 130 for Ctrl-C.
-
-    An error that the package raises on purpose becomes one line on stderr; any
-    other is a defect of ours and keeps its traceback.
-    """
+    """Call `main(argv)`, print an error of bad input as one line, and return the exit code."""
     try:
         main(argv)
     except HpoVerlError as error:

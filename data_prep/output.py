@@ -24,13 +24,10 @@ def check_output(out: str | Path) -> None:
 
 @contextlib.contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """Give a temporary folder in `parent`, which is made if missing.
+    """Give a temporary folder in `parent`, which is made if missing, or raise DataError.
 
     The block writes there and then moves what is complete to its place. If the block fails, the
     folders that were made on the way to `parent` go too.
-
-    Raises:
-        DataError: The folder cannot be written (no permission, disk full, ...).
     """
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:

@@ -1,9 +1,8 @@
 """Countdown puzzles: sample solvable ones, and name them.
 
-A puzzle is a multiset of numbers and a target. Sampling is uniform over the
-solvable puzzles of the ranges, without replacement: number sets come in a random
-order, all their reachable targets are found exactly, and each is kept with one
-probability that is the same for every set.
+A puzzle is a multiset of numbers and a target. Sampling is uniform over the solvable puzzles of
+the ranges, without replacement: number sets come in a random order, all their reachable targets
+are found exactly, and each is kept with one probability that is the same for every set.
 """
 
 from __future__ import annotations
@@ -50,11 +49,7 @@ class Ranges:
     """Which puzzles exist: how many numbers, the inclusive ranges, and the operators.
 
     A puzzle belongs to them if an expression with no other operator solves it;
-    a policy may use all four all the same.
-
-    Raises:
-        ConfigError: A range is empty, below 1 or too wide, `numbers` is not 3 or 4, or
-            `operators` is not one or more of + - * /.
+    a policy may use all four all the same. A bad value raises ConfigError.
     """
 
     numbers: int
@@ -96,13 +91,12 @@ def sample_puzzles(
 ) -> list[Puzzle]:
     """Sample `count` different solvable puzzles, in random order.
 
-    No two agree in target and in numbers up to their order; the order in which a
-    puzzle lists its numbers is random. The same arguments give the same puzzles.
-    `progress` is told the number of puzzles found so far.
+    No two agree in target and in numbers up to their order; the order in which a puzzle lists its
+    numbers is random. The same arguments give the same puzzles. `progress` is told the number of
+    puzzles found so far.
 
     Raises:
-        DataError: The ranges hold fewer solvable puzzles than asked for; the
-            message says how many.
+        DataError: The ranges hold fewer solvable puzzles; the message says how many.
     """
     rate = _keep_probability(count, ranges, seed)
     found = _sample(count, ranges, seed, rate, progress)
@@ -125,7 +119,7 @@ def expression(numbers: Sequence[int], tree: int) -> str:
 
 
 def puzzle_key(ground_truth: Mapping[str, Any]) -> PuzzleKey:
-    """Return a puzzle up to order, from the ground truth of a row."""
+    """The puzzle of a row's ground truth, up to order."""
     numbers = sorted(int(number) for number in ground_truth["numbers"])
     return tuple(numbers), int(ground_truth["target"])
 
@@ -136,11 +130,7 @@ def puzzles_digest(puzzles: Collection[PuzzleKey]) -> str:
 
 
 def read_puzzles(path: str | Path) -> set[PuzzleKey]:
-    """Return the puzzles of a Countdown parquet file, up to the order of their numbers.
-
-    Raises:
-        DataError: The file is missing or damaged, or a row is no puzzle.
-    """
+    """The puzzles of a Countdown file; raises DataError where it or a row of it is none."""
     try:
         rows = pq.read_table(path, columns=["reward_model"]).to_pylist()
     except (OSError, pa.ArrowException) as error:

@@ -1,15 +1,13 @@
 """Exact values of every expression over three or four numbers, for many number sets at once.
 
-An expression is a binary tree whose leaves are all the given numbers, each once,
-and whose nodes are + - * /. Swapping the operands of + or * gives the same tree;
-equal numbers at different positions count as different leaves. That makes
-6, 108 and 3,240 trees over 2, 3 and 4 numbers.
+An expression is a binary tree whose leaves are all the given numbers, each once, and whose nodes
+are + - * /. Swapping the operands of + or * gives the same tree; equal numbers at different
+positions count as different leaves. That makes 6, 108 and 3,240 trees over 2, 3 and 4 numbers.
 
-Values are rationals p/q, kept as two arrays of whole numbers in float64, never
-reduced. Over n numbers from 1 to `MAX_NUMBER`, |p| and |q| are at most
-2^(n-1) * MAX_NUMBER^n = 2^51, so every sum and product is exact, and so is the
-test for a whole value (p == round(p/q) * q). A division by zero is written 0/0,
-which every further operation keeps at 0/0.
+Values are rationals p/q, kept as two arrays of whole numbers in float64, never reduced. Over n
+numbers from 1 to `MAX_NUMBER`, |p| and |q| are at most 2^(n-1) * MAX_NUMBER^n = 2^51, so every sum
+and product is exact, and so is the test for a whole value (p == round(p/q) * q). A division by
+zero is written 0/0, which every further operation keeps at 0/0.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ Array = np.ndarray
 # The order of the trees over a pair of subtrees: each operator as far as its order matters.
 _LAYOUT = "+--*//"
 _MINUS, _MINUS_REVERSED = 1, 2
+_REVERSED = (_MINUS_REVERSED, 5)
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _LEAF = 3
 # Elements of one block of pairs that stay in a core's cache.
@@ -91,7 +90,7 @@ def _trees(mask: int) -> tuple[Tree, ...]:
             rank = _PRECEDENCE[symbol]
             for x in _trees(left):
                 for y in _trees(right):
-                    first, second = (y, x) if kind in (_MINUS_REVERSED, 5) else (x, y)
+                    first, second = (y, x) if kind in _REVERSED else (x, y)
                     text = f"{first.beside(rank, False)} {symbol} "
                     found.append(Tree(text + second.beside(rank, symbol in "-/"), rank))
     return tuple(found)

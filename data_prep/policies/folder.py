@@ -25,11 +25,8 @@ def save_policy(
 ) -> dict[str, Any]:
     """Save a policy as a Hugging Face folder, in the place of an older one.
 
-    Returns:
-        The manifest: the facts, and the files' digests.
-
-    Raises:
-        DataError: The folder cannot be written.
+    Returns the manifest: the facts, and the files' digests. Raises DataError where the folder
+    cannot be written.
     """
     with staging(out.parent) as temporary:
         new = temporary / out.name
@@ -52,11 +49,7 @@ def write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[st
 
 
 def read_manifest(folder: Path, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Read a manifest that must have certain keys besides `files`.
-
-    Raises:
-        DataError: It is missing, or is none.
-    """
+    """Read a manifest that must have certain keys besides `files`, or raise DataError."""
     path = folder / name
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -70,11 +63,7 @@ def read_manifest(folder: Path, name: str, keys: tuple[str, ...]) -> dict[str, A
 
 
 def check_files(folder: Path, name: str, manifest: Mapping[str, Any], remedy: str) -> None:
-    """Check that a folder holds the files of its manifest, unchanged.
-
-    Raises:
-        DataError: Names the file and the remedy.
-    """
+    """Check that a folder holds the files of its manifest, unchanged; or name file and remedy."""
     for file, digest in manifest["files"].items():
         path = folder / file
         if Path(file).name != file or not path.is_file():

@@ -1,21 +1,16 @@
 """Fetch a policy at one commit: `python -m data_prep.policies.hub --out DIR --repo R --revision C`.
 
-A name on the hub means whatever its owner puts there next; a commit means the same
-bytes for good. Fetched are the weights in safetensors, the tokenizer, the
-configuration and the licence, and nothing that could be executed. Every file must have
-the digest that the hub records for that commit. The files are kept in the hub's own cache,
-where a download that broke off goes on, and linked from the new folder. With
-`HF_HUB_OFFLINE=1` they come from that cache alone.
+A commit means the same bytes for good; every file must have the digest that the hub records for
+it, and nothing is fetched that could be executed. The files are linked from the hub's own cache,
+where a download that broke off goes on. With `HF_HUB_OFFLINE=1` they come from that cache alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +24,9 @@ from hpo_verl.runs.files import remember_sha256, sha256_once
 MANIFEST = "fetched.json"
 # transformers reads model.safetensors or model-00001-of-....safetensors.
 WEIGHTS = "model*.safetensors"
-# The tokenizer, the configuration and the licence.
+# Tokenizer, configuration and licence.
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 UNWANTED = ("*/*", ".*")
-REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HOW_TO_GIVE_A_FOLDER = (
     "or copy the model to this machine and give its folder, actor_rollout_ref.model.path=FOLDER"
 )
@@ -42,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
     parser = CommandParser(description="Fetch a policy from the hub at one commit.")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
-    parser.add_argument("--repo", required=True, type=_repo, help="organisation/model")
+    parser.add_argument("--repo", required=True, help="organisation/model")
     parser.add_argument("--revision", required=True, type=commit, help="commit of the model")
     options = parser.parse_args(argv)
     names = fetch(options.out, options.repo, options.revision)["files"]
@@ -88,11 +82,7 @@ def fetch(out: str | Path, repo: str, revision: str) -> dict[str, Any]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read which commit of which model a fetched folder holds, and its files' digests.
-
-    Raises:
-        DataError: The manifest is missing or damaged.
-    """
+    """Which commit of which model a fetched folder holds, and its files' digests; or DataError."""
     return folder.read_manifest(directory, MANIFEST, ("repo", "revision"))
 
 
@@ -114,12 +104,6 @@ def made(directory: Path) -> None:
     """Take over the digests of what the command has just fetched, so that nothing is read twice."""
     for name, digest in read_manifest(directory)["files"].items():
         remember_sha256(directory / name, digest)
-
-
-def _repo(text: str) -> str:
-    if not REPO.fullmatch(text):
-        raise ArgumentTypeError(f"{text!r} is not of the form organisation/model")
-    return text
 
 
 def _hub(repo: str, revision: str, names: Sequence[str], dry_run: bool = False) -> Any:

@@ -1,10 +1,8 @@
 r"""Tokenizer of the tiny policy: byte-level BPE in Qwen2's form.
 
-transformers builds a `Qwen2Tokenizer` for every checkpoint whose config says
-Qwen2, whatever was saved beside it, so the tokenizer is one from the start:
-every byte is in the vocabulary (any text can be encoded and decoded), and the
-words of the chat template are one token each. What answers hold often is an
-ordinary added token, which decoding never strips: the answer tags, `\boxed{`,
+transformers builds a `Qwen2Tokenizer` for every checkpoint whose config says Qwen2, whatever was
+saved beside it. Every byte is in the vocabulary, so that any text can be encoded. What answers
+hold often is an ordinary added token, which decoding never strips: the answer tags, `\boxed{`,
 numbers of two digits, and the parts of a step such as `-2` and `=15`.
 """
 
@@ -58,7 +56,14 @@ def build_tokenizer() -> Qwen2Tokenizer:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-    ordinary = [ANSWER_OPEN, ANSWER_CLOSE, BOX_OPEN, *_arithmetic_tokens()]
+    ordinary = [
+        ANSWER_OPEN,
+        ANSWER_CLOSE,
+        BOX_OPEN,
+        *(str(number) for number in range(10, MAX_VALUE + 1)),
+        *(f"{operator}{number}" for operator in "+-*/" for number in range(1, MAX_NUMBER + 1)),
+        *(f"={value}" for value in range(MAX_VALUE + 1)),
+    ]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in ordinary])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -68,11 +73,3 @@ def step_part(token: str) -> tuple[str, int] | None:
     """Split a token such as `*3` into its mark and its number; None for any other token."""
     match = _STEP_PART.fullmatch(token)
     return (match[1] or "", int(match[2])) if match else None
-
-
-def _arithmetic_tokens() -> list[str]:
-    return [
-        *(str(number) for number in range(10, MAX_VALUE + 1)),
-        *(f"{operator}{number}" for operator in "+-*/" for number in range(1, MAX_NUMBER + 1)),
-        *(f"={value}" for value in range(MAX_VALUE + 1)),
-    ]

@@ -163,21 +163,17 @@ def _compose_numbers(weight: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:
     Numbers lie on circles of several periods, so that sums are rotations and
     nothing about counting need be learnt token by token.
     """
-    initial = weight.clone()
-    numbers = _NUMBER_SCALE * _number_features()
-    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        if part := step_part(token):
-            mark, number = part
-            vector = initial[i] / 2
-            if mark:
-                vector = vector + initial[tokenizer.convert_tokens_to_ids(mark)]
-            vector[: numbers.shape[1]] += numbers[number]
-            weight[i] = vector
-
-
-def _number_features() -> torch.Tensor:
-    """Return features of the numbers 0 to MAX_VALUE, one row each."""
     number = torch.arange(MAX_VALUE + 1, dtype=torch.float32)
     angles = [2 * math.pi * number / period for period in _PERIODS]
     circles = [wave for angle in angles for wave in (angle.cos(), angle.sin())]
-    return torch.stack([*circles, number / 50 - 1, number.log1p() / 2 - 1], dim=1)
+    features = torch.stack([*circles, number / 50 - 1, number.log1p() / 2 - 1], dim=1)
+    numbers = _NUMBER_SCALE * features
+    initial = weight.clone()
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if part := step_part(token):
+            mark, value = part
+            vector = initial[i] / 2
+            if mark:
+                vector = vector + initial[tokenizer.convert_tokens_to_ids(mark)]
+            vector[: numbers.shape[1]] += numbers[value]
+            weight[i] = vector

@@ -5,7 +5,6 @@ r"""Write TeleLogs, or its synthetic twin, as parquet for verl.
     python -m data_prep.telelogs --source train.jsonl --val-source test.jsonl --out ~/telelogs
 
 Synthetic rows have data_source `telelogs_synthetic`, real ones `telelogs`.
-The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -123,27 +122,20 @@ def _parser() -> CommandParser:
         description=(__doc__ or "").strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--source",
-        required=True,
-        help="synthetic | hub (gated; token in HF_TOKEN) | a .parquet, .jsonl or .csv file with "
-        "the columns question and answer",
-    )
-    parser.add_argument("--val-source", help="a second such file, for validation")
-    parser.add_argument(
-        "--revision", type=commit, help="commit of the hub's dataset (default: the newest)"
-    )
+    add = parser.add_argument
     rows = integer_in(1, 10_000_000)
-    parser.add_argument("--train-size", type=rows, help="rows (default: 2400 synthetic, else all)")
-    parser.add_argument("--val-size", type=rows, help="rows (default: 864 synthetic, else all)")
-    parser.add_argument("--seed", type=integer_in(0, 2**63 - 1), default=0)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the two parquet files")
-    parser.add_argument(
-        "--prompt",
-        choices=("full", "tiny"),
-        default="full",
-        help="tiny: nine letters instead of the tables, for the tiny CPU policy (synthetic only)",
+    sources = "synthetic | hub (gated; token in HF_TOKEN) | a .parquet, .jsonl or .csv file with "
+    add("--source", required=True, help=sources + "the columns question and answer")
+    add("--val-source", help="a second such file, for validation")
+    add("--revision", type=commit, help="commit of the hub's dataset (default: the newest)")
+    add("--train-size", type=rows, help="rows (default: 2400 synthetic, else all)")
+    add("--val-size", type=rows, help="rows (default: 864 synthetic, else all)")
+    add("--seed", type=integer_in(0, 2**63 - 1), default=0)
+    add("--out", required=True, type=Path, help="folder of the two parquet files")
+    compressed = (
+        "tiny: nine letters instead of the tables, for the tiny CPU policy (synthetic only)"
     )
+    add("--prompt", choices=("full", "tiny"), default="full", help=compressed)
     return parser
 
 

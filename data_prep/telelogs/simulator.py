@@ -1,16 +1,14 @@
 """Simulated 5G drive tests with exactly one injected root cause (synthetic TeleLogs).
 
-A healthy drive is planned first from one random stream, whatever the cause;
-the fault then changes the one thing it is about, with draws of its own stream;
-last, physics turns the plan into measurements. So two drives with the same
-seed and different causes agree, digit for digit, in every column that neither
-cause touches, and nothing but the fault can give a cause away.
+A healthy drive is planned first from one random stream, whatever the cause; the fault then changes
+the one thing it is about, with draws of its own stream; last, physics turns the plan into
+measurements. So two drives with the same seed and different causes agree, digit for digit, in
+every column that neither cause touches, and nothing but the fault can give a cause away.
 
-What a drive test cannot show (the load of the cells, the rank and block error
-rate of the link) is drawn, with the same distribution for every cause: SINR
-and throughput tell when the user suffers, never why. The thresholds behind
-each cause are those of the TeleLogs causes (arXiv 2507.21974) where the cause
-names one, and otherwise our own.
+What a drive test cannot show (the load of the cells, the rank and block error rate of the link) is
+drawn, with the same distribution for every cause: SINR and throughput tell when the user suffers,
+never why. The thresholds behind each cause are those of the TeleLogs causes (arXiv 2507.21974)
+where the cause names one, and otherwise our own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where real TeleLogs rows come from, and where they may not go.
 
-The dataset `netop/TeleLogs` (arXiv 2507.21974) is gated and its authors ask
-that it is not shared again: its rows are read with the user's own token or
-from the user's own file, and are never written into a repository.
+The dataset `netop/TeleLogs` (arXiv 2507.21974) is gated and its authors ask that it is not shared
+again: its rows are read with the user's own token or from the user's own file, and are never
+written into a repository.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def read_examples(path: str | Path) -> list[Example]:
     """Read the columns question and answer of a parquet, jsonl or csv file.
 
     Raises:
-        DataError: The file cannot be read, or a row has no question or a cause
-            that is not C1 to C8; names file, row and column.
+        DataError: The file cannot be read, or a row is not as it must be; names row and column.
     """
     path = Path(path)
     if path.suffix not in _READERS:

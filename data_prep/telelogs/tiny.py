@@ -1,11 +1,9 @@
 r"""The compressed form of the synthetic TeleLogs task, for the tiny CPU policy.
 
-This is not TeleLogs: a policy of 0.65M parameters cannot read 2,500 tokens of
-tables. Nine features are computed from the measurements (never from the
-injected cause), each is put in one of two or three bins, and each bin has one
-letter of its own: the user message is those nine letters, the answer is
-`\boxed{C3}` as in the full task. The cause can be inferred from the letters,
-but only by knowing all eight causes.
+This is not TeleLogs: a policy of 0.15 million parameters cannot read 2,500 tokens of tables. Nine
+features are computed from the measurements (never from the injected cause), and each is put in
+one of two or three bins that have a letter of their own: the user message is those nine letters,
+the answer is `\boxed{C3}` as in the full task.
 """
 
 from __future__ import annotations
