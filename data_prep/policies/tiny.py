@@ -129,7 +129,17 @@ def make_policy(
                 demonstrations = TeleLogsDemonstrations(seed)
             else:
                 demonstrations = CountdownDemonstrations(seed, held_out)
-            warm_start(model, tokenizer, demonstrations, schedule, progress)
+            parts = (
+                (schedule.skill_steps, schedule.skill_direct_share),
+                (schedule.habit_steps, schedule.habit_direct_share),
+            )
+            batches = (
+                batch
+                for steps, share in parts
+                for batch in demonstrations.batches(tokenizer, steps, schedule.batch_size, share)
+            )
+            weighty: Any = tokenizer.convert_tokens_to_ids(list(demonstrations.weighty))
+            warm_start(model, batches, schedule.steps, weighty, progress)
     finally:
         torch.set_num_threads(threads)
     facts = {

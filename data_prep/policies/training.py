@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
 
-from data_prep.policies.demos import IGNORED, Demonstrations
+from data_prep.policies.demos import IGNORED
 from data_prep.policies.tokenizer import END_OF_TEXT, MAX_VALUE, TURN_END, step_part
-
-if TYPE_CHECKING:
-    from data_prep.policies.tiny import Schedule
 
 _PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50, 100)
 _NUMBER_SCALE = 0.1
@@ -69,16 +64,15 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 def warm_start(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Demonstrations,
-    schedule: Schedule,
-    progress: Callable[[int], None] = lambda done: None,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    weighty: Sequence[int],
+    progress: Callable[[int], None],
 ) -> None:
-    """Train the tiny policy on demonstrations, in place.
+    """Let the tiny policy imitate that many batches; the arguments are those of `train`.
 
     Matrices inside the layers are updated by Muon (orthogonalised momentum), the
-    rest by AdamW: at this size that needs half the steps of AdamW alone. `progress` is
-    told the number of batches done.
+    rest by AdamW: at this size that needs half the steps of AdamW alone.
     """
     inner = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in inner}
@@ -87,17 +81,7 @@ def warm_start(
         torch.optim.Muon(inner, lr=_MUON_LR, weight_decay=_WEIGHT_DECAY),
         torch.optim.AdamW(rest, lr=_ADAM_LR, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY),
     ]
-    parts = (
-        (schedule.skill_steps, schedule.skill_direct_share),
-        (schedule.habit_steps, schedule.habit_direct_share),
-    )
-    batches = (
-        batch
-        for steps, direct_share in parts
-        for batch in demonstrations.batches(tokenizer, steps, schedule.batch_size, direct_share)
-    )
-    weighty = tokenizer.convert_tokens_to_ids(list(demonstrations.weighty))
-    train(model, batches, optimizers, _rate(schedule.steps), weighty, progress)  # pyright: ignore[reportArgumentType]
+    train(model, batches, optimizers, _rate(steps), weighty, progress)
 
 
 def train(
