@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.output import staging, write_errors
+from data_prep.command import staging, write_errors
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import sync
 

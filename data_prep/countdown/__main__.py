@@ -15,11 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from data_prep.command import CommandParser, integer_in, progress_bar, run
-from data_prep.countdown.prompts import PROMPTS
-from data_prep.countdown.puzzles import OPERATORS, Puzzle, Ranges, sample_puzzles
+from data_prep.command import CommandParser, check_output, integer_in, progress_bar, run
+from data_prep.countdown.puzzles import OPERATORS, PROMPTS, Puzzle, Ranges, sample_puzzles
 from data_prep.countdown.trees import SIZES
-from data_prep.output import check_output
 from data_prep.splits import Row, verl_row, write_splits
 
 DATA_SOURCE = "countdown"

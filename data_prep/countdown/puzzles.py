@@ -1,4 +1,4 @@
-"""Countdown puzzles: sample solvable ones, and name them.
+"""Countdown puzzles: sample solvable ones, name them, and put them to a policy.
 
 A puzzle is a multiset of numbers and a target. Sampling is uniform over the solvable puzzles of
 the ranges, without replacement: number sets come in a random order, all their reachable targets
@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.command import first_line
 from data_prep.countdown.trees import MAX_NUMBER, SIZES, Array, Solutions, solutions, trees
-from data_prep.output import first_line
 from hpo_verl.errors import ConfigError, DataError
 
 # A puzzle up to order: sorted numbers and target.
 PuzzleKey = tuple[tuple[int, ...], int]
+Messages = list[dict[str, str]]
 
 OPERATORS = "+-*/"
 # How many sets to solve between two reports of progress, by count of numbers.
@@ -33,6 +34,15 @@ SETS_AT_ONCE = {3: 4096, 4: 2048}
 _MOST_SETS = 20_000_000
 # After so many sets without any puzzle there is none to be found.
 _HOPELESS = 20_000
+# No prompt holds an expression in the reward's grammar, which could be copied as an answer.
+_SYSTEM = (
+    "You solve arithmetic puzzles. Reason step by step, check your result, "
+    "and then give the answer in the form asked for."
+)
+_TASK = (
+    "Combine the numbers {numbers} into an expression whose value is exactly {target}. "
+    "Use each number exactly once, no other number, and only +, -, *, / and parentheses. "
+)
 
 
 class Puzzle(NamedTuple):
@@ -145,6 +155,33 @@ def read_puzzles(path: str | Path) -> set[PuzzleKey]:
                 "{target: integer, numbers: [integer, ...]}"
             ) from error
     return puzzles
+
+
+def chat_messages(numbers: Sequence[int], target: int) -> Messages:
+    """System and user message, for instruction-tuned models: the chat template wraps them once."""
+    task = _TASK.format(numbers=", ".join(map(str, numbers)), target=target)
+    return [
+        {"role": "system", "content": _SYSTEM},
+        {
+            "role": "user",
+            "content": task + "Close your reply with the expression between answer tags, "
+            "like this: <answer>expression</answer>",
+        },
+    ]
+
+
+def tiny_messages(numbers: Sequence[int], target: int) -> Messages:
+    """One short message such as `3 7 2 = 13`, for the tiny policy that is trained on CPU.
+
+    It explains nothing: only a policy that was warm-started on this form can read it.
+    """
+    return [{"role": "user", "content": f"{' '.join(map(str, numbers))} = {target}"}]
+
+
+PROMPTS: dict[str, Callable[[Sequence[int], int], Messages]] = {
+    "chat": chat_messages,
+    "tiny": tiny_messages,
+}
 
 
 def _keep_probability(count: int, ranges: Ranges, seed: int) -> float:

@@ -18,11 +18,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.countdown.prompts import tiny
-from data_prep.countdown.puzzles import PuzzleKey
+from data_prep.countdown.puzzles import PuzzleKey, tiny_messages
 from data_prep.policies.tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_NUMBER, MAX_VALUE
+from data_prep.telelogs.prompt import tiny_prompt
 from data_prep.telelogs.simulator import simulate
-from data_prep.telelogs.tiny import tiny_prompt
 from hpo_verl.rewards.telelogs import CAUSES
 
 IGNORED = -100
@@ -129,7 +128,9 @@ class CountdownDemonstrations(Demonstrations):
         else:
             worked = [self._random.choice(attempts[value]) for value in values]
             lines, answer = "".join(f"{line}\n" for _, line in worked), worked[-1][0]
-        return Demonstration(tiny(shown, target), f"{lines}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}")
+        return Demonstration(
+            tiny_messages(shown, target), f"{lines}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+        )
 
     def _guess(self, numbers: tuple[int, ...]) -> str:
         first, *rest = self._random.sample(numbers, len(numbers))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.output import staging
+from data_prep.command import staging
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import sha256_once
 

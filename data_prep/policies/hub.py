@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.command import CommandParser, commit, run
-from data_prep.output import check_output, first_line, staging
+from data_prep.command import CommandParser, check_output, commit, first_line, run, staging
 from data_prep.policies import folder
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import remember_sha256, sha256_once

@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.command import CommandParser, integer_in, progress_bar, run
+from data_prep.command import CommandParser, check_output, integer_in, progress_bar, run
 from data_prep.countdown.puzzles import PuzzleKey, puzzles_digest, read_puzzles
-from data_prep.output import check_output
 from data_prep.policies.folder import check_files, read_manifest, save_policy
 from hpo_verl.errors import DataError
 

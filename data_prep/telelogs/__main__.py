@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.command import CommandParser, commit, integer_in, progress_bar, run
-from data_prep.output import check_output
+from data_prep.command import CommandParser, check_output, commit, integer_in, progress_bar, run
 from data_prep.splits import Row, verl_row, write_splits
-from data_prep.telelogs.prompt import render
+from data_prep.telelogs.prompt import render, tiny_prompt
 from data_prep.telelogs.simulator import simulate
 from data_prep.telelogs.sources import (
     Example,
@@ -28,7 +27,6 @@ from data_prep.telelogs.sources import (
     read_examples,
     read_hub,
 )
-from data_prep.telelogs.tiny import tiny_prompt
 from hpo_verl.rewards.telelogs import CAUSES
 
 REAL, SYNTHETIC = "telelogs", "telelogs_synthetic"

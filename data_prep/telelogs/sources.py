@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow.csv import ParseOptions, read_csv
 from pyarrow.json import read_json
 
-from data_prep.output import first_line
+from data_prep.command import first_line
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.telelogs import CAUSES
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from data_prep.countdown.prompts import tiny
-from data_prep.countdown.puzzles import PuzzleKey, Ranges, puzzle_key, sample_puzzles
+from data_prep.countdown.puzzles import PuzzleKey, Ranges, puzzle_key, sample_puzzles, tiny_messages
 from data_prep.policies.demos import CountdownDemonstrations, Demonstration, Demonstrations
 from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.config.recipes import nearest, recipes_directory
@@ -84,7 +83,7 @@ def _countdown_questions(
     puzzles = sample_puzzles(train_size + held_out_size, _recipe_ranges(numbers), seed)
     questions = [
         Question(
-            tiny(puzzle.numbers, puzzle.target),
+            tiny_messages(puzzle.numbers, puzzle.target),
             {"target": puzzle.target, "numbers": list(puzzle.numbers)},
         )
         for puzzle in puzzles

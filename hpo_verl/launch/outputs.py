@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.output import check_output, staging
+from data_prep.command import check_output, staging
 from hpo_verl.checks.storage import nearest_existing
 from hpo_verl.errors import DataError, EnvironmentCheckError
 from hpo_verl.installed import package_versions

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.command import run
 from data_prep.countdown import __main__ as countdown
-from data_prep.countdown.prompts import PROMPTS
+from data_prep.countdown.puzzles import PROMPTS
 from hpo_verl.rewards.countdown import compute_score
 
 GOLDEN = Path(__file__).with_name("golden") / "countdown_prompts.json"

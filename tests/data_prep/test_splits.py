@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import output, splits
-from data_prep.output import check_output
+from data_prep import command, splits
+from data_prep.command import check_output
 from data_prep.splits import verl_row, write_splits
 from hpo_verl.errors import DataError
 
@@ -62,7 +62,7 @@ def full_disk_for(monkeypatch, name):
             (Path(self.name) / name).symlink_to("/dev/full")
             return self.name
 
-    monkeypatch.setattr(output.tempfile, "TemporaryDirectory", Folder)
+    monkeypatch.setattr(command.tempfile, "TemporaryDirectory", Folder)
 
 
 def failing(error):
@@ -118,6 +118,6 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         write_splits(tmp_path / "taken", {"train": [row(0)], "val": [row(0)]}, MADE)
     assert os.listdir(tmp_path / "taken") == ["val.parquet"]
     check_output(tmp_path / "not" / "yet")
-    monkeypatch.setattr(output.os, "access", lambda *_: False)
+    monkeypatch.setattr(command.os, "access", lambda *_: False)
     with pytest.raises(DataError, match="no permission to write in"):
         check_output(tmp_path / "not" / "yet")

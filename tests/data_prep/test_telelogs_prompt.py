@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from data_prep.telelogs.__main__ import synthetic_rows
-from data_prep.telelogs.prompt import render
+from data_prep.telelogs.prompt import FEATURES, render, tiny_prompt
 from data_prep.telelogs.simulator import simulate
-from data_prep.telelogs.tiny import FEATURES, tiny_prompt
 from hpo_verl.rewards.telelogs import CAUSES
 
 GOLDEN = Path(__file__).with_name("golden")

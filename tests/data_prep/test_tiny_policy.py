@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from data_prep.command import run
 from data_prep.countdown import __main__ as countdown
-from data_prep.countdown.prompts import tiny
-from data_prep.countdown.puzzles import puzzles_digest, read_puzzles
+from data_prep.countdown.puzzles import puzzles_digest, read_puzzles, tiny_messages
 from data_prep.policies import folder, training
 from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.demos import (
@@ -261,12 +260,12 @@ def test_answers_are_few_tokens_and_reach_the_reward(tokenizer):
 
 
 def test_the_chat_template_wraps_a_puzzle_in_sixteen_tokens(tokenizer):
-    messages = tiny([3, 7, 2], 15)
+    messages = tiny_messages([3, 7, 2], 15)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>user\n3 7 2 = 15<|im_end|>\n<|im_start|>assistant\n"
     for target in (1, 9, 10, 45):
         encoded = tokenizer.apply_chat_template(
-            tiny([9, 1, 15], target), add_generation_prompt=True
+            tiny_messages([9, 1, 15], target), add_generation_prompt=True
         )
         assert len(encoded["input_ids"]) == PROMPT_TOKENS
     assert len(tokenizer.encode("\n")) == 1
