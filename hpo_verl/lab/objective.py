@@ -42,12 +42,7 @@ _READ = (
 
 @dataclass(frozen=True)
 class Objective:
-    """An algorithm with its settings.
-
-    Attributes:
-        section: verl's `algorithm` section.
-        actor: verl's typed actor config.
-    """
+    """An algorithm with its settings: verl's `algorithm` section, and its typed actor config."""
 
     section: DictConfig
     actor: Any
@@ -180,12 +175,7 @@ class Objective:
 def read_objective(
     task: Task, algorithm: str, changes: Mapping[str, Any] | None = None
 ) -> Objective:
-    """Put an algorithm upon a task's recipe, and try it on a small batch.
-
-    Args:
-        task: Whose recipe and response length are used.
-        algorithm: Name of a record.
-        changes: Settings over the recipe's own, by their full key in verl's configuration.
+    """Put an algorithm upon a task's recipe, with changes by full key, and try it on a batch.
 
     Raises:
         ConfigError: Unknown algorithm or setting, a bad value, a setting that the lab does not

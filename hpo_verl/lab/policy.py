@@ -20,17 +20,11 @@ Prompt = tuple[int, ...]
 
 
 class Responses(NamedTuple):
-    """Sampled responses.
+    """Sampled responses, `[batch, time]` each."""
 
-    Attributes:
-        tokens: `[batch, time]` int64, the padding token after the end.
-        mask: Bool, `[batch, time]`; the end token counts.
-        log_probs: Under the policy that sampled, nats, `[batch, time]`; 0 beyond the end.
-    """
-
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    log_probs: torch.Tensor
+    tokens: torch.Tensor  # int64, the padding token after the end
+    mask: torch.Tensor  # bool; the end token counts
+    log_probs: torch.Tensor  # under the policy that sampled, nats; 0 beyond the end
 
 
 class Policy:
@@ -47,11 +41,7 @@ class Policy:
 
     @classmethod
     def load(cls, folder: str | Path) -> Policy:
-        """Load a policy from a folder in Hugging Face format; no code of the folder is run.
-
-        Raises:
-            DataError: The folder holds no causal model, or its tokenizer no chat template.
-        """
+        """Load a folder in Hugging Face format, or raise DataError; no code of it is run."""
         # A bar for each of hundreds of small files tells nobody anything.
         disable_progress_bar()
         try:

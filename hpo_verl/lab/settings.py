@@ -86,29 +86,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: everything that decides its result.
-
-    Attributes:
-        warm_start: Success that the run begins with, as a fraction.
-        variant: Its name in the study.
-        algorithm: Name of its record.
-        settings: Over the algorithm's recipe.
-        seed: Of warm start, questions and sampling.
-        training: How it trains; its `learning_rate` is not read.
-        policy: Folder of the policy that the warm start begins with; None for the tiny policy.
-    """
+    """One run: everything that decides its result."""
 
     study: str
     task: str
-    warm_start: float
-    variant: str
+    warm_start: float  # success that the run begins with, as a fraction
+    variant: str  # its name in the study
     algorithm: str
-    settings: dict[str, Any]
-    learning_rate: float
-    seed: int
+    settings: dict[str, Any]  # over the algorithm's recipe
+    learning_rate: float  # that of `training` is not read
+    seed: int  # of warm start, questions and sampling
     training: Training
     evaluation: Evaluation
-    policy: str | None = None
+    policy: str | None = None  # folder that the warm start begins with; None: the tiny policy
 
     @property
     def name(self) -> str:
@@ -186,12 +176,7 @@ def study_names() -> list[str]:
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
-    """Compose a study with Hydra's overrides and check every value.
-
-    Args:
-        name: One of `study_names`.
-        overrides: `KEY=VALUE`.
-        only: Variants to keep; empty for all.
+    """Compose a study with Hydra's overrides, check every value, and keep `only` some variants.
 
     Raises:
         ConfigError: An unknown name (with the nearest one), or a bad value.

@@ -32,11 +32,7 @@ from hpo_verl.runs.files import locked
 
 
 def missing_cells(study: Study, folder: Path) -> list[Cell]:
-    """Cells of the study that the folder does not hold yet.
-
-    Raises:
-        ConfigError: The folder holds runs that trained or were measured differently.
-    """
+    """Cells that the folder does not hold yet; refuses a folder of runs with other settings."""
     shared = {"training": vars(study.training), "evaluation": vars(study.evaluation)}
     require_same_settings(folder, [*(result.cell for result in read_results(folder)), shared])
     return [cell for cell in study.cells() if not cell_path(folder, cell).exists()]
@@ -54,14 +50,9 @@ def run_study(
     report: Callable[[Cell, Outcome], None],
     command: str = "",
 ) -> None:
-    """Run the missing cells of a study.
+    """Run the missing cells of a study, and report each as it is finished.
 
-    Args:
-        study: What to run.
-        folder: Where results are kept.
-        workers: Processes, one cell each at a time; 1 stays in this process.
-        report: Told of every cell as it is finished.
-        command: That asked for the study; kept with the results.
+    One worker is this process, several are processes. The command is kept with the results.
 
     Raises:
         EnvironmentCheckError: Another process runs a study in this folder, or a worker was killed.

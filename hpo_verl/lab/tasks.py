@@ -32,37 +32,29 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What the trainer and the warm start need to know.
-
-    Attributes:
-        policy: The tiny policy's task that a warm start begins with.
-        recipe: Name of the recipe whose settings an algorithm is put upon.
-        max_response_length: Tokens, the end token included.
-        questions: From sizes and seed to training and held-out questions.
-        score: Reward of a response, 0.0 or 1.0.
-        careless: Draws an answer that is wrong.
-        keys: Puzzles of questions, which no demonstration may pose.
-        demonstrations: From seed and such puzzles to demonstrations of the skill; None where the
-            tiny policy has it.
-    """
+    """What the trainer and the warm start need to know."""
 
     name: str
+    # The tiny policy's task that a warm start begins with.
     policy: str
+    # Name of the recipe whose settings an algorithm is put upon.
     recipe: str
+    # Tokens, the end token included.
     max_response_length: int
+    # From sizes and seed to training and held-out questions.
     questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
+    # Reward of a response, 0.0 or 1.0.
     score: Callable[[str, Any], float]
+    # Draws an answer that is wrong.
     careless: Callable[[random.Random, list[Question]], Demonstration]
+    # Puzzles of questions, which no demonstration may pose.
     keys: Callable[[list[Question]], set[PuzzleKey]]
+    # From seed and such puzzles to demonstrations; None where the tiny policy has the skill.
     demonstrations: Callable[[int, set[PuzzleKey]], Demonstrations] | None = None
 
 
 def find_task(name: str) -> Task:
-    """Return a task by its name.
-
-    Raises:
-        ConfigError: Unknown; names the nearest one.
-    """
+    """Return a task by its name; an unknown one is a ConfigError that names the nearest."""
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}: {nearest(name, TASKS)}")
     return TASKS[name]

@@ -33,19 +33,12 @@ class Outcome(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Responses; those of a prompt are neighbours.
+    """Responses; those of a prompt are neighbours."""
 
-    Attributes:
-        questions: Index of every response's question in the training set, `[batch]`.
-        prompts: Tokens of every response's prompt.
-        responses: `[batch, time]` each.
-        rewards: `[batch]`.
-    """
-
-    questions: torch.Tensor
-    prompts: list[Prompt]
-    responses: Responses
-    rewards: torch.Tensor
+    questions: torch.Tensor  # index of every response's question in the training set, `[batch]`
+    prompts: list[Prompt]  # tokens of every response's prompt
+    responses: Responses  # `[batch, time]` each
+    rewards: torch.Tensor  # `[batch]`
 
     def at(self, rows: torch.Tensor) -> Rollout:
         """Some of the rows."""

@@ -151,10 +151,7 @@ def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:
 
 
 def _unlearn(policy: Policy, cell: Cell, task: Task, questions: list[Question]) -> float:
-    """Imitate careless answers until success has fallen to the level; return the success.
-
-    A skilled policy below the level stays as it is; the success is what was measured.
-    """
+    """Imitate careless answers until the measured success has fallen to the level; return it."""
     rng = random.Random(cell.seed)  # noqa: S311 - no secret
     shown = rng.choices(questions, k=_MEASURED)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_HABIT_LEARNING_RATE)

@@ -30,11 +30,7 @@ _STYLE: Any = {
 
 
 def check_picture(path: Path) -> None:
-    """Check that a picture can be written.
-
-    Raises:
-        ConfigError: Unknown format, or no such folder.
-    """
+    """Raise ConfigError for a picture of unknown format, or one that has no folder."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--picture {path}: must end with {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir() or path.is_dir():

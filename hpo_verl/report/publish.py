@@ -46,10 +46,7 @@ def results_directory() -> Path:
 
 
 def comparisons(sources: Sequence[Path]) -> list[Comparison]:
-    """Read finished runs and sort them by study.
-
-    Args:
-        sources: Folders of `hpo-verl lab run`, or parquet files of runs.
+    """Read finished runs of folders or parquet files, and sort them by study.
 
     Raises:
         ConfigError: A source holds nothing, or runs that cannot be compared.
@@ -85,12 +82,7 @@ def write_report(sources: Sequence[Path], out: Path) -> Path:
 
 
 def publish(folders: Sequence[Path], kept: Path) -> None:
-    """Keep runs, one file per study; rewrite manifest, pictures, and the blocks of README.md.
-
-    Args:
-        folders: Of `hpo-verl lab run`, may be empty; an earlier file of a study is replaced.
-        kept: Where the files of studies are.
-    """
+    """Keep the runs of folders, one file per study; rewrite manifest, pictures and README.md."""
     for study in comparisons(folders):
         write_results(kept / f"{study.study}.parquet", study.results)
     studies = comparisons(sorted(kept.glob("*.parquet")))
@@ -129,11 +121,7 @@ def tables(comparison: Comparison) -> str:
 
 
 def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
-    """Replace the content of every block of a text.
-
-    Raises:
-        DataError: A block is not closed, or there is nothing for it.
-    """
+    """Replace the content of every block of a text; a block without content is a DataError."""
     begin, end = "<!-- results: ", "<!-- end -->"
     head, *parts = text.split(begin)
     filled = [head]

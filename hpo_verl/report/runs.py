@@ -31,9 +31,7 @@ class Run(NamedTuple):
     """One finished run.
 
     Attributes:
-        folder: Where it is.
         name: Task and model, or verl's experiment name; and the algorithm.
-        seed: Of data and sampling.
         numbers: `steps`; success on held-out prompts `before` and `after` training, fractions;
             `s/step`, the median of verl's `timing_s/step`. NaN where not measured.
         curve: Success by step.
@@ -83,11 +81,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Iterable[Path], announce: Callable[[str], None] = print) -> list[Run]:
-    """Read runs, and leave out those that have not finished.
-
-    Args:
-        folders: of the runs.
-        announce: told of each that is left out.
+    """Read runs, and leave out those that have not finished, after an announcement of each.
 
     Raises:
         DataError: names all folders that hold no run or are given twice; or no run has finished.

@@ -121,11 +121,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def require_same_settings(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
-    """Refuse to compare runs that trained or were measured differently.
-
-    Raises:
-        ConfigError: Names the folder, the first setting that differs, and its values.
-    """
+    """Refuse to compare runs that trained or were measured differently, by a ConfigError."""
     for section in _SETTINGS:
         for cell in cells:
             for key, value in cell[section].items():
@@ -151,15 +147,10 @@ class Regime(NamedTuple):
 
 
 class Comparison:
-    """The runs of one study.
-
-    Args:
-        study: Its name; `recipes/lab/<study>.yaml` says baseline and order of the variants.
-        results: Its finished runs, thinned here.
+    """The runs of one study; `recipes/lab/<study>.yaml` says baseline and order of the variants.
 
     Attributes:
-        baseline: Variant that the others are compared with.
-        variants: In order of the study's file.
+        results: Its finished runs, thinned.
         rates: Learning rate of every variant; with several, the one whose mean area on
             the first quarter of the seeds was largest.
         tuned: Seeds that chose the rates, and are left out of every comparison.
