@@ -32,8 +32,6 @@ OPERATORS = "+-*/"
 SETS_AT_ONCE = {3: 4096, 4: 2048}
 # Most number sets, whose order is one permutation in memory.
 _MOST_SETS = 20_000_000
-# After so many sets without any puzzle there is none to be found.
-_HOPELESS = 20_000
 # No prompt holds an expression in the reward's grammar, which could be copied as an answer.
 _SYSTEM = (
     "You solve arithmetic puzzles. Reason step by step, check your result, "
@@ -202,12 +200,10 @@ def _sample(
 ) -> list[Puzzle]:
     rng = np.random.default_rng((seed, 1))
     found: list[Puzzle] = []
-    visited = 0
     for sets in _number_sets(ranges, seed):
         found += _keep(sets, ranges, rate, rng)
-        visited += len(sets)
         progress(min(len(found), count))
-        if len(found) >= count or (not found and visited >= _HOPELESS):
+        if len(found) >= count:
             break
     return found
 

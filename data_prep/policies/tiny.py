@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.held_out and options.task != "countdown":
         parser.error("--held-out needs --task countdown")
-    check_output(options.out)
     held_out = read_puzzles(options.held_out) if options.held_out else ()
     with progress_bar() as progress:
         bar = progress.add_task("warm start", total=SCHEDULES[options.task].steps)
@@ -93,7 +92,7 @@ def make_policy(
         out: Folder, made if missing.
         seed: Of the initial weights and the demonstrations.
         held_out: Puzzles that no demonstration of Countdown poses.
-        schedule: Length and mixture of the warm start; that of the task if None.
+        schedule: That of the task if None.
         progress: Told the number of batches done.
         task: A key of `SCHEDULES`.
 

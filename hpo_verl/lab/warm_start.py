@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_prep.command import staging
 from data_prep.countdown.puzzles import puzzles_digest
 from data_prep.policies import tiny as tiny_policy
-from data_prep.policies.demos import encode, token_batch
+from data_prep.policies.demos import Demonstrations, encode, token_batch
 from data_prep.policies.folder import check_files, read_manifest, save_policy
 from data_prep.policies.training import train
 from hpo_verl.errors import DataError
@@ -91,7 +92,6 @@ def make(cell: Cell) -> float:
             success = _unlearn(policy, cell, task, questions)
         finally:
             torch.set_num_threads(threads)
-        shutil.rmtree(folder, ignore_errors=True)
         facts = {"versions": warm_start_versions(), "success": success}
         save_policy(folder, policy.model, policy.tokenizer, FACTS, facts)
     return success
@@ -129,25 +129,32 @@ def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:
     try:
         tiny_policy.check(folder)
     except DataError:
-        shutil.rmtree(folder, ignore_errors=True)
         schedule = tiny_policy.SCHEDULES[task.policy]
         if task.policy in _GUESSES:
             schedule = replace(schedule, habit_direct_share=_GUESSES[task.policy])
-        tiny_policy.make_policy(folder, seed, keys, schedule, task=task.policy)
-        if task.demonstrations is not None:
-            policy = Policy.load(folder)
-            shown = task.demonstrations(seed, keys)
-            optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_SKILL_LEARNING_RATE)
-            train(
-                policy.model,
-                shown.batches(policy.tokenizer, _SKILL_STEPS, _SKILL_BATCH, 0.0),
-                [optimizer],
-                rate=lambda step: 1.0 - 0.95 * step / _SKILL_STEPS,
-            )
-            manifest = read_manifest(folder, tiny_policy.MANIFEST, ())
-            del manifest["files"]
-            save_policy(folder, policy.model, policy.tokenizer, tiny_policy.MANIFEST, manifest)
+        with staging(cache_folder()) as temporary:
+            made = temporary / name
+            tiny_policy.make_policy(made, seed, keys, schedule, task=task.policy)
+            if task.demonstrations is not None:
+                _teach(made, task.demonstrations(seed, keys))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(made, folder)
     return folder
+
+
+def _teach(folder: Path, shown: Demonstrations) -> None:
+    """Let the tiny policy of a folder imitate demonstrations of the task's own."""
+    policy = Policy.load(folder)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_SKILL_LEARNING_RATE)
+    train(
+        policy.model,
+        shown.batches(policy.tokenizer, _SKILL_STEPS, _SKILL_BATCH, 0.0),
+        [optimizer],
+        rate=lambda step: 1.0 - 0.95 * step / _SKILL_STEPS,
+    )
+    manifest = read_manifest(folder, tiny_policy.MANIFEST, ())
+    del manifest["files"]
+    save_policy(folder, policy.model, policy.tokenizer, tiny_policy.MANIFEST, manifest)
 
 
 def _unlearn(policy: Policy, cell: Cell, task: Task, questions: list[Question]) -> float:

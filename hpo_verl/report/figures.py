@@ -79,15 +79,12 @@ def draw_study(comparison: Comparison, folder: Path) -> list[tuple[Path, str]]:
     figures = []
     for regime, methods in comparison.runs.items():
         name = f"{comparison.study}-{regime.task}-{regime.warm_start:g}-curves.svg"
-        curves = {
-            variant: pd.DataFrame(
-                {seed: run.measured.set_index("step")["success"] for seed, run in runs.items()}
-            )
-            for variant, runs in ((variant, found["result"]) for variant, found in methods.items())
-        }
+        curves = {}
+        for variant, runs in methods.items():
+            success = [result.measured.set_index("step")["success"] for result in runs["result"]]
+            curves[variant] = pd.concat(success, axis=1)
         draw_curves(curves, comparison.baseline, folder / name)
         caption = "success on held-out questions, interquartile mean over seeds with 95 % interval"
-        figures.append(
-            (folder / name, f"{regime.title}: {caption}; dashed: {comparison.baseline}.")
-        )
+        text = f"{regime.title}: {caption}; dashed: {comparison.baseline}."
+        figures.append((folder / name, text))
     return figures

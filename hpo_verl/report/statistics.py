@@ -1,9 +1,8 @@
 """Statistics over seeds, after arXiv 2108.13264, computed by scipy.
 
-A learning curve is reduced to a few measures, and a set of runs to the interquartile mean (the
-mean without the lowest and the highest quarter) with a percentile bootstrap interval of 95 %.
-Methods share their seeds, so differences are taken seed by seed. A method's probability of
-improvement over another is that of a random run of it being better, ties counting half.
+A learning curve is reduced to a few measures, and a set of runs to the interquartile mean with a
+percentile bootstrap interval of 95 %. Methods share their seeds, so differences are taken seed by
+seed.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ class Interval(NamedTuple):
 
 
 def measures(steps: ArrayLike, success: ArrayLike) -> dict[str, float]:
-    """Reduce a learning curve to its measures.
-
-    Args:
-        steps: Where success was measured, rising from 0 to the budget.
-        success: Fractions.
+    """Reduce a learning curve to its measures; `steps` rise from 0 to the budget.
 
     Returns:
         `at_10`, `at_25`: success after that per cent of the budget, linear between measurements;
@@ -100,10 +95,9 @@ def interval(
 
 
 def improvement_probability(ours: ArrayLike, theirs: ArrayLike) -> Interval:
-    """P(ours > theirs) + P(equal) / 2 of two random runs.
+    """P(ours > theirs) + P(equal) / 2 of two random runs: Mann-Whitney's U over the pairs.
 
-    It is the Mann-Whitney statistic U divided by the number of pairs. Runs of the two methods
-    are resampled independently, as in arXiv 2108.13264.
+    Runs of the two methods are resampled independently, as in arXiv 2108.13264.
     """
 
     def share_better(x: Any, y: Any, axis: int) -> Any:

@@ -8,6 +8,7 @@ import torch
 from lab_policies import quick_study, tiny_random_policy
 
 from data_prep.countdown.puzzles import puzzle_key
+from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.demos import encode
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.errors import ConfigError, DataError
@@ -133,6 +134,26 @@ def test_a_damaged_or_outdated_policy_is_made_again(cell, skilled, monkeypatch):
     assert warm_start.make(cell) == 0.095
     monkeypatch.setattr(settings, "WARM_START_VERSION", settings.WARM_START_VERSION + 1)
     assert warm_start.make(cell) == 0.085
+
+
+def test_a_skill_that_was_not_taught_to_its_end_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path))
+    short = tiny_policy.Schedule(skill_steps=1, habit_steps=1, batch_size=2)
+    monkeypatch.setitem(tiny_policy.SCHEDULES, "countdown", short)
+    task = find_task("countdown4")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(warm_start, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            warm_start._skilled_folder(task, 0, [])
+    assert not list(warm_start.cache_folder().glob("*"))
+    monkeypatch.setattr(warm_start, "_SKILL_STEPS", 1)
+    folder = warm_start._skilled_folder(task, 0, [])
+    assert tiny_policy.check(folder)["task"] == "countdown"
+    assert list(warm_start.cache_folder().iterdir()) == [folder]
 
 
 def test_a_policy_of_the_users_is_where_the_warm_start_begins(cell, skilled, monkeypatch):
