@@ -94,15 +94,13 @@ def link_gain(cell: Cell, east: Array, north: Array) -> Array:
     return -horizontal - vertical_loss(cell, metres) - path_loss
 
 
-def to_longitude(east: Array | float) -> Array | float:
-    """Degrees of longitude of a position `east` metres into the area."""
+def longitude_and_latitude(east: float, north: float) -> dict[str, str]:
+    """Degrees of a position in the area, as columns of a table."""
     metres_per_degree = METRES_PER_DEGREE * math.cos(math.radians(ORIGIN_LATITUDE))
-    return ORIGIN_LONGITUDE + east / metres_per_degree
-
-
-def to_latitude(north: Array | float) -> Array | float:
-    """Degrees of latitude of a position `north` metres into the area."""
-    return ORIGIN_LATITUDE + north / METRES_PER_DEGREE
+    return {
+        "Longitude": f"{ORIGIN_LONGITUDE + east / metres_per_degree:.6f}",
+        "Latitude": f"{ORIGIN_LATITUDE + north / METRES_PER_DEGREE:.6f}",
+    }
 
 
 def random_network(
@@ -111,7 +109,7 @@ def random_network(
     """Six to eight healthy cells of three or four sites around a point of the road.
 
     The first four play the parts SERVING to SECOND. The bearing leads from the serving
-    site to the point, radians from north. The draws' number does not depend on their values.
+    site to the point, radians from north.
     """
     count = int(random.integers(6, 9))
     # The serving site has the cells 0 and 1, its neighbours the cells 2 and 3.

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import numpy as np
 
-from data_prep.telelogs.network import Cell, to_latitude, to_longitude
+from data_prep.telelogs.network import Cell, longitude_and_latitude
 from data_prep.telelogs.simulator import DriveTest, serving_distance
 
 _TASK = """\
@@ -81,8 +81,7 @@ def _user_plane_row(drive: DriveTest, row: int) -> dict[str, str]:
     ranked_levels = [*(f"{levels[cell]:.2f}" for cell in reported), *blanks]
     return {
         "Timestamp": f"{drive.start + timedelta(seconds=row):%Y-%m-%d %H:%M:%S}.000000",
-        "Longitude": f"{to_longitude(drive.east[row]):.6f}",
-        "Latitude": f"{to_latitude(drive.north[row]):.6f}",
+        **longitude_and_latitude(drive.east[row], drive.north[row]),
         "GPS Speed (km/h)": f"{drive.speed[row]:.0f}",
         "5G KPI PCell RF Serving PCI": f"{pcis[serving]}",
         "5G KPI PCell RF Serving SS-RSRP [dBm]": f"{levels[serving]:.2f}",
@@ -101,8 +100,7 @@ def _engineering_row(cell: Cell) -> dict[str, str]:
     return {
         "gNodeB ID": cell.gnodeb_id,
         "Cell ID": f"{cell.cell_id}",
-        "Longitude": f"{to_longitude(cell.east):.6f}",
-        "Latitude": f"{to_latitude(cell.north):.6f}",
+        **longitude_and_latitude(cell.east, cell.north),
         "Mechanical Azimuth": f"{cell.mechanical_azimuth}",
         "Mechanical Downtilt": f"{cell.mechanical_downtilt}",
         "Digital Tilt": f"{cell.digital_tilt}",

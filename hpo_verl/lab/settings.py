@@ -119,7 +119,6 @@ class Study:
     """A comparison; see `recipes/lab/base.yaml` for its keys."""
 
     name: str
-    description: str
     policy: str | None
     tasks: list[str]
     warm_starts: list[float]
