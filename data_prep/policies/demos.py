@@ -25,8 +25,6 @@ from data_prep.telelogs.simulator import simulate
 from hpo_verl.rewards.telelogs import CAUSES
 
 IGNORED = -100
-# Tokens of the longest response with three numbers or a cause, its end included.
-MAX_RESPONSE_TOKENS = 24
 # Batches that are drawn together and sorted by length, to waste little on padding.
 _SORTED_TOGETHER = 4
 # How often the working author of Countdown needs one, two or three attempts, and gives up then.

@@ -14,7 +14,6 @@ from data_prep.policies import folder, training
 from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.demos import (
     IGNORED,
-    MAX_RESPONSE_TOKENS,
     CountdownDemonstrations,
     Demonstration,
     encode,
@@ -27,6 +26,8 @@ from hpo_verl.rewards.countdown import compute_score
 
 SHORT = Schedule(skill_steps=3, habit_steps=2, batch_size=4)
 PROMPT_TOKENS = 16
+# That of the recipe.
+MAX_RESPONSE_TOKENS = 24
 HELD_OUT = {((2, 3, 7), 15), ((1, 1, 1), 3)}
 
 
