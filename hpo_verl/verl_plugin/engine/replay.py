@@ -83,23 +83,24 @@ def loss_settings_of(config: Any) -> dict[str, Any]:
     """What a loss reads beside tensors and counts: `actor` and `mini_batch` of a recording."""
     from verl.workers.config import ActorConfig
 
-    settings, summed = _plain(config), extras.get(MINI_BATCH)
-    known = [field.name for field in dataclasses.fields(ActorConfig) if field.name in settings]
+    summed = extras.get(MINI_BATCH)
+    policy_loss = {"policy_loss": _plain(config.policy_loss, config.policy_loss)}
     return {
-        "actor": {name: settings[name] for name in known},
+        # Of the sections in it, a loss reads its own only.
+        "actor": _plain(config, ActorConfig, nested=False) | policy_loss,
         MINI_BATCH: summed and list(summed),
     }
 
 
-def _plain(section: Any) -> dict[str, Any]:
-    """The plain values of a section of verl's config, and of the sections in it."""
+def _plain(section: Any, kind: Any, nested: bool = True) -> dict[str, Any]:
+    """The plain values of a section of verl's config, as far as a kind of section has them."""
     found = {}
-    for field in dataclasses.fields(section):
+    for field in dataclasses.fields(kind):
         value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            found[field.name] = _plain(value)
-        elif isinstance(value, bool | int | float | str | None):
+        if isinstance(value, bool | int | float | str | None):
             found[field.name] = value
+        elif nested and dataclasses.is_dataclass(value):
+            found[field.name] = _plain(value, value)
     return found
 
 

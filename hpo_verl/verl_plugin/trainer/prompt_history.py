@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler, StackDataset
 
 from hpo_verl.algorithms.base import PromptHistory
 from hpo_verl.algorithms.registry import ESTIMATORS
@@ -92,19 +92,6 @@ def scoring_fields(last: list[LastResponse]) -> dict[str, torch.Tensor]:
     }
 
 
-class NumberedRows(Dataset[dict[str, Any]]):
-    """verl's training set, with items that tell their row."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {**self.dataset[row], ROW: row}
-
-
 class HistorySampler(Sampler[int]):
     """Draws prompts as their history says, without end.
 
@@ -173,13 +160,18 @@ class PromptHistoryTrainer:
         history = estimator.history(len(self.train_dataset), settings)
         self._sampler = HistorySampler(history, data.train_batch_size, data.get("seed"))
         self._rows = {}
+        numbers: Any = range(len(self.train_dataset))
+
+        def collate(items: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+            return collate_fn([{**item, ROW: row} for item, row in items])
+
         self.train_dataloader = StatefulDataLoader(
-            dataset=NumberedRows(self.train_dataset),
+            dataset=StackDataset(self.train_dataset, numbers),
             batch_size=data.get("gen_batch_size", None) or data.train_batch_size,
             # A worker would read ahead, with the history of earlier steps.
             num_workers=0,
             drop_last=True,
-            collate_fn=collate_fn,
+            collate_fn=collate,
             sampler=self._sampler,
         )
 
