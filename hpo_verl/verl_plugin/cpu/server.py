@@ -217,14 +217,8 @@ class HFReplica(RolloutReplica):
 class HFServerAdapter(BaseRollout):
     """The actor's side of an `HFServer`: sends the weights. Rank -1 means this process's own."""
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        model_config: HFModelConfig,
-        device_mesh: Any,
-        replica_rank: int = -1,
-    ) -> None:
-        super().__init__(config, model_config, device_mesh)
+    def __init__(self, *args: Any, replica_rank: int = -1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
 
     async def resume(self, tags: list[str]) -> None:
