@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.packages import MODULES
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.recipes import group_options, nearest, recipes_directory
+from hpo_verl.config.overrides import nearest
+from hpo_verl.config.recipes import group_options, recipes_directory
 from hpo_verl.config.settings import ACTOR, ROLLOUT
 from hpo_verl.errors import ConfigError
 from hpo_verl.runs.checkpoints import TRACKER

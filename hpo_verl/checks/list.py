@@ -168,7 +168,7 @@ def prepare_recipe(
         HpoVerlError: a wrong recipe or override; a command failed; something that was there
             is damaged.
     """
-    run = PlannedRun(recipe, tuple(overrides), Path())
+    run = PlannedRun(recipe, tuple(overrides))
 
     def check(*names: str) -> None:
         raise_first_error(run_checks(run, (check for check in CHECKS if check.name in names)))

@@ -15,7 +15,7 @@ from hpo_verl.checks.memory import ModelSize, read_model_size
 from hpo_verl.checks.rows import Sample, read_rows
 from hpo_verl.config.cluster import join, joined_address
 from hpo_verl.config.prepare import Preparation, preparations
-from hpo_verl.config.recipes import compose_recipe, recipe_names, without_hydra
+from hpo_verl.config.recipes import compose_recipe, recipe_names, run_folder, without_hydra
 from hpo_verl.config.settings import data_files, policy_folder
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.runs.checkpoints import FOLDER_NAME
@@ -26,13 +26,14 @@ from hpo_verl.runs.quiet import quiet_imports
 class PlannedRun:
     """A run that has not started.
 
-    `composed` is the composed configuration, where the caller has it. Without `given_address`,
-    configuration and environment name the Ray cluster, if any.
+    `composed` is the composed configuration, where the caller has it. Without `given_folder`,
+    `hydra.run.dir` is the run's folder. Without `given_address`, configuration and environment
+    name the Ray cluster, if any.
     """
 
     recipe: str
     overrides: tuple[str, ...]
-    run_folder: Path
+    given_folder: Path | None = None
     given_address: str | None = None
     composed: DictConfig | None = None
 
@@ -43,6 +44,11 @@ class PlannedRun:
             return self.composed
         with quiet_imports():
             return compose_recipe(self.recipe, self.overrides)
+
+    @cached_property
+    def run_folder(self) -> Path:
+        """Where the run puts its files."""
+        return self.given_folder or run_folder(self.whole)
 
     @cached_property
     def config(self) -> DictConfig:

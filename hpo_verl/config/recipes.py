@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hpo_verl.config.overrides import (
+    RUN_FOLDER_KEY,
+    first_line,
+    hydra_overrides,
+    nearest,
+    overridden_key,
+    quoted,
+)
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 
 GROUPS = ("task", "model", "algo", "hardware")
@@ -44,13 +50,29 @@ def group_options(group: str) -> list[str]:
     return sorted(path.stem for path in (recipes_directory() / group).glob("*.yaml"))
 
 
-def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Say which candidates look most like a word, or list them all."""
-    candidates = sorted(candidates)
-    close = difflib.get_close_matches(word, candidates, n=count, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"available: {', '.join(candidates)}"
+def read_overrides(arguments: Sequence[str]) -> list[str]:
+    """Arguments of the command line as Hydra overrides, checked; see `hydra_overrides`."""
+    return hydra_overrides(arguments, {group: group_options(group) for group in GROUPS})
+
+
+def run_folder(config: DictConfig) -> Path:
+    """Folder of a run, as Hydra resolves `hydra.run.dir` of a composed configuration.
+
+    Raises:
+        ConfigError: it does not resolve, or to no name that configurations can hold.
+    """
+    # Its value may refer to what Hydra knows of the job.
+    HydraConfig.instance().set_config(config)
+    try:
+        given = OmegaConf.select(config, RUN_FOLDER_KEY)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{RUN_FOLDER_KEY}: {first_line(error)}") from error
+    folder = Path(str(given)).expanduser().absolute()
+    if not given or "${" in str(folder):
+        raise ConfigError(
+            f"{RUN_FOLDER_KEY}={given}: must name a folder, without ${{ in its path ({folder})"
+        )
+    return folder
 
 
 def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
@@ -64,21 +86,16 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     """
     if recipe not in recipe_names():
         raise ConfigError(f"unknown recipe {recipe!r}: {nearest(recipe, recipe_names())}")
-    _check_group_options(overrides)
+    overrides = read_overrides(overrides)
     with initialize_config_dir(str(recipes_directory()), version_base=None):
         try:
             return _compose(recipe, overrides)
         except ConfigCompositionException as error:
             raise ConfigError(
-                _unknown_setting(recipe, overrides) or f"recipe {recipe}: {_first_line(error)}"
+                _unknown_setting(recipe, overrides) or f"recipe {recipe}: {first_line(error)}"
             ) from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"recipe {recipe}: {_first_line(error)}") from error
-
-
-def quoted(value: str) -> str:
-    """A text as a value of a Hydra override, whatever letters it holds."""
-    return QuotedString(value, Quote.single).with_quotes()
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"recipe {recipe}: {first_line(error)}") from error
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
@@ -91,27 +108,20 @@ def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:
     return compose(recipe, overrides=[search, *overrides], return_hydra_config=True)
 
 
-def _check_group_options(overrides: Sequence[str]) -> None:
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
-        group, option = override.get_key_element(), override.value()
-        if group in GROUPS and isinstance(option, str) and option not in group_options(group):
-            raise ConfigError(f"{text}: no such {group}; {nearest(option, group_options(group))}")
-
-
 def _unknown_setting(recipe: str, overrides: Sequence[str]) -> str | None:
     """Name the override whose key does not exist, and the keys that look like it."""
     groups = [text for text in overrides if text.split("=", 1)[0].lstrip("+~") in GROUPS]
     plain = _compose(recipe, groups)
     keys = set(leaf_keys(plain))
     for text in overrides:
-        override = OverridesParser.create().parse_override(text)
-        key = override.get_key_element().lstrip("+~")
-        known = key in keys or OmegaConf.select(plain, key, throw_on_missing=False) is not None
-        if not (known or override.is_add() or text in groups):
+        key = overridden_key(text)
+        node = OmegaConf.select(plain, key, throw_on_missing=False)
+        if text.startswith("+") or text in groups:
+            continue
+        if isinstance(node, DictConfig):
+            first = next(leaf_keys(node, f"{key}."))
+            return f"{text!r}: {key} is a section; set one of its keys, such as {first}"
+        if key not in keys and node is None:
             return f"unknown setting {key!r} in {text!r}: {nearest(key, keys)}"
     return None
 
@@ -128,7 +138,3 @@ def leaf_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from leaf_keys(node, f"{name}.")
         else:
             yield name
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

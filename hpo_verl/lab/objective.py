@@ -16,7 +16,8 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from hpo_verl.algorithms.base import Advantages, Estimator, Loss, PromptHistory, Rollout
 from hpo_verl.algorithms.registry import ALGORITHMS, ESTIMATORS, LOSSES
-from hpo_verl.config.recipes import compose_recipe, nearest, recipes_directory
+from hpo_verl.config.overrides import nearest
+from hpo_verl.config.recipes import compose_recipe, recipes_directory
 from hpo_verl.config.settings import leaves
 from hpo_verl.core.masking import require_finite
 from hpo_verl.core.ratios import bound_log_ratio, masked_log_ratio

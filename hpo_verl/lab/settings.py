@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.policies import tiny as tiny_policy
-from hpo_verl.config.recipes import leaf_keys, nearest, recipes_directory
+from hpo_verl.config.overrides import nearest
+from hpo_verl.config.recipes import leaf_keys, recipes_directory
 from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.objective import read_objective

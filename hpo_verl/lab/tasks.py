@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from data_prep.countdown.puzzles import PuzzleKey, Ranges, puzzle_key, sample_puzzles, tiny_messages
 from data_prep.policies.demos import CountdownDemonstrations, Demonstration, Demonstrations
 from data_prep.telelogs.__main__ import synthetic_rows
-from hpo_verl.config.recipes import nearest, recipes_directory
+from hpo_verl.config.overrides import nearest
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.errors import ConfigError
 from hpo_verl.rewards import countdown, telelogs
 

@@ -12,7 +12,6 @@ from hpo_verl.checks.finding import Finding, skipped
 from hpo_verl.checks.list import CHECKS, THE_OTHERS, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.installed import installed, package_versions
-from hpo_verl.launch.train import run_folder
 
 ORDER = ("error", "warning", "skipped", "ok")
 
@@ -32,7 +31,7 @@ def examine(recipe: str, overrides: Sequence[str], address: str | None = None) -
 
     Without an address, the Ray cluster is that which the run itself would join, or start.
     """
-    run = PlannedRun(recipe, tuple(overrides), run_folder(recipe, overrides), address)
+    run = PlannedRun(recipe, tuple(overrides), given_address=address)
     return list(run_checks(run, CHECKS))
 
 

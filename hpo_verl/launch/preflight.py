@@ -32,7 +32,7 @@ def check(config: DictConfig) -> None:
     run = PlannedRun(
         str(OmegaConf.select(config, "hydra.job.config_name")),
         tuple(OmegaConf.select(config, "hydra.overrides.task") or ()),
-        Path(config.hydra.run.dir),
+        given_folder=Path(config.hydra.run.dir),
         composed=config,
     )
     for line in raise_first_error(run_checks(run)):

@@ -23,10 +23,16 @@ from hpo_verl.checks.finding import one_line, raise_first_error
 from hpo_verl.checks.list import ANYWHERE, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
+from hpo_verl.config.overrides import (
+    RUN_FOLDER_KEY,
+    names_run_folder,
+    setting,
+    without_run_folder,
+)
+from hpo_verl.config.recipes import read_overrides
 from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
 from hpo_verl.installed import LOWEST_RAY
 from hpo_verl.launch.resume import FLAG
-from hpo_verl.launch.train import RUN_FOLDER_KEY, named_folder, run_folder, without_run_folder
 from hpo_verl.runs.process import last_line
 
 DASHBOARD = "the URL of the cluster's dashboard, such as http://127.0.0.1:8265"
@@ -121,18 +127,19 @@ def submit(
         TrainingFailed: the job failed or was stopped.
     """
     address = dashboard_address(address)
-    if resume and named_folder(overrides) is None:
+    overrides = read_overrides(overrides)
+    if resume and not names_run_folder(overrides):
         raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
-    folder = run_folder(recipe, overrides)
     # The job's own `train` checks files and machines.
-    planned = PlannedRun(recipe, tuple(overrides), folder, address)
+    planned = PlannedRun(recipe, tuple(overrides), given_address=address)
+    folder = planned.run_folder
     for line in raise_first_error(run_checks(planned, ANYWHERE)):
         announce(line)
     client = connect(address)
     nodes = living_nodes(address)
     raise_first_error([machine.check_cards(planned, nodes), machine.check_cpus(planned, nodes)])
     command = ["python", "-m", "hpo_verl", "train", recipe, *without_run_folder(overrides)]
-    command += [f"{RUN_FOLDER_KEY}={folder}", *([FLAG] if resume else [])]
+    command += [setting(RUN_FOLDER_KEY, str(folder)), *([FLAG] if resume else [])]
     try:
         job = client.submit_job(
             entrypoint=shlex.join(command),

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from hpo_verl.checks.list import check_quickly, make_and_check
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
-from hpo_verl.config.recipes import quoted, recipes_directory
+from hpo_verl.config.overrides import (
+    RUN_FOLDER_KEY,
+    names_run_folder,
+    setting,
+    without_run_folder,
+)
+from hpo_verl.config.recipes import read_overrides, recipes_directory
 from hpo_verl.config.redaction import secret_mask
-from hpo_verl.errors import ConfigError, TrainingFailed, TrainingStopped
+from hpo_verl.errors import TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
 from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.resume import (
@@ -38,35 +44,9 @@ from hpo_verl.runs.metrics import MetricsFile
 from hpo_verl.runs.process import ChildProcess
 from hpo_verl.runs.stop import GracefulStop, stage_message, stop_message
 
-RUN_FOLDER_KEY = "hydra.run.dir"
 NO_PROGRESS_KEY = "trainer.guard.max_seconds_without_progress"
 STARTING = "starting Ray"
 LOG_NAME = "train.log"
-RUNS = Path("runs")
-
-
-def named_folder(overrides: Sequence[str]) -> Path | None:
-    """Folder of a run where `hydra.run.dir=PATH` names it."""
-    for text in overrides:
-        key, _, value = text.lstrip("+").partition("=")
-        if key == RUN_FOLDER_KEY:
-            if "${" in value:
-                raise ConfigError(f"{text}: must be a path without an interpolation")
-            return Path(value.strip("'\"")).expanduser().absolute()
-    return None
-
-
-def without_run_folder(overrides: Sequence[str]) -> list[str]:
-    """All overrides but `hydra.run.dir=PATH`."""
-    return [text for text in overrides if not text.lstrip("+").startswith(RUN_FOLDER_KEY)]
-
-
-def run_folder(recipe: str, overrides: Sequence[str]) -> Path:
-    """Folder of a new run: `hydra.run.dir=PATH`, or `runs/<recipe>/<time>` here."""
-    return (
-        named_folder(overrides)
-        or (RUNS / recipe / f"{datetime.now():%Y-%m-%d_%H-%M-%S}").absolute()
-    )
 
 
 def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, str]:
@@ -108,7 +88,7 @@ def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, f
     checkpoints = Path(config.trainer.default_local_dir)
     step = (checkpoints / TRACKER).read_text().strip()
     command = ["hpo-verl", "train", recipe, FLAG, *without_run_folder(overrides)]
-    command.append(f"{RUN_FOLDER_KEY}={folder}")
+    command.append(setting(RUN_FOLDER_KEY, str(folder)))
     return (
         f"stopped after step {step}; checkpoint: {checkpoints / f'global_step_{step}'}\n"
         f"go on with: {shlex.join(command)}"
@@ -134,12 +114,14 @@ def train(
             made no progress for longer than permitted.
         TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
-    if resume:
-        folder = named_folder(overrides) or latest_run((RUNS / recipe).absolute())
-    else:
-        folder = run_folder(recipe, overrides)
+    overrides = read_overrides(overrides)
+    planned = PlannedRun(recipe, tuple(overrides))
+    folder = planned.run_folder
+    if not resume:
         refuse_used_folder(folder)
-    planned = PlannedRun(recipe, tuple(overrides), folder)
+    elif not names_run_folder(overrides):
+        folder = latest_run(folder.parent)
+        planned = replace(planned, given_folder=folder, composed=planned.whole)
     remarks = check_quickly(planned)
     config = planned.config
     settings = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
@@ -159,12 +141,12 @@ def train(
             arguments = [
                 *("--config-dir", str(recipes_directory()), "--config-name", recipe),
                 *without_run_folder(overrides),
-                f"{RUN_FOLDER_KEY}={quoted(str(folder))}",
-                f"++ray_kwargs.ray_init._temp_dir={quoted(str(child.temporary))}",
+                setting(RUN_FOLDER_KEY, str(folder)),
+                setting("++ray_kwargs.ray_init._temp_dir", str(child.temporary)),
             ]
             if start is not None:
                 arguments += ["trainer.resume_mode=resume_path"]
-                arguments += [f"trainer.resume_from_path={quoted(str(start.path))}"]
+                arguments += [setting("trainer.resume_from_path", str(start.path))]
             metrics = MetricsFile(folder / METRICS_NAME)
             # Earlier starts have shown their rows.
             metrics.read_new()

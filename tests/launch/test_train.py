@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_verl.errors import ConfigError
-from hpo_verl.launch.train import environment, named_folder, stopped_message
+from hpo_verl.launch.train import environment, stopped_message
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -32,12 +31,6 @@ def test_events_of_tasks_are_kept_for_a_timeline_only(timeline, kept):
     )
     variables = environment(config, Path("/runs/a"), Path("/private/hpo-1"))
     assert ("RAY_task_events_report_interval_ms" not in variables) == kept
-
-
-def test_a_run_folder_is_a_path():
-    assert named_folder(["seed=1", "hydra.run.dir='/runs/a b'"]) == Path("/runs/a b")
-    with pytest.raises(ConfigError, match="must be a path without an interpolation"):
-        named_folder(["hydra.run.dir=${oc.env:HOME}/a"])
 
 
 def test_a_stopped_run_names_its_checkpoint_and_the_command_that_goes_on(tmp_path):
