@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hpo_verl import __version__
 from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, HpoVerlError, TrainingStopped
 from hpo_verl.lab_cli import app as lab
 
@@ -26,6 +27,22 @@ app = typer.Typer(
     ),
 )
 app.add_typer(lab, name="lab")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hpo-verl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 _RECIPE = typer.Argument(help="Name of a recipe; see `hpo-verl list`.")

@@ -21,7 +21,7 @@ app = typer.Typer(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def run(
-    study: Annotated[str, typer.Argument(help="sparse, alpha, length, telelogs or lr.")],
+    study: Annotated[str, typer.Argument(help="Name of a study; see `hpo-verl lab list`.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings; see recipes/lab/base.yaml."),
@@ -43,8 +43,11 @@ def run(
 
       hpo-verl lab run alpha training.steps=40 --out runs/lab/alpha-short
     """
+    from hpo_verl.config.recipes import require_study
     from hpo_verl.runs.quiet import quiet_imports
 
+    # The imports below take seconds.
+    require_study(study)
     with quiet_imports():
         from hpo_verl.lab.settings import Cell, read_study
         from hpo_verl.lab.study import missing_cells, run_study
@@ -71,7 +74,19 @@ def run(
     chosen_by = [word for name in only or [] for word in ("--only", name)]
     command = shlex.join(["hpo-verl", "lab", "run", study, *(overrides or []), *chosen_by])
     run_study(chosen, folder, workers or os.cpu_count() or 1, report, command)
-    print(f"finished; a report: hpo-verl lab report {folder}")
+    print(f"finished; a report: {shlex.join(['hpo-verl', 'lab', 'report', str(folder)])}")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the studies.
+
+    Examples:
+      hpo-verl lab list
+    """
+    from hpo_verl.config.recipes import study_names
+
+    print(*study_names(), sep="\n")
 
 
 @app.command()

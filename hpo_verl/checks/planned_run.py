@@ -15,7 +15,13 @@ from hpo_verl.checks.memory import ModelSize, read_model_size
 from hpo_verl.checks.rows import Sample, read_rows
 from hpo_verl.config.cluster import join, joined_address
 from hpo_verl.config.prepare import Preparation, preparations
-from hpo_verl.config.recipes import compose_recipe, recipe_names, run_folder, without_hydra
+from hpo_verl.config.recipes import (
+    compose_recipe,
+    read_overrides,
+    recipe_names,
+    run_folder,
+    without_hydra,
+)
 from hpo_verl.config.settings import data_files, policy_folder
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.runs.checkpoints import FOLDER_NAME
@@ -44,6 +50,11 @@ class PlannedRun:
             return self.composed
         with quiet_imports():
             return compose_recipe(self.recipe, self.overrides)
+
+    @property
+    def hydra_overrides(self) -> list[str]:
+        """The overrides, with those paths quoted that Hydra would not read as text."""
+        return read_overrides(self.overrides)
 
     @cached_property
     def run_folder(self) -> Path:

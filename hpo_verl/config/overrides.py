@@ -56,8 +56,8 @@ def setting(key: str, text: str) -> str:
 
 
 def overridden_key(text: str) -> str:
-    """Dotted key of an override that Hydra parses."""
-    return OverridesParser.create().parse_override(text).get_key_element().lstrip("+~")
+    """Dotted key of an override."""
+    return text.partition("=")[0].strip().lstrip("+~")
 
 
 def names_run_folder(overrides: Sequence[str]) -> bool:
@@ -98,13 +98,14 @@ def _for_the_shell(text: str) -> str:
 
 
 def _hydra_override(text: str, groups: Mapping[str, Sequence[str]]) -> str:
-    key, equals, value = text.partition("=")
+    name, equals, value = text.partition("=")
+    key = overridden_key(text)
     if not equals and not text.startswith("~"):
         fitting = [f"{group}={text}" for group, options in groups.items() if text in options]
         raise ConfigError(f"{text!r}: write {' or '.join(fitting) or 'KEY=VALUE, without blanks'}")
-    if key.lstrip("+") == RUN_FOLDER_KEY and not value:
+    if key == RUN_FOLDER_KEY and not value:
         raise ConfigError(f"{text}: must name a folder")
-    is_path = key.lstrip("+") == RUN_FOLDER_KEY or value.startswith(_LIKE_A_PATH)
+    is_path = key == RUN_FOLDER_KEY or value.startswith(_LIKE_A_PATH)
     override: Override | None = None
     try:
         override = OverridesParser.create().parse_override(text)
@@ -112,15 +113,11 @@ def _hydra_override(text: str, groups: Mapping[str, Sequence[str]]) -> str:
     except HydraException as error:
         problem = first_line(error)
     if override is None or override.is_sweep_override():
-        as_text = f"{key}={quoted(value)}"
+        as_text = f"{name}={quoted(value)}"
         if is_path:
             return as_text
         remedy = "" if key in groups else f"; to give it as a text: {_for_the_shell(as_text)}"
         raise ConfigError(f"override {text!r}: {problem}{remedy}")
-    if override.get_key_element() in groups and not override.is_delete():
-        options, option = groups[override.get_key_element()], override.value()
-        if option not in options:
-            raise ConfigError(
-                f"{text}: no such {override.get_key_element()}; {nearest(str(option), options)}"
-            )
+    if key in groups and not override.is_delete() and override.value() not in groups[key]:
+        raise ConfigError(f"{text}: no such {key}; {nearest(str(override.value()), groups[key])}")
     return text

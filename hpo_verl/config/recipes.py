@@ -45,6 +45,22 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_directory().glob("*.yaml"))
 
 
+def study_names() -> list[str]:
+    """Names of the lab's studies."""
+    names = (path.stem for path in (recipes_directory() / "lab").glob("*.yaml"))
+    return sorted(name for name in names if name != "base")
+
+
+def require_study(name: str) -> None:
+    """Refuse the name of a study that does not exist.
+
+    Raises:
+        ConfigError: with the nearest names.
+    """
+    if name not in study_names():
+        raise ConfigError(f"unknown study {name!r}: {nearest(name, study_names())}")
+
+
 def group_options(group: str) -> list[str]:
     """Names that a recipe's group offers, such as the algorithms under `algo`."""
     return sorted(path.stem for path in (recipes_directory() / group).glob("*.yaml"))

@@ -18,13 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.policies import tiny as tiny_policy
 from hpo_verl.config.overrides import nearest
-from hpo_verl.config.recipes import leaf_keys, recipes_directory
+from hpo_verl.config.recipes import leaf_keys, recipes_directory, require_study
 from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.tasks import find_task
 
-BASE = "base"
 # To be raised by every change of the trainer after which a cell gives other results.
 TRAINER_VERSION = 4
 # To be raised by every change of the warm start after which a seed gives another policy.
@@ -169,20 +168,13 @@ class Study:
         ]  # fmt: skip
 
 
-def study_names() -> list[str]:
-    """Names of the studies."""
-    paths = (recipes_directory() / "lab").glob("*.yaml")
-    return sorted(path.stem for path in paths if path.stem != BASE)
-
-
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
     """Compose a study with Hydra's overrides, check every value, and keep `only` some variants.
 
     Raises:
         ConfigError: An unknown name (with the nearest one), or a bad value.
     """
-    if name not in study_names():
-        raise ConfigError(f"unknown study {name!r}: {nearest(name, study_names())}")
+    require_study(name)
     with initialize_config_dir(str(recipes_directory() / "lab"), version_base=None):
         try:
             known = set(leaf_keys(compose(name)))

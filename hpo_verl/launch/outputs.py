@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.command import check_output, staging
 from hpo_verl.checks.storage import nearest_existing
+from hpo_verl.config.overrides import overridden_key, without_run_folder
 from hpo_verl.errors import DataError, EnvironmentCheckError
 from hpo_verl.installed import package_versions
 from hpo_verl.launch.manifest import CONFIG_NAME
@@ -25,6 +26,7 @@ from hpo_verl.runs.files import write_atomically
 from hpo_verl.runs.metrics import MetricsFile
 from hpo_verl.runs.quiet import quiet_imports
 
+STEPS_KEY = "trainer.total_training_steps"
 SUMMARY_NAME, CURVE_NAME, POLICY_NAME = "summary.json", "curve.png", "policy"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -35,13 +37,12 @@ def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterat
     summary = json.loads((folder / SUMMARY_NAME).read_text())
     before, after = summary["success_before"], summary["success_after"]
     if before is not None and after is not None:
-        yield f"success on held-out puzzles: {before:.1%} before, {after:.1%} after"
+        yield f"success on held-out prompts: {before:.1%} before, {after:.1%} after"
     yield f"picture: {folder / CURVE_NAME}"
     if (folder / POLICY_NAME).is_dir():
         yield f"policy:  {folder / POLICY_NAME}"
-    changed = ("total_training_steps", "hydra.run.dir")
-    kept = [text for text in overrides if not any(key in text for key in changed)]
-    steps = f"trainer.total_training_steps={5 * summary['steps']}"
+    kept = [text for text in without_run_folder(overrides) if overridden_key(text) != STEPS_KEY]
+    steps = f"{STEPS_KEY}={5 * summary['steps']}"
     yield f"a longer run: hpo-verl train {shlex.join([recipe, *kept, steps])}"
 
 
@@ -82,7 +83,7 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     figure = Figure(figsize=(7, 7), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     top.plot(*metrics.series("hpo/solve_rate"), color=BLUE, alpha=0.5, label="training batch")
-    top.plot(*metrics.success(), color=BLUE, marker="o", label="held-out puzzles")
+    top.plot(*metrics.success(), color=BLUE, marker="o", label="held-out prompts")
     top.set_ylabel("success rate")
     top.set_title(title)
     middle.plot(*metrics.series("hpo/alpha"), color=PURPLE, label="alpha")
@@ -227,6 +228,7 @@ def make_policy(folder: Path, announce: Callable[[str], None]) -> Path | None:
     try:
         export(folder, target)
     except Exception as error:
-        announce(f"no {POLICY_NAME}/: {error}; later: hpo-verl export {folder} --out {POLICY_NAME}")
+        later = shlex.join(["hpo-verl", "export", str(folder), "--out", POLICY_NAME])
+        announce(f"no {POLICY_NAME}/: {error}; later: {later}")
         return None
     return target

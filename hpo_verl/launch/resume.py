@@ -55,11 +55,16 @@ def refuse_used_folder(folder: Path) -> None:
 
 
 def latest_run(runs: Path) -> Path:
-    """The newest run among the folders of a recipe, which are named by their time."""
-    found = [path for path in sorted(runs.glob("*")) if _holds_run(path)]
+    """The run among a recipe's folders that wrote metrics or a checkpoint last."""
+
+    def last_written(run: Path) -> float:
+        files = (run / METRICS_NAME, run / checkpoints.FOLDER_NAME / checkpoints.TRACKER)
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+    found = [path for path in runs.glob("*") if _holds_run(path)]
     if not found:
         raise ConfigError(f"{FLAG}: no run in {runs}; name its folder with hydra.run.dir=")
-    return found[-1]
+    return max(found, key=last_written)
 
 
 def _starting_point(config: DictConfig, resume: bool) -> checkpoints.Chosen | None:

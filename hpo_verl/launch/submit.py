@@ -29,7 +29,6 @@ from hpo_verl.config.overrides import (
     setting,
     without_run_folder,
 )
-from hpo_verl.config.recipes import read_overrides
 from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
 from hpo_verl.installed import LOWEST_RAY
 from hpo_verl.launch.resume import FLAG
@@ -127,14 +126,13 @@ def submit(
         TrainingFailed: the job failed or was stopped.
     """
     address = dashboard_address(address)
-    overrides = read_overrides(overrides)
-    if resume and not names_run_folder(overrides):
-        raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
     # The job's own `train` checks files and machines.
     planned = PlannedRun(recipe, tuple(overrides), given_address=address)
-    folder = planned.run_folder
     for line in raise_first_error(run_checks(planned, ANYWHERE)):
         announce(line)
+    overrides, folder = planned.hydra_overrides, planned.run_folder
+    if resume and not names_run_folder(overrides):
+        raise ConfigError(f"{FLAG}: name the run's folder on the cluster with {RUN_FOLDER_KEY}=")
     client = connect(address)
     nodes = living_nodes(address)
     raise_first_error([machine.check_cards(planned, nodes), machine.check_cpus(planned, nodes)])

@@ -24,7 +24,7 @@ from hpo_verl.config.overrides import (
     setting,
     without_run_folder,
 )
-from hpo_verl.config.recipes import read_overrides, recipes_directory
+from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.config.redaction import secret_mask
 from hpo_verl.errors import TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
@@ -114,15 +114,14 @@ def train(
             made no progress for longer than permitted.
         TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
-    overrides = read_overrides(overrides)
     planned = PlannedRun(recipe, tuple(overrides))
-    folder = planned.run_folder
+    remarks = check_quickly(planned)
+    overrides, folder = planned.hydra_overrides, planned.run_folder
     if not resume:
         refuse_used_folder(folder)
     elif not names_run_folder(overrides):
         folder = latest_run(folder.parent)
         planned = replace(planned, given_folder=folder, composed=planned.whole)
-    remarks = check_quickly(planned)
     config = planned.config
     settings = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     # It imports verl while this process does, and then waits.

@@ -135,7 +135,7 @@ def starts(trained, cache, tmp_path_factory):
 @pytest.mark.slow
 def test_both_starts_end_well_and_validate_before_between_and_last(starts):
     folder, (first, _), (metrics, output) = starts
-    assert f"success on held-out puzzles: {metrics[0][VALIDATION]:.1%} before" in output
+    assert f"success on held-out prompts: {metrics[0][VALIDATION]:.1%} before" in output
     assert metrics.keys() == set(range(STEPS + 1))
     assert {step: metrics[step] for step in first} == first
     for step, values in metrics.items():

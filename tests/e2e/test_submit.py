@@ -73,7 +73,7 @@ def test_a_job_trains_bit_for_bit_like_a_run_of_its_own(submit, cluster, trained
     warning, first, *_ = output.splitlines()
     assert warning.startswith("warning: paths: all are absolute; whether all machines share")
     assert first.startswith("job: raysubmit_")
-    assert "success on held-out puzzles:" in output
+    assert "success on held-out prompts:" in output
     assert repeatable(read_metrics(folder)) == repeatable(read_metrics(trained.folder))
     for name in ("summary.json", "curve.png", "policy/model.safetensors"):
         assert (folder / name).is_file(), name

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(900)
 def test_last_lines_tell_what_was_reached_and_where_it_is(trained):
     folder = trained.folder
     lines = trained.watched.output.strip().splitlines()
-    assert "success on held-out puzzles:" in lines[-4]
+    assert "success on held-out prompts:" in lines[-4]
     assert lines[-3] == f"picture: {folder}/curve.png"
     assert lines[-2].split() == ["policy:", f"{folder}/policy"]
     assert lines[-1].startswith("a longer run: hpo-verl train countdown-tiny")

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from hpo_verl.algorithms.registry import ALGORITHMS
+from hpo_verl.config.recipes import study_names
 from hpo_verl.errors import ConfigError
-from hpo_verl.lab.settings import Variant, read_study, study_names
+from hpo_verl.lab.settings import Variant, read_study
 from hpo_verl.lab.warm_start import policy_folder
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.checks import list as checklist
 from hpo_verl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, app, main
-from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
+from hpo_verl.config.recipes import GROUPS, group_options, recipe_names, study_names
 from hpo_verl.launch import resume, train
 
 SMALL = (
@@ -32,6 +32,23 @@ def test_list_names_every_recipe_algorithm_paper_equation_and_option():
         assert line.endswith(algorithm.equation)
     for group in GROUPS:
         assert f"{group}=: {', '.join(group_options(group))}" in lines
+
+
+def test_the_version_and_the_studies_are_told():
+    from hpo_verl import __version__
+
+    assert invoke("--version").stdout == f"hpo-verl {__version__}\n"
+    assert invoke("lab", "list").stdout.splitlines() == study_names()
+
+
+def test_an_unknown_study_is_refused_before_verl_is_imported(monkeypatch, capsys):
+    # None in the table of modules makes an import fail.
+    monkeypatch.setitem(sys.modules, "hpo_verl.lab.settings", None)
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "lab", "run", "spars"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == "error: unknown study 'spars': did you mean sparse?\n"
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_what_the_user_is_told(tmp_path, metrics):
     overrides = ["seed=3", "hydra.run.dir=old", "tasks=[a, b]", "trainer.total_training_steps=2"]
     told = list(shown_results(tmp_path, "countdown-tiny", overrides))
     assert told == [
-        "success on held-out puzzles: 5.0% before, 25.0% after",
+        "success on held-out prompts: 5.0% before, 25.0% after",
         f"picture: {tmp_path}/curve.png",
         "a longer run: hpo-verl train countdown-tiny seed=3 'tasks=[a, b]' "
         "trainer.total_training_steps=10",

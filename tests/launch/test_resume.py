@@ -211,14 +211,20 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path, name):
         resume.refuse_used_folder(tmp_path)
 
 
-def test_the_last_run_is_that_with_metrics_or_checkpoints(tmp_path):
+def test_the_last_run_is_the_one_that_wrote_last_whatever_its_name(tmp_path):
     with pytest.raises(ConfigError, match=r"--resume: no run in .*hydra\.run\.dir="):
         resume.latest_run(tmp_path / "none")
-    for name in ("2026-01-02_10-00-00", "2026-01-03_09-00-00"):
+    for name, time in (("2026-01-03_09-00-00", 300), ("2026-01-02_10-00-00", 200), ("mine", 100)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(row(0))
-    (tmp_path / "2026-01-04_00-00-00").mkdir()
+        os.utime(tmp_path / name / "metrics.jsonl", (time, time))
+    (tmp_path / "zz").mkdir()
     assert resume.latest_run(tmp_path).name == "2026-01-03_09-00-00"
+    tracker = tmp_path / "mine" / "checkpoints" / TRACKER
+    tracker.parent.mkdir()
+    tracker.write_text("1")
+    os.utime(tracker, (400, 400))
+    assert resume.latest_run(tmp_path).name == "mine"
 
 
 @pytest.mark.parametrize(
