@@ -23,6 +23,7 @@ from hpo_verl.checks.finding import Finding, error, ok, one_line, warning
 from hpo_verl.checks.machine import Card, Node, check_machines
 from hpo_verl.checks.packages import plugin_fault, plugin_finding
 from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.child import module_arguments
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.installed import package_versions
 from hpo_verl.runs.process import ChildProcess, last_line, tail
@@ -152,7 +153,9 @@ def ask(run: PlannedRun) -> dict[str, Any]:
         if time.monotonic() > deadline:
             raise TimeoutError
 
-    with ChildProcess(["-m", "hpo_verl.checks.cluster"], lambda _: environment) as process:
+    with ChildProcess(
+        module_arguments("hpo_verl.checks.cluster"), lambda _: environment
+    ) as process:
         log, answer = process.temporary / "probe.log", process.temporary / ANSWER_NAME
         process.go(log, json.dumps([run.address or LOCAL, str(process.temporary), *paths]))
         try:

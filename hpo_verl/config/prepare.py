@@ -25,6 +25,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from hpo_verl.child import module_arguments
 from hpo_verl.config.settings import leaves
 from hpo_verl.errors import ConfigError, DataError
 
@@ -42,13 +43,17 @@ class Preparation:
 
     @property
     def command(self) -> list[str]:
-        """The command line, to run or to show."""
-        return [sys.executable, "-m", self.module, "--out", str(self.output), *self.arguments]
+        """The command line to run."""
+        return [sys.executable, *module_arguments(self.module), *self._options]
 
     @property
     def shown(self) -> str:
         """The command as a user types it."""
-        return shlex.join(["python", *self.command[1:]])
+        return shlex.join(["python", "-m", self.module, *self._options])
+
+    @property
+    def _options(self) -> list[str]:
+        return ["--out", str(self.output), *self.arguments]
 
 
 def preparations(config: DictConfig) -> Iterator[Preparation]:

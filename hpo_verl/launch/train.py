@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.checks.list import check_quickly, make_and_check
 from hpo_verl.checks.planned_run import PlannedRun
+from hpo_verl.child import module_arguments
 from hpo_verl.config import cluster
 from hpo_verl.config.overrides import (
     RUN_FOLDER_KEY,
@@ -126,7 +127,7 @@ def train(
     settings = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     # It imports verl while this process does, and then waits.
     child = ChildProcess(
-        ["-m", "hpo_verl.verl_plugin.main"],
+        module_arguments("hpo_verl.verl_plugin.main"),
         functools.partial(environment, config, folder),
         secret_mask(os.environ, settings),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Pipe
 from typing import Any
 
+from hpo_verl.child import module_arguments
 from hpo_verl.core.settings import parse_settings, require_number
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.scoring_process import describe
@@ -104,11 +105,14 @@ class GuardedFunction:
         with its:
             descriptor = str(its.fileno())
             module = "hpo_verl.rewards.scoring_process"
+            # Last, so that a reward finds its neighbours and nobody else finds the user's types.py.
+            here = os.getcwd()
+            paths = [path for path in sys.path if path not in ("", here)]
             self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", module, descriptor, self.path, self.name],
+                [sys.executable, *module_arguments(module), descriptor, self.path, self.name],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([*paths, here])},
             )
         try:
             if self._connection.poll(START_SECONDS):

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from data_prep.countdown import __main__ as countdown
 from data_prep.policies import tiny as tiny_policy
+from hpo_verl.child import module_arguments
 from hpo_verl.config.prepare import check_made, make_missing, missing, preparations
 from hpo_verl.errors import ConfigError, DataError
 
@@ -21,7 +22,7 @@ def test_the_command_is_the_one_a_user_types(tmp_path):
     (only,) = preparations(recipe(tmp_path / "data", train_size=8, val_size=2))
     out = str(tmp_path / "data")
     arguments = ["-m", "data_prep.countdown", "--out", out, "--train-size", "8", "--val-size", "2"]
-    assert only.command == [sys.executable, *arguments]
+    assert only.command == [sys.executable, *module_arguments(only.module), *arguments[2:]]
     assert only.shown == " ".join(["python", *arguments])
 
 
