@@ -1,0 +1,55 @@
+"""Responses, ground truths and results of rewards, by the row of README.md that tells of each."""
+
+import numpy as np
+import pytest
+
+from hpo_verl.rewards import countdown, telelogs
+from hpo_verl.rewards.scoring_process import checked_result
+
+TRUTH = {"target": 10, "numbers": [1, 4, 6]}
+RESPONSES = [
+    (28, "<think>4*1+6=10</think> so 4*1+6", TRUTH, "no_answer"),
+    (29, "<answer>81*1</answer>", {"target": 81, "numbers": [1, 81, 1, 1]}, "wrong_numbers"),
+    (29, "<answer>15/2</answer>", {"target": 7, "numbers": [15, 2]}, "wrong_value"),
+    (30, "<answer>4+6</answer>", {"target": 10, "numbers": [1, 9]}, "wrong_numbers"),
+    (31, f"<answer>{'+'.join('1' * 15)}</answer>", {"target": 15, "numbers": [1] * 15}, "correct"),
+]
+
+
+@pytest.mark.parametrize(("row", "response", "truth", "reason"), RESPONSES)
+def test_responses(row, response, truth, reason):
+    result = countdown.compute_score("countdown", response, truth)
+    assert result["reason"] == reason
+    assert (result["score"] == 1) == (reason == "correct")
+
+
+@pytest.mark.parametrize("response", ["<answer>__import__('os')</answer>", "<answer>2**9</answer>"])
+def test_what_is_no_arithmetic_is_not_calculated(response):
+    """Row 74."""
+    assert countdown.compute_score("countdown", response, TRUTH)["score"] < 1
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "1", [1.0], {"score": None}])
+def test_results_that_are_no_number(value):
+    """Row 25."""
+    with pytest.raises((TypeError, ValueError)):
+        checked_result(value)
+
+
+def test_a_dict_without_the_score():
+    """Row 27."""
+    with pytest.raises(ValueError, match="no key 'score'"):
+        checked_result({"reward": 1})
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.float64(1), np.int64(1)])
+def test_numbers_of_numpy(value):
+    """Row 77."""
+    assert checked_result(value) == {"acc": 1.0}
+    assert type(checked_result(value)["acc"]) is float
+
+
+@pytest.mark.parametrize("box", ["C3", " C3 ", "\\text{C3}"])
+def test_boxes(box):
+    """Row 78."""
+    assert telelogs.compute_score("telelogs", f"\\boxed{{{box}}}", "C3")["score"] == 1
