@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ from hpo_verl import __version__
 from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, HpoVerlError, TrainingStopped
 from hpo_verl.lab_cli import app as lab
 
+FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS")
 app = typer.Typer(
     name="hpo-verl",
     no_args_is_help=True,
@@ -259,10 +261,20 @@ def doctor(
         raise typer.Exit(EXIT_BAD_INPUT)
 
 
+def _complete_environment() -> None:
+    """Give folders in the environment the form that every process of a run understands."""
+    os.environ.setdefault("HOME", os.path.expanduser("~"))
+    for name in FOLDER_VARIABLES:
+        folder = os.environ.pop(name, "")
+        if folder:
+            os.environ[name] = os.path.abspath(os.path.expanduser(folder))
+
+
 def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
     # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _complete_environment()
     try:
         app()
     except HpoVerlError as error:

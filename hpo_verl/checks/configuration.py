@@ -15,7 +15,7 @@ from hpo_verl.checks.packages import MODULES
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.overrides import nearest
 from hpo_verl.config.recipes import group_options, recipes_directory
-from hpo_verl.config.settings import ACTOR, ROLLOUT
+from hpo_verl.config.settings import ACTOR, ROLLOUT, leaves
 from hpo_verl.errors import ConfigError
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.quiet import quiet_imports
@@ -50,6 +50,20 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "reward.num_workers": (int, 1, 1024),
     "seed": (int, 0, 2**31 - 1),
 }
+# Sections of verl 0.8 that verl 0.9 composes and, but in its fully asynchronous trainer, never
+# reads; and where verl's `migrate_legacy_reward_impl` moves their keys. The first that fits holds.
+OLDER_KEYS = {
+    "reward_model.num_workers": "reward.num_workers",
+    "reward_model.reward_manager": "reward.reward_manager.name",
+    "reward_model.reward_loop_source": "reward.reward_manager.source",
+    "reward_model.reward_loop_module_path": "reward.reward_manager.module.path",
+    "reward_model.reward_loop_class_name": "reward.reward_manager.module.name",
+    "reward_model.reward_kwargs": "reward.reward_kwargs",
+    "reward_model.model.path": "reward.reward_model.model_path",
+    "reward_model": "reward.reward_model",
+    "custom_reward_function": "reward.custom_reward_function",
+    "sandbox_fusion": "reward.sandbox_fusion",
+}
 REQUIRED = (
     *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
     *(f"{ROLLOUT}.n", "trainer.n_gpus_per_node", "trainer.nnodes"),
@@ -74,6 +88,21 @@ def check_settings(run: PlannedRun) -> Finding:
     if mini is not None and batch % mini:
         raise ConfigError(f"{MINI_BATCH}={mini}: must divide data.train_batch_size={batch}")
     return ok("types and ranges of the settings that are changed most")
+
+
+def check_older_keys(run: PlannedRun) -> Finding:
+    """Whether a setting is given by a key that verl no longer reads."""
+    for section in ("reward_model", "custom_reward_function", "sandbox_fusion"):
+        node = OmegaConf.to_container(OmegaConf.create({section: run.get(section)}))
+        for key, value in leaves(node):
+            if value is None:
+                continue
+            old = next(old for old in OLDER_KEYS if key == old or key.startswith(f"{old}."))
+            new = OLDER_KEYS[old] + key.removeprefix(old)
+            return error(
+                f"{key}={value}: verl 0.9 does not read this older key of {new}", f"write {new}"
+            )
+    return ok("none that verl no longer reads")
 
 
 def _check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:
@@ -176,9 +205,15 @@ def is_group_relative(estimator: str) -> bool:
 
 def check_steps(run: PlannedRun) -> Finding:
     """Whether the run has a step in which the policy is updated."""
-    steps, done = planned_steps(run), steps_done(run)
+    steps, done, possible = planned_steps(run), steps_done(run), steps_of_data(run)
     if steps is None:
         return skipped("trainer.total_training_steps is not set; the data say how many")
+    if possible is not None and 0 < possible < steps:
+        # verl's loop ends there, and neither saves nor validates as it does after its last step.
+        epochs = run.get("trainer.total_epochs")
+        text = f"trainer.total_training_steps={steps}: trainer.total_epochs={epochs} over the data"
+        fix = f"trainer.total_training_steps={possible}, or more epochs or data"
+        return error(f"{text} give {possible} steps", fix)
     if (warmup := run.get("trainer.critic_warmup", 0)) > steps:
         text = f"trainer.critic_warmup={warmup}: the policy is first updated after it, and the run"
         return error(f"{text} has {steps} steps", "trainer.critic_warmup=0")
@@ -191,15 +226,41 @@ def check_steps(run: PlannedRun) -> Finding:
 
 def planned_steps(run: PlannedRun) -> int | None:
     """Steps of the run; None where that depends on data that are not there."""
-    if given := run.get("trainer.total_training_steps"):
-        return given
+    return run.get("trainer.total_training_steps") or steps_of_data(run)
+
+
+def steps_of_data(run: PlannedRun) -> int | None:
+    """Steps of `trainer.total_epochs` over the training data; None where these are not there."""
     files = [path for key, path in run.data_files if key == "data.train_files"]
     try:
         rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     except (OSError, ValueError):
         # The check of the files says why.
         return None
-    return rows // run.get("data.train_batch_size") * run.get("trainer.total_epochs", 1)
+    per_epoch = trained_rows(run, rows) // run.get("data.train_batch_size")
+    return per_epoch * run.get("trainer.total_epochs", 1)
+
+
+def trained_rows(run: PlannedRun, rows: int) -> int:
+    """Rows that verl trains on, of so many in the files."""
+    most = run.get("data.train_max_samples", -1)
+    return min(rows, most) if most > 0 else rows
+
+
+def check_records(run: PlannedRun) -> list[Finding]:
+    """Whether the run leaves what summary, picture, policy and `--resume` need."""
+    loggers = run.get("trainer.logger", [])
+    found = []
+    if "file" not in ([loggers] if isinstance(loggers, str) else loggers):
+        text = f"trainer.logger={loggers}: without file there are no metrics, summary and picture"
+        found.append(warning(text, "add file"))
+    if run.get("trainer.save_freq", -1) < 1:
+        text = "trainer.save_freq: no checkpoint is saved, and no policy"
+        found.append(warning(text, "trainer.save_freq=N"))
+    if run.get("trainer.test_freq", -1) < 1:
+        text = "trainer.test_freq: nothing is validated during and after training"
+        found.append(warning(text, "trainer.test_freq=N"))
+    return found or [ok("metrics, checkpoints and validations")]
 
 
 def steps_done(run: PlannedRun) -> int:

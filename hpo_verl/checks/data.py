@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from hpo_verl.checks.configuration import trained_rows
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.rows import REQUIRED_COLUMNS, SAMPLE_ROWS
@@ -35,7 +36,11 @@ def check_files(run: PlannedRun) -> Finding:
             return error(str(problem), anew)
         trained += rows if key == "data.train_files" else 0
         found.append(f"{path} ({rows} rows)")
+    for key in ("data.train_files", "data.val_files"):
+        if key not in dict(run.data_files):
+            return error(f"{key}: names no file", f"{key}=FILE")
     shown, batch = ", ".join(found), run.get("data.train_batch_size")
+    trained = trained_rows(run, trained)
     if trained < batch:
         return error(
             f"data.train_files: {shown}: {trained} rows to train on are fewer than "
@@ -54,7 +59,10 @@ def _rows(key: str, path: Path) -> int:
     except Exception as problem:
         text = f"{key}: {path} is not a complete parquet file ({one_line(problem)})"
         raise DataError(text) from problem
-    absent = [name for name in REQUIRED_COLUMNS if name not in table.schema_arrow.names]
+    names = table.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{key}: {path} has the column {twice[0]!r} more than once")
+    absent = [name for name in REQUIRED_COLUMNS if name not in names]
     if absent:
         raise DataError(f"{key}: {path} has no column {absent[0]!r}")
     if table.metadata.num_rows < 1:
@@ -137,11 +145,10 @@ def check_reward(run: PlannedRun) -> Finding:
 
 def _named_function(run: PlannedRun) -> tuple[str, str, dict[str, Any]]:
     """Path and name of the reward function, and the keywords that the configuration adds."""
-    # verl lets the older key win.
-    for key in ("custom_reward_function", "reward.custom_reward_function"):
-        if path := run.get(f"{key}.path"):
-            options = run.get(f"{key}.reward_kwargs", {})
-            return str(path), str(run.get(f"{key}.name", "compute_score")), dict(options)
+    section = "reward.custom_reward_function"
+    if path := run.get(f"{section}.path"):
+        options = run.get(f"{section}.reward_kwargs", {})
+        return str(path), str(run.get(f"{section}.name", "compute_score")), dict(options)
     return (*VERLS_FUNCTION, {})
 
 

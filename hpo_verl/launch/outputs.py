@@ -36,8 +36,12 @@ def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterat
     """What the user is told of a finished run: success rates, files, and a longer run."""
     summary = json.loads((folder / SUMMARY_NAME).read_text())
     before, after = summary["success_before"], summary["success_after"]
-    if before is not None and after is not None:
-        yield f"success on held-out prompts: {before:.1%} before, {after:.1%} after"
+    sources = summary["validated_on"]
+    of = f", mean of {', '.join(sources)}" if len(sources) > 1 else ""
+    rates = {"before": before, "after": after}
+    known = [f"{rate:.1%} {when}" for when, rate in rates.items() if rate is not None]
+    if known:
+        yield f"success on held-out prompts{of}: {', '.join(known)}"
     yield f"picture: {folder / CURVE_NAME}"
     if (folder / POLICY_NAME).is_dir():
         yield f"policy:  {folder / POLICY_NAME}"
@@ -67,7 +71,8 @@ def write_summary(
         "steps": metrics.rows[-1][0] if metrics.rows else 0,
         "seconds": round(seconds, 1),
         "success_before": success[0] if success and steps[0] == 0 else None,
-        "success_after": success[-1] if len(success) > 1 else None,
+        "success_after": success[-1] if success and steps[-1] > 0 else None,
+        "validated_on": metrics.sources(),
         "versions": package_versions(),
         "seed": OmegaConf.select(config, "seed"),
     }
@@ -85,7 +90,7 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     top.plot(*metrics.series("hpo/solve_rate"), color=BLUE, alpha=0.5, label="training batch")
     top.plot(*metrics.success(), color=BLUE, marker="o", label="held-out prompts")
     top.set_ylabel("success rate")
-    top.set_title(title)
+    top.set_title(title, parse_math=False)
     middle.plot(*metrics.series("hpo/alpha"), color=PURPLE, label="alpha")
     middle.set_ylabel("alpha")
     middle.set_ylim(-0.05, 1.05)

@@ -25,7 +25,7 @@ _TITLE_WIDTH = 36
 _STYLE: Any = {
     "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "font.size": 9.0, "axes.titlesize": 9.0,
-    "svg.hashsalt": "hpo_verl", "svg.fonttype": "none",
+    "text.parse_math": False, "svg.hashsalt": "hpo_verl", "svg.fonttype": "none",
 }  # fmt: skip
 
 

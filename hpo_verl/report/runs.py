@@ -81,26 +81,23 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Iterable[Path], announce: Callable[[str], None] = print) -> list[Run]:
-    """Read runs, and leave out those that have not finished, after an announcement of each.
+    """Read finished runs; whatever is none is announced and left out, and so is a second naming.
 
     Raises:
-        DataError: names all folders that hold no run or are given twice; or no run has finished.
+        DataError: none of them is a finished run; names what is wrong with each.
     """
     runs: dict[Path, Run] = {}
-    problems, unfinished = [], []
+    problems = []
     for folder in folders:
-        if folder.resolve() in runs:
-            problems.append(f"{folder} is given twice")
-            continue
         try:
+            if folder.resolve() in runs:
+                raise DataError(f"{folder} is given twice")
             runs[folder.resolve()] = read_run(folder)
         except DataError as error:
-            # Only a run that has begun has a configuration, and stock verl writes no summary.
-            begun = (folder / "config.yaml").is_file() and not (folder / "summary.json").exists()
-            (unfinished if begun else problems).append(str(error))
-    if problems or not runs:
-        raise DataError("; ".join(problems + unfinished))
-    for text in unfinished:
+            problems.append(str(error))
+    if not runs:
+        raise DataError("; ".join(problems))
+    for text in problems:
         announce(f"warning: {text}; it is left out")
     return list(runs.values())
 

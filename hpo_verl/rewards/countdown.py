@@ -96,13 +96,20 @@ def _read_ground_truth(
     """Return the target and the sorted numbers."""
     try:
         if isinstance(ground_truth, str):
-            ground_truth = json.loads(ground_truth)
+            ground_truth = json.loads(ground_truth, object_pairs_hook=_without_doubles)
         return _integer(ground_truth["target"]), sorted(_integers(ground_truth["numbers"]))  # type: ignore[index]
-    except (TypeError, KeyError, ValueError, IndexError) as error:
+    except (TypeError, KeyError, ValueError, IndexError, RecursionError) as error:
         raise DataError(
             f"{data_source}: ground_truth is {repr(ground_truth)[:100]}; needed: "
             '{"target": integer, "numbers": [integer, ...]} or the same as JSON'
         ) from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
 
 
 def _integers(values: Iterable[Any]) -> list[int]:

@@ -49,7 +49,7 @@ def compute_score(
     Raises:
         DataError: The ground truth is not a cause, or the response is not text.
     """
-    if ground_truth not in CAUSES:
+    if not isinstance(ground_truth, str) or ground_truth not in CAUSES:
         raise DataError(
             f"{data_source}: ground_truth is {str(ground_truth)[:40]!r}; needed: C1 to C8"
         )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 VALIDATION_PREFIX = "val-core/"
-VALIDATION_SUFFIX = "/acc/mean@"
+# verl validates by a reward's `acc` where there is one, else by its score.
+VALIDATION_MARKS = ("/acc/mean@", "/reward/mean@")
 
 
 @dataclass
@@ -41,9 +42,18 @@ class MetricsFile:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def success(self) -> tuple[list[int], list[float]]:
-        """Steps and success rates (fraction) of the validations."""
+        """Steps and success rates (fraction) of the validations; over data sources, their mean."""
+        found = [
+            (step, [value for key, value in data.items() if _is_validation(key)])
+            for step, data in self.rows
+        ]
+        validated = [(step, values) for step, values in found if values]
+        return [step for step, _ in validated], [sum(v) / len(v) for _, v in validated]
+
+    def sources(self) -> list[str]:
+        """Data sources of the validations."""
         keys = {key for _, data in self.rows for key in data if _is_validation(key)}
-        return self.series(min(keys)) if keys else ([], [])
+        return sorted(key.removeprefix(VALIDATION_PREFIX).rsplit("/", 2)[0] for key in keys)
 
 
 def has_validation(data: Mapping[str, float]) -> bool:
@@ -52,4 +62,4 @@ def has_validation(data: Mapping[str, float]) -> bool:
 
 
 def _is_validation(key: str) -> bool:
-    return key.startswith(VALIDATION_PREFIX) and VALIDATION_SUFFIX in key
+    return key.startswith(VALIDATION_PREFIX) and any(mark in key for mark in VALIDATION_MARKS)

@@ -294,12 +294,6 @@ def test_what_is_not_scored_by_a_plain_function_is_not_judged(examine, changes):
     assert only(examine(changes=changes), "reward").status == "skipped"
 
 
-def test_the_older_key_of_the_reward_wins_as_in_verl(examine, tmp_path):
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    changes = {"custom_reward_function": {"path": str(tmp_path / "rewards.py"), "name": "blind"}}
-    assert "blind of" in only(examine(changes=changes), "reward").detail
-
-
 def test_verls_own_reward_does_not_know_every_data_source(examine):
     finding = only(examine(changes={"reward.custom_reward_function.path": None}), "reward")
     assert finding.status == "error"

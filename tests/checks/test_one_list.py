@@ -66,6 +66,9 @@ def files(made, tmp_path):
     for row in rows:
         row["prompt"] = row["prompt"][0]["content"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "text.parquet")
+    column = pa.array(["a"])
+    twice = pa.Table.from_arrays([column, column], names=["prompt", "prompt"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
     policy = shutil.copytree(made / "policy", tmp_path / "sharded")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (policy / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -101,6 +104,11 @@ ON_THIS_MACHINE = [
     (["trainer.default_local_dir={files}/file/x"], "folders", "file is not a folder"),
     (["data.train_files=/nowhere.parquet"], "data files", "/nowhere.parquet does not exist"),
     (["data.val_files={files}/rewards.py"], "data files", "not a complete parquet file"),
+    (["data.train_max_samples=10"], "data files", "10 rows to train on are fewer than"),
+    (["data.val_files=[]"], "data files", "data.val_files: names no file"),
+    (["data.train_files=[]"], "data files", "data.train_files: names no file"),
+    (["data.train_files={files}/twice.parquet"], "data files", "column 'prompt' more than once"),
+    (["trainer.total_epochs=1"], "steps", "trainer.total_epochs=1 over the data give 3 steps"),
     (["data.train_batch_size=256"], "data files", "240 rows to train on are fewer than"),
     (["data.train_files={files}/text.parquet"], "schema", "row 1, column 'prompt': is not a list"),
     (["data.max_prompt_length=8"], "prompts", "data.max_prompt_length=8: "),

@@ -25,6 +25,14 @@ OUT_OF_RANGE = [
     ({f"{ROLLOUT}.n": True}, "rollout.n=True: must be an integer"),
     ({"seed": -1}, "seed=-1"),
 ]
+OLDER_KEYS = [
+    ({"reward_model.num_workers": 3}, "reward_model.num_workers=3: verl 0.9 does not read"),
+    ({"reward_model.reward_manager": "dapo"}, "older key of reward.reward_manager.name"),
+    ({"reward_model.model.path": "/m"}, "older key of reward.reward_model.model_path"),
+    ({"reward_model.enable": True}, "older key of reward.reward_model.enable"),
+    ({"custom_reward_function.name": "f"}, "older key of reward.custom_reward_function.name"),
+    ({"sandbox_fusion.url": "http://x"}, "older key of reward.sandbox_fusion.url"),
+]
 NOT_TOGETHER = [
     ({f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"}, "permits token-mean only"),
     ({f"{ACTOR}.policy_loss.loss_mode": "kl_cov"}, "covariance"),
@@ -78,6 +86,7 @@ CASES = [
     for name, cases in (
         ("learning", UNLEARNABLE),
         ("settings", OUT_OF_RANGE),
+        ("older keys", OLDER_KEYS),
         ("algorithm", NOT_TOGETHER),
         ("names", UNKNOWN_NAMES),
         ("verl's checks", REFUSED_BY_VERL),

@@ -1,5 +1,6 @@
 """`hpo-verl list`, `prepare`, help and exit codes."""
 
+import os
 import sys
 
 import pytest
@@ -49,6 +50,28 @@ def test_an_unknown_study_is_refused_before_verl_is_imported(monkeypatch, capsys
         main()
     assert ended.value.code == EXIT_BAD_INPUT
     assert capsys.readouterr().err == "error: unknown study 'spars': did you mean sparse?\n"
+
+
+@pytest.mark.parametrize("name", ["HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS"])
+@pytest.mark.parametrize(
+    ("given", "taken"), [("", None), ("~/x", "/home/me/x"), ("x", "{here}/x"), ("/a b", "/a b")]
+)
+def test_folders_of_the_environment(name, given, taken, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv(name, given)
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ.get(name) == (taken and taken.format(here=tmp_path))
+
+
+def test_a_missing_home_is_that_of_the_user(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["HOME"] == os.path.expanduser("~")
 
 
 @pytest.fixture

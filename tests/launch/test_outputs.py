@@ -1,6 +1,7 @@
 """Metrics are read as they grow; summary and picture follow from them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -57,6 +58,35 @@ def test_series_and_success(metrics):
     assert MetricsFile(metrics.path).success() == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("rows", "success", "sources"),
+    [
+        # A reward that returns no `acc`: verl validates by its score.
+        ([{"val-core/own/reward/mean@1": 0.5}], [0.5], ["own"]),
+        ([{"val-core/a/acc/mean@2": 0.9, "val-core/b/c/acc/mean@2": 0.1}], [0.5], ["a", "b/c"]),
+        ([{"val-core/a/acc/mean@1": 0.2}, {"val-core/b/acc/mean@1": 0.4}], [0.2, 0.4], ["a", "b"]),
+        ([{"val-aux/a/reward/mean@1": 0.2, "val-core/a/acc/best@4": 1.0}], [], []),
+    ],
+)
+def test_success_is_the_mean_over_all_sources(rows, success, sources):
+    file = MetricsFile(Path("none"), list(enumerate(rows)))
+    assert file.success()[1] == success
+    assert file.sources() == sources
+
+
+def test_one_validation_at_the_end_counts(tmp_path):
+    rows = [(2, {"val-core/a/acc/mean@1": 0.25, "val-core/b/acc/mean@1": 0.75})]
+    metrics = MetricsFile(tmp_path / "none", rows)
+    summary = write_summary(tmp_path, settings(), metrics, seconds=1)
+    assert (summary["success_before"], summary["success_after"]) == (None, 0.5)
+    told = next(shown_results(tmp_path, "countdown-tiny", []))
+    assert told == "success on held-out prompts, mean of a, b: 50.0% after"
+
+
+def test_a_dollar_in_a_title_is_no_mathematics(tmp_path, metrics):
+    assert draw_curve(tmp_path, metrics, "costs $^$ or $5").is_file()
+
+
 def test_summary(tmp_path, metrics):
     summary = write_summary(tmp_path, settings(), metrics, seconds=12.34)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -68,6 +98,7 @@ def test_summary(tmp_path, metrics):
         "seconds": 12.3,
         "success_before": 0.05,
         "success_after": 0.25,
+        "validated_on": ["countdown"],
         "seed": 3,
     }
 

@@ -2,12 +2,14 @@
 
 import json
 
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from hpo_verl.cli import app
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.figures import draw_curves
 from hpo_verl.report.runs import (
     comparable_settings,
     curves_of,
@@ -139,17 +141,44 @@ def test_nothing_validated_is_no_picture(tmp_path):
     assert not picture.exists()
 
 
-def test_all_folders_that_are_no_runs_are_named(tmp_path):
+def test_without_a_run_all_folders_are_named(tmp_path):
     run = write_run(tmp_path / "runs" / "good")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "metrics.jsonl").write_text("")
     with pytest.raises(DataError) as caught:
-        read_runs([run, tmp_path / "none", tmp_path / "unfinished", tmp_path / "runs", run])
+        read_runs([tmp_path / "none", tmp_path / "unfinished", tmp_path / "runs"])
     message = str(caught.value)
     assert f"{tmp_path}/none is not a folder" in message
     assert f"{tmp_path}/unfinished is no finished run: it has no summary.json" in message
     assert f"it contains runs, such as {run}" in message
-    assert f"{run} is given twice" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("metrics.jsonl", '{"step": 1, "da\n', "is no readable run"),
+        ("metrics.jsonl", None, "has no metrics.jsonl"),
+        ("config.yaml", "a: [\n", "is no readable run"),
+    ],
+)
+def test_a_damaged_run_is_left_out_and_the_others_are_shown(tmp_path, file, content, words):
+    good, bad, stray = write_run(tmp_path / "good"), write_run(tmp_path / "bad"), tmp_path / "a.txt"
+    stray.write_text("")
+    (bad / file).unlink()
+    if content is not None:
+        (bad / file).write_text(content)
+    said = []
+    assert [run.folder for run in read_runs([bad, good, stray, good], said.append)] == [good]
+    assert len(said) == 3
+    assert words in said[0]
+    assert said[1].endswith("a.txt is not a folder; it is left out")
+    assert said[2].endswith("good is given twice; it is left out")
+
+
+def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
+    frame = pd.DataFrame({0: [0.1, 0.2]}, index=[0, 1])
+    draw_curves({"costs $^$ or $5": frame}, "", tmp_path / "a.svg")
+    assert "costs $^$ or $5 (1)" in (tmp_path / "a.svg").read_text()
 
 
 def test_a_run_that_has_not_finished_is_left_out_and_the_others_are_shown(tmp_path):

@@ -222,6 +222,8 @@ def test_forms_of_the_ground_truth(ground_truth):
         20,
         "",
         "20",
+        "[" * 200_000,
+        '{"target": 20, "numbers": [3, 7, 2], "target": 21}',
         "[20]",
         "{'target': 20}",
         {},

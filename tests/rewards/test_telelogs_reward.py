@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,7 +107,13 @@ def test_everything_else_scores_0(response: str, reason: str) -> None:
     assert extract_cause(response) is None
 
 
-@pytest.mark.parametrize("ground_truth", ["", "C0", "C9", "c3", "3", 3, None, ["C3"], {"a": 1}])
+@pytest.mark.parametrize(
+    "ground_truth",
+    [
+        *("", "C0", "C9", "c3", "3", 3, None, ["C3"], {"a": 1}),
+        *(np.array(["C3"]), np.array(["C3", "C4"])),
+    ],
+)
 def test_a_malformed_ground_truth_is_an_error(ground_truth: object) -> None:
     with pytest.raises(DataError, match=r"ground_truth .* C1 to C8"):
         compute_score("telelogs", r"\boxed{C3}", ground_truth)  # type: ignore[arg-type]
