@@ -23,7 +23,7 @@ from hpo_verl.launch.manifest import CONFIG_NAME
 from hpo_verl.launch.resume import METRICS_NAME
 from hpo_verl.runs.checkpoints import FOLDER_NAME, SEAL, TRACKER, holds_checkpoints, step_folders
 from hpo_verl.runs.files import write_atomically
-from hpo_verl.runs.metrics import MetricsFile
+from hpo_verl.runs.metrics import MetricsFile, measured
 from hpo_verl.runs.quiet import quiet_imports
 
 STEPS_KEY = "trainer.total_training_steps"
@@ -36,8 +36,7 @@ def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterat
     """What the user is told of a finished run: success rates, files, and a longer run."""
     summary = json.loads((folder / SUMMARY_NAME).read_text())
     before, after = summary["success_before"], summary["success_after"]
-    sources = summary["validated_on"]
-    of = f", mean of {', '.join(sources)}" if len(sources) > 1 else ""
+    of = measured(summary["validated_on"])
     rates = {"before": before, "after": after}
     known = [f"{rate:.1%} {when}" for when, rate in rates.items() if rate is not None]
     if known:
@@ -88,7 +87,8 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     figure = Figure(figsize=(7, 7), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     top.plot(*metrics.series("hpo/solve_rate"), color=BLUE, alpha=0.5, label="training batch")
-    top.plot(*metrics.success(), color=BLUE, marker="o", label="held-out prompts")
+    held_out = f"held-out prompts{measured(metrics.sources())}"
+    top.plot(*metrics.success(), color=BLUE, marker="o", label=held_out)
     top.set_ylabel("success rate")
     top.set_title(title, parse_math=False)
     middle.plot(*metrics.series("hpo/alpha"), color=PURPLE, label="alpha")
@@ -100,7 +100,8 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
     bottom.set_ylabel("share of responses")
     bottom.set_xlabel("step")
     for axes in (top, middle, bottom):
-        axes.legend(loc="best", frameon=False)
+        for text in axes.legend(loc="best", frameon=False).get_texts():
+            text.set_parse_math(False)
         axes.grid(alpha=0.3)
     path, picture = folder / CURVE_NAME, io.BytesIO()
     figure.savefig(picture, dpi=150)

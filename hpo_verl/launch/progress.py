@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from hpo_verl.runs.metrics import MetricsFile, has_validation
+from hpo_verl.runs.metrics import MetricsFile, has_validation, measured
 
 # At least one line in this time.
 LINE_SECONDS = 60.0
@@ -81,7 +81,7 @@ def _summary(data: Mapping[str, float], metrics: MetricsFile) -> str:
     parts = []
     _, success = metrics.success()
     if success:
-        parts.append(f"held-out success {success[-1]:.1%}")
+        parts.append(f"held-out success{measured(metrics.sources())} {success[-1]:.1%}")
     if "hpo/solve_rate" in data:
         parts.append(f"batch {data['hpo/solve_rate']:.1%}")
     if "hpo/alpha" in data:

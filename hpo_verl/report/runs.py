@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError
 from hpo_verl.report.statistics import interval
-from hpo_verl.runs.metrics import MetricsFile
+from hpo_verl.runs.metrics import MetricsFile, measured
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml")
 # What may differ between two runs of one experiment.
@@ -31,7 +31,8 @@ class Run(NamedTuple):
     """One finished run.
 
     Attributes:
-        name: Task and model, or verl's experiment name; and the algorithm.
+        name: Task and model, or verl's experiment name; the algorithm; and what success is, if not
+            the accuracy on the only data source.
         numbers: `steps`; success on held-out prompts `before` and `after` training, fractions;
             `s/step`, the median of verl's `timing_s/step`. NaN where not measured.
         curve: Success by step.
@@ -70,7 +71,7 @@ def read_run(folder: Path) -> Run:
         steps, success = metrics.success()
         return Run(
             folder,
-            f"{recipe} {summary['algorithm']}",
+            f"{recipe} {summary['algorithm']}{measured(metrics.sources())}",
             summary["seed"],
             dict(zip(SHOWN, [math.nan if v is None else float(v) for v in values], strict=True)),
             pd.Series(success, steps, dtype=float),

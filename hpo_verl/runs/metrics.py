@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-VALIDATION_PREFIX = "val-core/"
+_PREFIX = "val-core/"
 # verl validates by a reward's `acc` where there is one, else by its score.
-VALIDATION_MARKS = ("/acc/mean@", "/reward/mean@")
+_REWARD_OF = "reward of "
 
 
 @dataclass
@@ -43,23 +43,33 @@ class MetricsFile:
 
     def success(self) -> tuple[list[int], list[float]]:
         """Steps and success rates (fraction) of the validations; over data sources, their mean."""
-        found = [
-            (step, [value for key, value in data.items() if _is_validation(key)])
-            for step, data in self.rows
-        ]
-        validated = [(step, values) for step, values in found if values]
+        found = [(step, _validated(data)) for step, data in self.rows]
+        validated = [(step, list(values.values())) for step, values in found if values]
         return [step for step, _ in validated], [sum(v) / len(v) for _, v in validated]
 
     def sources(self) -> list[str]:
-        """Data sources of the validations."""
-        keys = {key for _, data in self.rows for key in data if _is_validation(key)}
-        return sorted(key.removeprefix(VALIDATION_PREFIX).rsplit("/", 2)[0] for key in keys)
+        """Data sources of the validations; `reward of SOURCE` where the reward has no `acc`."""
+        return sorted({source for _, data in self.rows for source in _validated(data)})
+
+
+def measured(sources: Sequence[str]) -> str:
+    """What a success rate is, after a comma; empty for the accuracy on the only source."""
+    names = ", ".join(sources)
+    if len(sources) > 1:
+        return f", mean of {names}"
+    return f", {names}" if names.startswith(_REWARD_OF) else ""
 
 
 def has_validation(data: Mapping[str, float]) -> bool:
     """Whether a row holds the success rate of a validation."""
-    return any(map(_is_validation, data))
+    return bool(_validated(data))
 
 
-def _is_validation(key: str) -> bool:
-    return key.startswith(VALIDATION_PREFIX) and any(mark in key for mark in VALIDATION_MARKS)
+def _validated(data: Mapping[str, float]) -> dict[str, float]:
+    """Success by data source."""
+    found = {}
+    for key, value in data.items():
+        source, *rest = key.removeprefix(_PREFIX).rsplit("/", 2)
+        if key.startswith(_PREFIX) and len(rest) == 2 and rest[1].startswith("mean@"):
+            found[source if rest[0] == "acc" else f"{_REWARD_OF}{source}"] = value
+    return found

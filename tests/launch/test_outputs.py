@@ -12,7 +12,7 @@ from hpo_verl.launch.outputs import (
     shown_results,
     write_summary,
 )
-from hpo_verl.runs.metrics import MetricsFile
+from hpo_verl.runs.metrics import MetricsFile, measured
 
 SUCCESS = "val-core/countdown/acc/mean@1"
 LINES = [
@@ -62,7 +62,10 @@ def test_series_and_success(metrics):
     ("rows", "success", "sources"),
     [
         # A reward that returns no `acc`: verl validates by its score.
-        ([{"val-core/own/reward/mean@1": 0.5}], [0.5], ["own"]),
+        ([{"val-core/own/reward/mean@1": 0.5}], [0.5], ["reward of own"]),
+        # Failed responses change the number in the key.
+        ([{"val-core/a/acc/mean@4": 0.5}, {"val-core/a/acc/mean@3": 0.7}], [0.5, 0.7], ["a"]),
+        ([{"val-core/a/acc/mean@2/acc/mean@1": 0.5}], [0.5], ["a/acc/mean@2"]),
         ([{"val-core/a/acc/mean@2": 0.9, "val-core/b/c/acc/mean@2": 0.1}], [0.5], ["a", "b/c"]),
         ([{"val-core/a/acc/mean@1": 0.2}, {"val-core/b/acc/mean@1": 0.4}], [0.2, 0.4], ["a", "b"]),
         ([{"val-aux/a/reward/mean@1": 0.2, "val-core/a/acc/best@4": 1.0}], [], []),
@@ -83,8 +86,21 @@ def test_one_validation_at_the_end_counts(tmp_path):
     assert told == "success on held-out prompts, mean of a, b: 50.0% after"
 
 
-def test_a_dollar_in_a_title_is_no_mathematics(tmp_path, metrics):
-    assert draw_curve(tmp_path, metrics, "costs $^$ or $5").is_file()
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        (["a"], ""),
+        (["reward of a"], ", reward of a"),
+        (["a", "reward of b"], ", mean of a, reward of b"),
+    ],
+)
+def test_what_success_is(sources, words):
+    assert measured(sources) == words
+
+
+def test_a_dollar_in_a_title_or_a_source_is_no_mathematics(tmp_path):
+    rows = [(0, {"val-core/a $^$/acc/mean@1": 0.5, "val-core/b/acc/mean@1": 0.5})]
+    assert draw_curve(tmp_path, MetricsFile(tmp_path, rows), "costs $^$ or $5").is_file()
 
 
 def test_summary(tmp_path, metrics):

@@ -60,6 +60,11 @@ def test_stages_are_shown_until_training_begins(screen, clock):
     assert screen("step 1: updating") == []
 
 
+def test_a_mean_over_sources_is_named(screen):
+    (line,) = screen("s", (0, {**VALIDATION, "val-core/b/reward/mean@1": 0.75}))
+    assert line == "step 0/30 held-out success, mean of countdown, reward of b 50.0% 0 s"
+
+
 def test_validations_and_the_last_step_are_shown_and_other_steps_once_a_minute(screen, clock):
     screen("step 1: sampling", (0, VALIDATION))
     assert screen("s", (1, {"timing_s/step": 2.0}))[0].startswith("step 1/30")

@@ -59,6 +59,14 @@ def test_a_run_is_read(tmp_path):
     assert run.curve.to_dict() == {0: 0.1, 3: 0.3}
 
 
+def test_a_mean_over_sources_is_named(tmp_path):
+    folder = write_run(tmp_path / "a")
+    row = {"step": 3, "data": {"val-core/other/acc/mean@1": 0.5, SUCCESS: 0.3}}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    run = read_run(folder)
+    assert (run.name, run.curve.to_dict()) == ("tiny a_hpo, mean of countdown, other", {3: 0.4})
+
+
 def test_only_the_seed_may_differ_within_a_group(tmp_path):
     folders = [write_run(tmp_path / str(seed), seed=seed) for seed in (11, 12)]
     folders.append(write_run(tmp_path / "other", seed=11, alpha_min=0.5))
