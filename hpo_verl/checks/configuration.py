@@ -29,6 +29,8 @@ MINI_BATCH = f"{ACTOR}.ppo_mini_batch_size"
 # Dotted key -> (type, lowest, highest). Whether those not REQUIRED may be null is verl's business.
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "data.train_batch_size": (int, 1, math.inf),
+    "data.val_batch_size": (int, 1, math.inf),
+    "data.dataloader_num_workers": (int, 0, math.inf),
     "data.max_prompt_length": (int, 1, math.inf),
     "data.max_response_length": (int, 1, math.inf),
     f"{ACTOR}.optim.lr": (float, 0, 1),
@@ -41,6 +43,9 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     f"{ROLLOUT}.temperature": (float, 0, 100),
     f"{ROLLOUT}.top_p": (float, 0, 1),
     f"{ROLLOUT}.max_num_seqs": (int, 1, math.inf),
+    f"{ROLLOUT}.val_kwargs.n": (int, 1, math.inf),
+    f"{ROLLOUT}.val_kwargs.temperature": (float, 0, 100),
+    f"{ROLLOUT}.agent.num_workers": (int, 1, math.inf),
     "trainer.n_gpus_per_node": (int, 1, 1024),
     "trainer.nnodes": (int, 1, 4096),
     "trainer.total_epochs": (int, 1, math.inf),
@@ -64,6 +69,7 @@ OLDER_KEYS = {
     "custom_reward_function": "reward.custom_reward_function",
     "sandbox_fusion": "reward.sandbox_fusion",
 }
+RESUME_MODES = ("auto", "disable", "resume_path")
 REQUIRED = (
     *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
     *(f"{ROLLOUT}.n", "trainer.n_gpus_per_node", "trainer.nnodes"),
@@ -84,6 +90,8 @@ def check_settings(run: PlannedRun) -> Finding:
         value = run.get(key)
         if value is not None or key in REQUIRED:
             _check_number(key, value, *bounds)
+    if (mode := run.get("trainer.resume_mode")) not in RESUME_MODES:
+        raise ConfigError(f"trainer.resume_mode={mode}: must be {', '.join(RESUME_MODES)}")
     batch, mini = run.get("data.train_batch_size"), run.get(MINI_BATCH)
     if mini is not None and batch % mini:
         raise ConfigError(f"{MINI_BATCH}={mini}: must divide data.train_batch_size={batch}")
@@ -266,7 +274,7 @@ def check_records(run: PlannedRun) -> list[Finding]:
 def steps_done(run: PlannedRun) -> int:
     """Step of the checkpoint that the run would continue from; 0 without one."""
     try:
-        text = (run.checkpoint_folder / TRACKER).read_text().strip()
+        text = (run.checkpoint_folder / TRACKER).read_text(errors="replace").strip()
     except OSError:
         text = ""
     found = run.get("trainer.resume_mode") == "auto" and text.isdecimal()

@@ -133,7 +133,7 @@ def _last_checkpoint(source: Path) -> Path:
     """
     folder = _checkpoints_of(source)
     tracker = folder / TRACKER
-    noted = tracker.read_text().strip() if tracker.is_file() else ""
+    noted = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     metrics = MetricsFile(source / METRICS_NAME)
     try:
         metrics.read_new()
@@ -176,7 +176,9 @@ def _shard_files(checkpoint: Path) -> list[Path]:
     settings = checkpoint / "fsdp_config.json"
     try:
         ranks = int(json.loads(settings.read_text())["world_size"])
-    except (ValueError, KeyError, TypeError) as error:
+        if ranks < 1:
+            raise ValueError(f"world_size is {ranks}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{settings} does not say how many ranks saved it") from error
     files = [checkpoint / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     for file in (*files, checkpoint / "huggingface" / "config.json"):

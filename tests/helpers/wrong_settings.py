@@ -24,6 +24,10 @@ OUT_OF_RANGE = [
     ({f"{ROLLOUT}.n": 2.5}, "rollout.n=2.5: must be an integer"),
     ({f"{ROLLOUT}.n": True}, "rollout.n=True: must be an integer"),
     ({"seed": -1}, "seed=-1"),
+    ({"trainer.resume_mode": "never"}, "resume_mode=never: must be auto, disable, resume_path"),
+    ({"data.dataloader_num_workers": -1}, "dataloader_num_workers=-1: must be an integer >= 0"),
+    ({f"{ROLLOUT}.val_kwargs.n": 0}, "val_kwargs.n=0: must be an integer >= 1"),
+    ({f"{ROLLOUT}.agent.num_workers": 0}, "agent.num_workers=0: must be an integer >= 1"),
 ]
 OLDER_KEYS = [
     ({"reward_model.num_workers": 3}, "reward_model.num_workers=3: verl 0.9 does not read"),

@@ -186,6 +186,8 @@ def test_what_merging_takes(elsewhere):
     [
         ("fsdp_config.json", "{}", "does not say how many ranks"),
         ("fsdp_config.json", "[", "does not say how many ranks"),
+        ("fsdp_config.json", '{"world_size": 0}', "does not say how many ranks"),
+        ("fsdp_config.json", '{"world_size": 1e400}', "does not say how many ranks"),
         ("model_world_size_2_rank_1.pt", None, "rank_1.pt is missing; fsdp_config.json says 2"),
         ("huggingface/config.json", None, "config.json is missing"),
         ("model_world_size_2_rank_1.pt", "cut", "rank_1.pt is damaged"),
@@ -200,6 +202,15 @@ def test_incomplete_checkpoints(run, tmp_path, file, content, message):
     with pytest.raises(DataError, match=message):
         export(run, tmp_path / "out" / "policy")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_note_of_the_last_checkpoint_is_no_checkpoint(run, tmp_path):
+    folder = run / "checkpoints"
+    (folder / TRACKER).write_bytes(b"\xff\xfe")
+    for seal in folder.glob(f"*/{SEAL}"):
+        seal.unlink()
+    with pytest.raises(DataError, match="holds no whole checkpoint"):
+        export(run, tmp_path / "out")
 
 
 class Hostile:
