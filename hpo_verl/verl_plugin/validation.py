@@ -141,8 +141,12 @@ def _check_engine(loss: Loss, config: DictConfig) -> None:
         raise ConfigError(
             f"{ACTOR}.strategy = {strategy!r}: {who} permits {' and '.join(STRATEGIES)} only"
         )
-    key = f"ray_kwargs.ray_init.runtime_env.env_vars.{ENGINE_VENDOR}"
-    vendor = OmegaConf.select(config, key) or os.environ.get(ENGINE_VENDOR)
+    section = ("ray_kwargs", "ray_init", "runtime_env", "env_vars")
+    variables: Any = config
+    for name in section:
+        variables = variables.get(name) or {}
+    key, vendor = ".".join((*section, ENGINE_VENDOR)), variables.get(ENGINE_VENDOR)
+    vendor = vendor or os.environ.get(ENGINE_VENDOR)
     if vendor != VENDOR:
         raise ConfigError(
             f"{key} = {vendor!r}: {who} needs {VENDOR!r}, as recipes/run/default.yaml sets it"
