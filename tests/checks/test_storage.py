@@ -98,9 +98,9 @@ def test_a_path_that_another_machine_would_look_for_elsewhere(planned, key):
 
 
 def test_a_relative_run_folder(planned):
-    run = replace(planned(address="auto"), run_folder=Path("runs/a"))
+    run = replace(planned(address="auto"), given_folder=Path("runs/a"))
     assert "hydra.run.dir=runs/a: must be absolute" in check_paths(run)[0].detail
-    assert check_paths(replace(run, run_folder=Path("~/a")))[0].status == "warning"
+    assert check_paths(replace(run, given_folder=Path("~/a")))[0].status == "warning"
 
 
 def test_recipes_name_absolute_paths_only(monkeypatch, tmp_path):
