@@ -52,6 +52,7 @@ def test_run_folder_holds_everything(trained):
         "seconds",
         "success_before",
         "success_after",
+        "validated_on",
         "versions",
         "seed",
     }
