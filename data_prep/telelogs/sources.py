@@ -7,9 +7,10 @@ written into a repository.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.csv import ParseOptions, read_csv
-from pyarrow.json import read_json
 
 from data_prep.command import first_line
 from hpo_verl.errors import DataError
+from hpo_verl.rewards.result import unique_keys
 from hpo_verl.rewards.telelogs import CAUSES
 
 HUB_DATASET = "netop/TeleLogs"
@@ -32,11 +33,7 @@ HOW_TO_ASK = (
     "--source synthetic needs no access"
 )
 _COLUMNS = ("question", "answer")
-_READERS = {
-    ".parquet": partial(pq.read_table, page_checksum_verification=True),
-    ".jsonl": read_json,
-    ".csv": partial(read_csv, parse_options=ParseOptions(newlines_in_values=True)),
-}
+_NOT_BLANK = re.compile(r"\S")
 
 
 class Example(NamedTuple):
@@ -56,12 +53,51 @@ def read_examples(path: str | Path) -> list[Example]:
     if path.suffix not in _READERS:
         raise DataError(f"{path}: a file name must end in one of {', '.join(_READERS)}")
     try:
-        rows = _READERS[path.suffix](path).to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        rows = _READERS[path.suffix](path)
+    except DataError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(
             f"{path}: cannot be read (damaged or truncated?): {first_line(error)}"
         ) from error
     return _checked(rows, str(path))
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    return _read_table(path, pq.ParquetFile(path, page_checksum_verification=True).read())
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    return _read_table(path, read_csv(path, parse_options=ParseOptions(newlines_in_values=True)))
+
+
+def _read_table(path: Path, table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of the columns that are needed, each of which must be there once."""
+    for column in _COLUMNS:
+        if (count := table.column_names.count(column)) != 1:
+            there = ", ".join(map(repr, table.column_names))[:200]
+            raise DataError(
+                f"{path}: has the column '{column}' {count} times, not once; has {there}"
+            )
+    return table.select(_COLUMNS).to_pylist()
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; arrow's reader dies of deeply nested ones."""
+    text, rows, end = path.read_text(encoding="utf-8-sig"), [], 0
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    while found := _NOT_BLANK.search(text, end):
+        try:
+            row, end = decoder.raw_decode(text, found.start())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"row {len(rows) + 1}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"row {len(rows) + 1}: is no object; one on each line is needed")
+        rows.append(row)
+    return rows
+
+
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
 
 
 def read_hub(revision: str | None) -> tuple[dict[str, list[Example]], str]:
@@ -124,12 +160,17 @@ def _checked(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
             value = row.get(column)
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"{place}, column '{column}': is missing, empty or not text")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                text = "holds a surrogate, which is half a letter"
+                raise DataError(f"{place}, column '{column}': {text}") from error
         example = Example(row["question"], row["answer"].strip())
         if example.answer not in CAUSES:
             raise DataError(
                 f"{place}, column 'answer': {example.answer[:40]!r} is not one of C1 to C8"
             )
-        earlier, where = examples.setdefault(example.question, (example, number))
+        earlier, where = examples.setdefault(example.question.strip(), (example, number))
         if earlier.answer != example.answer:
             raise DataError(
                 f"{place}, column 'answer': {example.answer}, but row {where} has the same "
@@ -160,8 +201,8 @@ def choose(
         val_size = sizes["val"] or max(1, len(undivided) // 10)
         pool = {"val": undivided[:val_size], "train": undivided[val_size:]}
     else:
-        held_out = {example.question for example in pool["val"]}
-        pool["train"] = [example for example in pool["train"] if example.question not in held_out]
+        held_out = {example.question.strip() for example in pool["val"]}
+        pool["train"] = [x for x in pool["train"] if x.question.strip() not in held_out]
     for split, size in sizes.items():
         if size is not None and size > len(pool[split]):
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +61,10 @@ def _rows(key: str, path: Path) -> int:
         text = f"{key}: {path} is not a complete parquet file ({one_line(problem)})"
         raise DataError(text) from problem
     names = table.schema_arrow.names
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{key}: {path} has the column {twice[0]!r} more than once")
+    fields = [table.schema.column(i).path for i in range(len(table.schema))]
+    for found in (names, fields):
+        if twice := [name for name, count in Counter(found).items() if count > 1]:
+            raise DataError(f"{key}: {path} has the column {twice[0]!r} more than once")
     absent = [name for name in REQUIRED_COLUMNS if name not in names]
     if absent:
         raise DataError(f"{key}: {path} has no column {absent[0]!r}")
@@ -187,11 +190,11 @@ def _call(row: Mapping[str, Any], response: str, options: Mapping[str, Any]) -> 
 
 
 def right_responses(row: Mapping[str, Any]) -> Iterator[str]:
-    """Responses that hold a row's answer, where the row says it as text."""
+    """Responses that hold a row's answer, where the row says it as text or number."""
     truth = row["reward_model"]["ground_truth"]
     for answer in ((row.get("extra_info") or {}).get("solution"), truth):
-        if isinstance(answer, str) and answer:
-            yield from (answer, f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}")
+        if isinstance(answer, str | int | float) and answer != "":
+            yield from (f"{answer}", f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}")
 
 
 def check_prompts(run: PlannedRun) -> Finding:

@@ -69,10 +69,13 @@ def read_rows(key: str, path: Path) -> Sample:
 def _fault(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """The column of a row that is not in the schema, and what is wrong with it."""
     source, reward, prompt = row["data_source"], row["reward_model"], row["prompt"]
+    extra = row.get("extra_info")
     if not source or not isinstance(source, str):
         return "data_source", f"{source!r} is not a name"
     if not isinstance(reward, dict) or reward.get("ground_truth") is None:
         return "reward_model", "has no ground_truth"
+    if extra is not None and not isinstance(extra, dict):
+        return "extra_info", f"{str(extra)[:40]!r} is not a struct"
     if not isinstance(prompt, list):
         return "prompt", f"{NO_CHAT}, but {str(prompt)[:40]!r}"
     chat = all(isinstance(entry, dict) and {"role", "content"} <= entry.keys() for entry in prompt)

@@ -20,7 +20,13 @@ from typing import Any
 
 from hpo_verl.errors import DataError
 from hpo_verl.rewards.expression import normalise, read_expression, read_integer
-from hpo_verl.rewards.result import MAX_RESPONSE_CHARACTERS, RewardResult, reward_result
+from hpo_verl.rewards.result import (
+    MAX_RESPONSE_CHARACTERS,
+    RewardResult,
+    bad_ground_truth,
+    reward_result,
+    unique_keys,
+)
 
 OPEN, CLOSE = "<answer>", "</answer>"
 # An answer longer than this is not read: room for blanks around an expression.
@@ -96,20 +102,11 @@ def _read_ground_truth(
     """Return the target and the sorted numbers."""
     try:
         if isinstance(ground_truth, str):
-            ground_truth = json.loads(ground_truth, object_pairs_hook=_without_doubles)
+            ground_truth = json.loads(ground_truth, object_pairs_hook=unique_keys)
         return _integer(ground_truth["target"]), sorted(_integers(ground_truth["numbers"]))  # type: ignore[index]
-    except (TypeError, KeyError, ValueError, IndexError, RecursionError) as error:
-        raise DataError(
-            f"{data_source}: ground_truth is {repr(ground_truth)[:100]}; needed: "
-            '{"target": integer, "numbers": [integer, ...]} or the same as JSON'
-        ) from error
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
+    except Exception as error:
+        needed = '{"target": integer, "numbers": [integer, ...]} or the same as JSON'
+        raise bad_ground_truth(data_source, ground_truth, needed) from error
 
 
 def _integers(values: Iterable[Any]) -> list[int]:

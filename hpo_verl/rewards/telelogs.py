@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpo_verl.errors import DataError
-from hpo_verl.rewards.result import MAX_RESPONSE_CHARACTERS, RewardResult, reward_result
+from hpo_verl.rewards.result import (
+    MAX_RESPONSE_CHARACTERS,
+    RewardResult,
+    bad_ground_truth,
+    reward_result,
+)
 
 CAUSES = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8")
 
@@ -50,9 +55,7 @@ def compute_score(
         DataError: The ground truth is not a cause, or the response is not text.
     """
     if not isinstance(ground_truth, str) or ground_truth not in CAUSES:
-        raise DataError(
-            f"{data_source}: ground_truth is {str(ground_truth)[:40]!r}; needed: C1 to C8"
-        )
+        raise bad_ground_truth(data_source, ground_truth, "C1 to C8")
     if not isinstance(solution_str, str):
         raise DataError(
             f"{data_source}: solution_str is {type(solution_str).__name__}; text is needed"

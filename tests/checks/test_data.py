@@ -98,6 +98,35 @@ def test_a_missing_column(examine, rows):
     assert finding.detail.endswith("train.parquet has no column 'data_source'")
 
 
+@pytest.mark.parametrize(
+    ("twice", "column"),
+    [
+        (["prompt"], "prompt"),
+        (["note", "note"], "note"),
+        (["nested"], "nested.b"),
+    ],
+)
+def test_a_column_that_is_there_twice_is_named(examine, rows, tmp_path, twice, column):
+    table = pa.Table.from_pylist(rows)
+    struct = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["b", "b"])
+    for name in twice:
+        value = struct if name == "nested" else pa.array(["x"])
+        table = table.append_column(name, pa.concat_arrays([value] * len(rows)))
+    pq.write_table(table, tmp_path / "twice.parquet")
+    (finding, *_) = examine(changes={"data.train_files": str(tmp_path / "twice.parquet")})
+    assert finding.status == "error"
+    assert f"twice.parquet has the column '{column}' more than once" in finding.detail
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string()])
+def test_every_kind_of_text_is_read(tmp_path, rows, kind):
+    table = pa.Table.from_pylist(rows)
+    place = table.schema.get_field_index("data_source")
+    table = table.set_column(place, "data_source", table["data_source"].cast(kind))
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert read_rows("data.train_files", tmp_path / "train.parquet").rows == len(rows)
+
+
 def test_fewer_rows_than_a_batch(examine, rows, tmp_path):
     (finding, *_) = examine(rows[:63])
     assert finding.status == "error"
@@ -130,12 +159,15 @@ def test_rows_that_verl_reads_in_another_way_are_not_judged(examine, key):
     [
         ("data_source", "", "column 'data_source': '' is not a name"),
         ("reward_model", {"style": "rule", "ground_truth": None}, "has no ground_truth"),
+        ("extra_info", '{"index": 1}', "column 'extra_info': '{\"index\": 1}' is not a struct"),
         ("prompt", [], "is not a list of chat messages"),
         ("prompt", [{"role": "oracle", "content": "x"}], "needs a role, one of system, user"),
         ("prompt", [{"role": "user", "content": None}], "needs a text as its content"),
     ],
 )
 def test_a_row_out_of_the_schema_is_named(examine, rows, column, value, message):
+    if column == "extra_info":
+        rows = [{**row, column: None} for row in rows]
     rows[76][column] = value
     findings = examine(rows)
     schema = only(findings, "schema")
@@ -303,6 +335,7 @@ def test_verls_own_reward_does_not_know_every_data_source(examine):
 def test_what_can_be_an_answer():
     row = {"reward_model": {"ground_truth": "C3"}, "extra_info": None}
     assert list(right_responses(row)) == ["C3", "<answer>C3</answer>", "\\boxed{C3}"]
+    assert "3" in right_responses({"reward_model": {"ground_truth": 3}})
     assert list(right_responses({"reward_model": {"ground_truth": {"target": 3}}})) == []
 
 

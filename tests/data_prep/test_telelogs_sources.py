@@ -77,7 +77,8 @@ def test_a_bad_row_is_named_and_nothing_is_written(
 
 def test_conflicting_answers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"question": "why?", "answer": "C1"}
-    path = write_table(tmp_path / "rows.csv", [row, {**row, "answer": "C2"}])
+    again = {"question": "why? ", "answer": "C2"}
+    path = write_table(tmp_path / "rows.csv", [row, again])
     error = refused(capsys, "--source", path, "--out", tmp_path / "out")
     assert f"{path}: row 2, column 'answer': C2, but row 1 has the same" in error
 
@@ -90,12 +91,20 @@ def test_conflicting_answers_are_named(tmp_path: Path, capsys: pytest.CaptureFix
         ("a.parquet", b"", "cannot be read (damaged or truncated?)"),
         ("b.parquet", b"PAR1 but not really", "cannot be read (damaged or truncated?)"),
         ("c.jsonl", b'{"question": "x"', "cannot be read (damaged or truncated?)"),
-        ("d.jsonl", b"[1]\n", "cannot be read (damaged or truncated?)"),
+        ("d.jsonl", b"[1]\n", "cannot be read (damaged or truncated?): row 1: is no object"),
+        ("k.jsonl", b'{"question":"x","answer":"C1","m":' + b"[" * 100_000, "cannot be read"),
+        ("l.jsonl", b'{"answer":"C1","question":"x","answer":"C2"}', "cannot be read"),
+        ("m.jsonl", b'\n{"answer":"C1","question":"\\udfff"}', "row 1, column 'question': holds a"),
+        ("n.csv", b"question,answer,answer\nx,C1,C2\n", "has the column 'answer' 2 times"),
         ("e.jsonl", b'{"question":"x","answer":"\xff"}\n', "cannot be read"),
         ("f.csv", b"question,answer\n", "has no rows"),
         ("g.csv", b"question,answer\nx,C1,y\n", "cannot be read (damaged or truncated?)"),
         ("h.csv", b"question,answer\nx,\xff\n", "row 1, column 'answer'"),
-        ("i.csv", b"question,label\nx,C1\n", "row 1, column 'answer': is missing"),
+        (
+            "i.csv",
+            b"question,label\nx,C1\n",
+            "has the column 'answer' 0 times, not once; has 'question', 'label'",
+        ),
         ("j.csv", b"question,answer\n3,C1\n", "row 1, column 'question': is missing, empty or not"),
     ],
 )
@@ -112,6 +121,22 @@ def test_an_unreadable_file_is_named(
     error = refused(capsys, "--source", path, "--out", tmp_path / "out")
     assert f"{path}: {message}" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_column_that_is_twice_in_a_parquet_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = [pa.array(["x"]), pa.array(["C1"]), pa.array(["C2"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["question", "answer", "answer"]), path)
+    error = refused(capsys, "--source", path, "--out", tmp_path / "out")
+    assert f"{path}: has the column 'answer' 2 times" in error
+
+
+def test_columns_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
+    rows = [{**row, "id": i, "id2": i} for i, row in enumerate(questions(12))]
+    path = write_table(tmp_path / "rows.jsonl", [*rows, {**questions(13)[12], "id": "text"}])
+    assert len(telelogs_sources.read_examples(path)) == 13
 
 
 def test_a_parquet_file_with_a_damaged_page_is_named(

@@ -1,6 +1,7 @@
 import json
 import pickle
 import runpy
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,11 @@ def test_forms_of_the_ground_truth(ground_truth):
         {"target": 20, "numbers": [3, 7, None]},
         {"target": 20, "numbers": [3, 7, 2.5]},
         {"target": 20, "numbers": np.array([[3, 7], [2, 2]])},
+        # What Python cannot write out.
+        {"target": 10**5_000},
+        reduce(lambda inner, _: [inner], range(10_000), []),
     ],
+    ids=lambda truth: type(truth).__name__,
 )
 def test_malformed_ground_truth_is_an_error(ground_truth):
     with pytest.raises(DataError, match=r"(?s)^my_data: ground_truth is .*needed: "):

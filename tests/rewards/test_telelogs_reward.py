@@ -111,8 +111,9 @@ def test_everything_else_scores_0(response: str, reason: str) -> None:
     "ground_truth",
     [
         *("", "C0", "C9", "c3", "3", 3, None, ["C3"], {"a": 1}),
-        *(np.array(["C3"]), np.array(["C3", "C4"])),
+        *(np.array(["C3"]), np.array(["C3", "C4"]), 10**5_000),
     ],
+    ids=lambda truth: type(truth).__name__,
 )
 def test_a_malformed_ground_truth_is_an_error(ground_truth: object) -> None:
     with pytest.raises(DataError, match=r"ground_truth .* C1 to C8"):
