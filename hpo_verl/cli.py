@@ -13,7 +13,13 @@ import typer
 from rich.console import Console
 
 from hpo_verl import __version__
-from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, HpoVerlError, TrainingStopped
+from hpo_verl.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    HpoVerlError,
+    TrainingStopped,
+    printable,
+)
 from hpo_verl.lab_cli import app as lab
 
 FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS")
@@ -137,7 +143,7 @@ def report(
     print(runs_table(groups))
     if curves := curves_of(groups):
         draw_curves(curves, next(iter(curves)), picture)
-    print(f"picture: {picture}" if curves else "no picture: no run was validated")
+    print(f"picture: {printable(picture)}" if curves else "no picture: no run was validated")
 
 
 @app.command()
@@ -279,7 +285,7 @@ def main() -> None:
         app()
     except HpoVerlError as error:
         prefix = "" if isinstance(error, TrainingStopped) else "error: "
-        print(f"{prefix}{error}", file=sys.stderr)
+        print(f"{prefix}{printable(error)}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except SystemExit as end:
         # Typer turns Ctrl-C into this code, and says nothing.

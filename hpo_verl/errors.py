@@ -51,3 +51,11 @@ class RewardError(HpoVerlError, RuntimeError):
 
 class NotFiniteError(HpoVerlError, RuntimeError):
     """Too many updates in a row met NaN or infinity in their loss or gradient."""
+
+
+def printable(text: object) -> str:
+    """A text with escapes for what moves a terminal's cursor or has no code; lines are kept."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1]
+        for letter in str(text)
+    )

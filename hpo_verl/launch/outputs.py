@@ -7,7 +7,9 @@ import json
 import os
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.command import check_output, staging
+from hpo_verl.checks.finding import one_line
 from hpo_verl.checks.storage import nearest_existing
 from hpo_verl.config.overrides import overridden_key, without_run_folder
 from hpo_verl.errors import DataError, EnvironmentCheckError
@@ -104,7 +107,9 @@ def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
             text.set_parse_math(False)
         axes.grid(alpha=0.3)
     path, picture = folder / CURVE_NAME, io.BytesIO()
-    figure.savefig(picture, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(picture, dpi=150)
     write_atomically(path, picture.getvalue())
     return path
 
@@ -117,7 +122,7 @@ def _checkpoints_of(source: Path) -> Path:
         try:
             named = OmegaConf.select(OmegaConf.load(config), "trainer.default_local_dir")
         except Exception as error:
-            raise DataError(f"{config} cannot be read ({error})") from error
+            raise DataError(f"{config} cannot be read ({one_line(error)})") from error
         places += [Path(str(named)).expanduser()] if named else []
     for place in places:
         if holds_checkpoints(place):
@@ -137,8 +142,8 @@ def _last_checkpoint(source: Path) -> Path:
     metrics = MetricsFile(source / METRICS_NAME)
     try:
         metrics.read_new()
-    except (ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{metrics.path} cannot be read ({error})") from error
+    except Exception as error:
+        raise DataError(f"{metrics.path} cannot be read ({one_line(error)})") from error
     last = metrics.rows[-1][0] if metrics.rows else None
     found = step_folders(folder)
     for step, path in found:
@@ -178,13 +183,17 @@ def _shard_files(checkpoint: Path) -> list[Path]:
         ranks = int(json.loads(settings.read_text())["world_size"])
         if ranks < 1:
             raise ValueError(f"world_size is {ranks}")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except Exception as error:
         raise DataError(f"{settings} does not say how many ranks saved it") from error
-    files = [checkpoint / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
-    for file in (*files, checkpoint / "huggingface" / "config.json"):
+    files = []
+    for file in chain(
+        [checkpoint / "huggingface" / "config.json"],
+        (checkpoint / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)),
+    ):
         if not file.is_file():
             raise DataError(f"{file} is missing; {settings.name} says {ranks} ranks")
-    return files
+        files.append(file)
+    return files[1:]
 
 
 def export(source: Path, target: Path) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
-import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from textwrap import fill
 from typing import Any
 
@@ -14,9 +17,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from data_prep.command import write_errors
 from hpo_verl.errors import ConfigError
 from hpo_verl.report.statistics import interval
 from hpo_verl.report.studies import Comparison
+from hpo_verl.runs.files import write_atomically
 
 FORMATS = (".png", ".svg", ".pdf")
 COLOUR = "#0072B2"
@@ -30,11 +35,18 @@ _STYLE: Any = {
 
 
 def check_picture(path: Path) -> None:
-    """Raise ConfigError for a picture of unknown format, or one that has no folder."""
+    """Raise ConfigError for a picture of unknown format, or one that cannot be written."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--picture {path}: must end with {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--picture {path}: must be a file in a folder that exists")
+    try:
+        if path.is_dir():
+            raise OSError(errno.EISDIR, "is a folder")
+        # What the permissions say is not all: a file system may be mounted to be read only.
+        with TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        text = f"must be a file in a folder where files can be made ({error.strerror})"
+        raise ConfigError(f"--picture {path}: {text}") from error
 
 
 def draw_curves(curves: Mapping[str, pd.DataFrame], baseline: str, path: Path) -> None:
@@ -66,11 +78,14 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], baseline: str, path: Path) -
             panel.set_title(fill(f"{name} ({curve.shape[1]})", _TITLE_WIDTH))
         figure.supxlabel("step")
         figure.supylabel("success")
-        partial = path.with_name(f".{path.name}")
+        picture = io.BytesIO()
         # Without a date the same runs give the same bytes.
         metadata: Any = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(partial, dpi=150, format=path.suffix[1:], metadata=metadata)
-    os.replace(partial, path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")
+            figure.savefig(picture, dpi=150, format=path.suffix[1:], metadata=metadata)
+    with write_errors(path):
+        write_atomically(path, picture.getvalue())
 
 
 def draw_study(comparison: Comparison, folder: Path) -> list[tuple[Path, str]]:

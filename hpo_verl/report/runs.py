@@ -13,7 +13,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.config.settings import leaves
-from hpo_verl.errors import DataError
+from hpo_verl.errors import DataError, printable
 from hpo_verl.report.statistics import interval
 from hpo_verl.runs.metrics import MetricsFile, measured
 
@@ -69,16 +69,18 @@ def read_run(folder: Path) -> Run:
         seconds = pd.Series(metrics.series("timing_s/step")[1], dtype=float).median()
         values = [summary["steps"], summary["success_before"], summary["success_after"], seconds]
         steps, success = metrics.success()
+        seed = None if summary["seed"] is None else int(summary["seed"])
         return Run(
             folder,
             f"{recipe} {summary['algorithm']}{measured(metrics.sources())}",
-            summary["seed"],
+            seed,
             dict(zip(SHOWN, [math.nan if v is None else float(v) for v in values], strict=True)),
             pd.Series(success, steps, dtype=float),
-            comparable_settings(config, summary["seed"]),
+            comparable_settings(config, seed),
         )
     except Exception as error:
-        raise DataError(f"{folder} is no readable run: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{folder} is no readable run: {reason}") from error
 
 
 def read_runs(folders: Iterable[Path], announce: Callable[[str], None] = print) -> list[Run]:
@@ -94,8 +96,8 @@ def read_runs(folders: Iterable[Path], announce: Callable[[str], None] = print) 
             if folder.resolve() in runs:
                 raise DataError(f"{folder} is given twice")
             runs[folder.resolve()] = read_run(folder)
-        except DataError as error:
-            problems.append(str(error))
+        except (DataError, OSError) as error:
+            problems.append(printable(error))
     if not runs:
         raise DataError("; ".join(problems))
     for text in problems:
@@ -152,7 +154,8 @@ def _label(run: Run, others: Sequence[Run]) -> str:
             # One setting often stands in several places; it is told once.
             told.setdefault(f"{name}={run.settings.get(key)}")
     more = [f"and {len(told) - SETTINGS_SHOWN} more"] if len(told) > SETTINGS_SHOWN else []
-    return " ".join([run.name, *list(told)[:SETTINGS_SHOWN], *more])
+    words = " ".join([run.name, *list(told)[:SETTINGS_SHOWN], *more]).split()
+    return printable(" ".join(words))
 
 
 def runs_table(groups: Mapping[str, Sequence[Run]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,21 +103,23 @@ def read_results(path: Path) -> list[Result]:
     if not path.is_file():
         return [result for file in sorted(path.glob("*.parquet")) for result in read_results(file)]
     try:
-        table = pq.read_table(path)
-        manifest = json.loads((table.schema.metadata or {})[_KEY])
-        shared, cells = manifest["shared"], manifest["cells"]
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f"{path}: is no result of hpo-verl lab; remove it") from error
+        return list(_read_file(path))
+    except Exception as error:
+        raise DataError(f"{path}: is no result of hpo-verl lab") from error
+
+
+def _read_file(path: Path) -> Iterator[Result]:
+    table = pq.read_table(path)
+    manifest = json.loads((table.schema.metadata or {})[_KEY])
+    shared, start = manifest["shared"], 0
     rows = table.drop_columns([*_IDENTITY, "status"]).to_pandas().astype(float)
-    results, start = [], 0
-    for facts in cells:
+    for facts in manifest["cells"]:
         end = start + facts.pop("rows")
         environment = {**shared[facts["environment"]], "finished": facts.pop("finished")}
         cell = {k: shared[v] if k in _SETTINGS else v for k, v in facts["cell"].items()}
         facts = {**facts, "cell": cell, "environment": environment}
-        results.append(Result(facts, rows.iloc[start:end].reset_index(drop=True)))
+        yield Result(facts, rows.iloc[start:end].reset_index(drop=True))
         start = end
-    return results
 
 
 def require_same_settings(folder: Path, cells: Sequence[dict[str, Any]]) -> None:

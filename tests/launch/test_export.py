@@ -130,9 +130,14 @@ def test_the_newest_checkpoint_that_is_whole_and_that_the_run_had_reached(elsewh
         DataError, match=r"no whole checkpoint up to step 49, the run's last; there"
     ):
         checkpoint_folder(folder)
-    (folder / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"metrics\.jsonl cannot be read"):
+    for torn in ("{}\n", "[" * 100_000 + "\n"):
+        (folder / "metrics.jsonl").write_text(torn)
+        with pytest.raises(DataError, match=r"metrics\.jsonl cannot be read"):
+            checkpoint_folder(folder)
+    (folder / CONFIG_NAME).write_text("a: [\n")
+    with pytest.raises(DataError, match=r"config\.yaml cannot be read \(.*line 2.*\)$") as error:
         checkpoint_folder(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_the_policy_of_a_finished_run(elsewhere):
@@ -188,6 +193,9 @@ def test_what_merging_takes(elsewhere):
         ("fsdp_config.json", "[", "does not say how many ranks"),
         ("fsdp_config.json", '{"world_size": 0}', "does not say how many ranks"),
         ("fsdp_config.json", '{"world_size": 1e400}', "does not say how many ranks"),
+        ("fsdp_config.json", "[" * 100_000, "does not say how many ranks"),
+        # As many names would not fit into memory.
+        ("fsdp_config.json", '{"world_size": 1e15}', "_rank_0.pt is missing; fsdp_config.json"),
         ("model_world_size_2_rank_1.pt", None, "rank_1.pt is missing; fsdp_config.json says 2"),
         ("huggingface/config.json", None, "config.json is missing"),
         ("model_world_size_2_rank_1.pt", "cut", "rank_1.pt is damaged"),

@@ -1,6 +1,7 @@
 """Runs are read, grouped by their seed alone, averaged and drawn; what is no run is named."""
 
 import json
+import warnings
 
 import pandas as pd
 import pytest
@@ -211,6 +212,12 @@ def test_a_run_that_has_not_finished_is_left_out_and_the_others_are_shown(tmp_pa
         ("summary.json", "{"),
         ("summary.json", "[]"),
         ("summary.json", '{"algorithm": "a", "steps": "many", "seed": 0}'),
+        (
+            "summary.json",
+            '{"algorithm": "a", "steps": 1, "seed": "(a+)+", "success_before": 0, '
+            '"success_after": 0}',
+        ),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
         ("metrics.jsonl", "not json\n"),
         ("metrics.jsonl", '{"step": 1}\n'),
         ("config.yaml", "- a list\n"),
@@ -220,14 +227,46 @@ def test_a_run_that_has_not_finished_is_left_out_and_the_others_are_shown(tmp_pa
 def test_damaged_files_name_the_run(tmp_path, file, content):
     folder = write_run(tmp_path / "a")
     (folder / file).write_text(content)
-    with pytest.raises(DataError, match=f"{folder} is no readable run"):
+    with pytest.raises(DataError, match=f"{folder} is no readable run: .") as error:
         read_run(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_the_same_settings_and_seed_do_not_count_twice(tmp_path):
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b")])
     with pytest.raises(DataError, match="same settings and seed"):
         group_runs(runs)
+
+
+@pytest.mark.parametrize("place", ["/proc/p.png", "/none/p.png", "{here}", f"{'a' * 300}.png"])
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path, place):
+    here = tmp_path / "a.png"
+    here.mkdir()
+    arguments = ["report", str(write_run(tmp_path / "a")), "--picture", place.format(here=here)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert "must be a file in a folder where files can be made (" in str(result.exception)
+    assert result.output == ""
+
+
+def test_a_name_moves_no_cursor_and_a_missing_letter_is_no_warning(tmp_path):
+    folder = write_run(tmp_path / "a\x1b[31m")
+    config = (
+        (folder / "config.yaml").read_text().replace("tiny", '"red \\e[31m\\n \u6f22 \\U0001F600"')
+    )
+    (folder / "config.yaml").write_text(config)
+    torn = write_run(tmp_path / "torn\x1b[31m")
+    (torn / "config.yaml").write_text("a: [\n")
+    said = []
+    groups = group_runs(read_runs([folder, torn], said.append))
+    assert [
+        line for line in said if "\\x1b[31m" in line and "\x1b" not in line and "\n" not in line
+    ]
+    (label,) = groups
+    assert label.startswith("red \\x1b[31m \u6f22 \U0001f600 a_hpo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves(curves_of(groups), "", tmp_path / "a.png")
 
 
 def test_a_picture_of_another_format_is_refused(tmp_path):

@@ -1,9 +1,12 @@
 """From made-up runs to the numbers, the table, the figures and the page."""
 
+import json
 import math
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lab_results import made_up_result, made_up_results
 
@@ -145,7 +148,12 @@ def test_results_come_back_as_they_were_written(tmp_path):
     # Step 2 was neither measured nor the first.
     assert list(again[0].thinned().rows["step"]) == [0.0, 1.0, 3.0, 4.0]
     (tmp_path / "all.parquet").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"all\.parquet: is no result"):
+    with pytest.raises(DataError, match=r"all\.parquet: is no result of hpo-verl lab$"):
+        read_results(tmp_path)
+    metadata = {b"hpo_verl_lab": json.dumps({"shared": [], "cells": [{}]})}
+    own = pa.table({"a": [1]}).replace_schema_metadata(metadata)
+    pq.write_table(own, tmp_path / "all.parquet")
+    with pytest.raises(DataError, match=r"all\.parquet: is no result of hpo-verl lab$"):
         read_results(tmp_path)
 
 
