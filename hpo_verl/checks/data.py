@@ -91,6 +91,8 @@ class Scored(NamedTuple):
     right: float | None = None
     # Names that it returned, each set once.
     keys: frozenset[frozenset[str]] = frozenset()
+    # Those names with whether the value was a text; without None, which verl leaves out.
+    kinds: frozenset[tuple[str, bool]] = frozenset()
     problem: str = ""
 
 
@@ -129,6 +131,9 @@ def check_reward(run: PlannedRun) -> Finding:
         return warning(f"{shown}: fails on {share}, first on row {row}: {problem}", fix)
     if len(frozenset().union(*(one.keys for one in scored))) > 1:
         return error(f"{shown}: the keys it returns differ from row to row", fix)
+    kinds = Counter(key for key, _ in frozenset().union(*(one.kinds for one in scored)))
+    if mixed := [key for key, count in kinds.items() if count > 1]:
+        return error(f"{shown}: {mixed[0]!r} is a text in some rows and a number in others", fix)
     wrong = [one.wrong for one in scored]
     low = (
         f"{len(scored)} rows scored by {shown}: {min(wrong):g} to {max(wrong):g} for a wrong "
@@ -172,10 +177,16 @@ def _score(
             yield Scored(problem=problem)
             continue
         keys = frozenset(frozenset(result) for result, _ in answers)
+        kinds = frozenset(
+            (key, isinstance(value, str))
+            for result, _ in answers
+            for key, value in result.items()
+            if value is not None
+        )
         wrong, *right = (
             float(result.get("score", result.get("acc", math.nan))) for result, _ in answers
         )
-        yield Scored(wrong, max(right, default=None), keys)
+        yield Scored(wrong, max(right, default=None), keys, kinds)
 
 
 def _call(row: Mapping[str, Any], response: str, options: Mapping[str, Any]) -> dict[str, Any]:

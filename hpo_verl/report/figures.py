@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from data_prep.command import write_errors
-from hpo_verl.errors import ConfigError
+from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.statistics import interval
 from hpo_verl.report.studies import Comparison
 from hpo_verl.runs.files import write_atomically
@@ -84,8 +83,10 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], baseline: str, path: Path) -
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")
             figure.savefig(picture, dpi=150, format=path.suffix[1:], metadata=metadata)
-    with write_errors(path):
+    try:
         write_atomically(path, picture.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def draw_study(comparison: Comparison, folder: Path) -> list[tuple[Path, str]]:

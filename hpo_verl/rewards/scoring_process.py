@@ -57,17 +57,40 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 def checked_result(value: object) -> dict[str, Any]:
     """Return a reward's mapping with a float `score`; for a plain number `acc` alone, as verl does.
 
+    Numbers of numpy become Python's. Under further keys verl takes the mean of whatever
+    is no text and not None.
+
     Raises:
-        TypeError, ValueError: It is no finite number, nor a mapping with one under `score`.
+        TypeError, ValueError: It is no finite number, nor a mapping with one under `score` and
+            numbers, texts or None under the other keys.
     """
     if not isinstance(value, Mapping):
         return {"acc": _finite(value)}
     if "score" not in value:
         raise ValueError("the reward's dict has no key 'score'")
-    return {**{str(key): entry for key, entry in value.items()}, "score": _finite(value["score"])}
+    further = {str(key): _plain(str(key), entry) for key, entry in value.items()}
+    return {**further, "score": _finite(value["score"])}
+
+
+def _unwrapped(value: Any) -> Any:
+    """A number of numpy as Python's own; an array or a tensor stays what it is."""
+    return value.item() if hasattr(value, "item") and not hasattr(value, "__len__") else value
+
+
+def _plain(key: str, value: object) -> str | float | None:
+    value = _unwrapped(value)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    found = type(value).__name__
+    raise TypeError(f"the reward's {key!r} is of type {found}, not a number, a text or None")
 
 
 def _finite(value: object) -> float:
+    value = _unwrapped(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"the reward is of type {type(value).__name__}, not a number")
     if not math.isfinite(number := float(value)):

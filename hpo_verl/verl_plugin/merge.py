@@ -15,7 +15,6 @@ import torch.distributed.tensor
 from verl.model_merger.base_model_merger import ModelMergerConfig
 from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
-from data_prep.command import first_line
 from hpo_verl.errors import DataError
 
 
@@ -48,9 +47,8 @@ def needed_bytes(shards: list[Path]) -> tuple[int, int]:
                 tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
             merged += sum(2 * getattr(t, "_local_tensor", t).numel() for t in tensors.values())
         except Exception as error:
-            raise DataError(
-                f"{shard} is damaged, or holds more than tensors: {first_line(error)}"
-            ) from error
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{shard} is damaged, or holds more than tensors: {reason}") from error
     sizes = [shard.stat().st_size for shard in shards]
     return merged, sizes[0] + max(sum(sizes), 2 * merged)
 
@@ -68,4 +66,5 @@ def merge(checkpoint: Path, target: Path) -> None:
         with _quiet():
             FSDPModelMerger(config).merge_and_save()
     except Exception as error:
-        raise DataError(f"{checkpoint}: verl's model merger failed: {first_line(error)}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{checkpoint}: verl's model merger failed: {reason}") from error

@@ -216,6 +216,15 @@ def uneven(solution_str, **row):
 def blind(**row):
     return 0.5
 
+def texts(solution_str, **row):
+    return {"score": 0.0, "pred": "none" if "know" in solution_str else 1}
+
+def absent(solution_str, **row):
+    return {"score": float("answer" in solution_str), "pred": None if "box" in solution_str else 1}
+
+def struct(**row):
+    return {"score": 0.0, "info": {"a": 1}}
+
 async def later(solution_str, extra_info, bonus, **row):
     assert "num_turns" in extra_info
     return bonus if "answer" in solution_str else 0.0
@@ -229,6 +238,9 @@ async def later(solution_str, extra_info, bonus, **row):
         ("infinite", "error", "fails on sampled row 1: ValueError: the reward is inf"),
         ("text", "error", "TypeError: the reward is of type str, not a number"),
         ("uneven", "error", "the keys it returns differ from row to row"),
+        ("texts", "error", "'pred' is a text in some rows and a number in others"),
+        ("absent", "ok", "up to 1 for the known answer in all 100"),
+        ("struct", "error", "TypeError: the reward's 'info' is of type dict, not a number, a text"),
         ("blind", "warning", "in 100 of 100 rows the known answer scores no better"),
         ("later", "ok", "up to 3 for the known answer in all 100"),
         (

@@ -1,5 +1,7 @@
 """Responses, ground truths and results of rewards, by the row of README.md that tells of each."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -42,11 +44,39 @@ def test_a_dict_without_the_score():
         checked_result({"reward": 1})
 
 
-@pytest.mark.parametrize("value", [1, True, np.float32(1), np.float64(1), np.int64(1)])
+NUMBERS = [
+    *(1, True, np.float16(1), np.float32(1), np.float64(1), np.int64(1), np.bool_(True)),
+    Fraction(1),
+]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: type(value).__name__)
 def test_numbers_of_numpy(value):
     """Row 77."""
     assert checked_result(value) == {"acc": 1.0}
     assert type(checked_result(value)["acc"]) is float
+    found = checked_result({"score": value, "further": value})
+    assert found == {"score": 1.0, "further": 1.0}
+    assert {type(entry) for entry in found.values()} == {float}
+
+
+class Word(str):
+    """A text of the user's own class, which another process does not know."""
+
+
+@pytest.mark.parametrize("value", [None, "a", Word("a"), np.str_("a")])
+def test_further_keys_that_verl_leaves_out(value):
+    """Row 23."""
+    found = checked_result({"score": 1, "pred": value})["pred"]
+    assert found == value
+    assert type(found) in (str, type(None))
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1], np.array(1), b"a", object(), 1j])
+def test_further_keys_that_have_no_mean(value):
+    """Row 24."""
+    with pytest.raises(TypeError, match="the reward's 'x' is of type"):
+        checked_result({"score": 1, "x": value})
 
 
 @pytest.mark.parametrize("box", ["C3", " C3 ", "\\text{C3}"])

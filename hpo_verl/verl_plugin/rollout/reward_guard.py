@@ -38,6 +38,8 @@ NAME = "guarded"
 METRIC = "reward/error_fraction"
 FILE_NAME = "reward_error.json"
 RESPONSE_CHARACTERS = 2000
+# What stands for a value of a reward that failed; for a number 0.
+BLANKS: dict[type, str | None] = {str: "", type(None): None}
 
 
 def is_guarded(config: Mapping[str, Any]) -> bool:
@@ -140,7 +142,7 @@ class GuardedRewardManager(NaiveRewardManager):
     def _outputs(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """What verl's reward workers return; the keys are those of a reward that worked."""
         if worked := next((result for result, problem in answers if not problem), None):
-            self._blank = {k: "" if isinstance(v, str) else 0.0 for k, v in worked.items()}
+            self._blank = {k: BLANKS.get(type(v), 0.0) for k, v in worked.items()}
         outputs = []
         for result, problem in answers:
             info = self._blank | result
