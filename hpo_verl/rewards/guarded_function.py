@@ -105,9 +105,11 @@ class GuardedFunction:
         with its:
             descriptor = str(its.fileno())
             module = "hpo_verl.rewards.scoring_process"
-            # Last, so that a reward finds its neighbours and nobody else finds the user's types.py.
-            here = os.getcwd()
-            paths = [path for path in sys.path if path not in ("", here)]
+            # Last, so that a reward finds its neighbours and nobody else finds the user's types.py;
+            # in its place where PYTHONPATH asks for it.
+            here, asked = os.getcwd(), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+            wanted = here in map(os.path.abspath, filter(None, asked))
+            paths = [path for path in sys.path if path and (path != here or wanted)]
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, *module_arguments(module), descriptor, self.path, self.name],
                 pass_fds=[its.fileno()],

@@ -1,18 +1,17 @@
 """What Ray's workers say; once with a real Ray on loopback, otherwise with faked answers."""
 
-import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 
 import pytest
 from model_sizes import MODEL_SIZES
+from waiting import wait_until
 
 from hpo_verl.checks import cluster
 from hpo_verl.checks.cluster import (
@@ -161,14 +160,12 @@ def free_port():
 
 
 def wait_for_port(process, port, log):
-    deadline = time.monotonic() + 120
-    while True:
+    def answers():
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        time.sleep(0.5)
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(answers, 120, log.read_text)
 
 
 @pytest.fixture

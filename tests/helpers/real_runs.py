@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from waiting import wait_until
 
 from hpo_verl.runs.process import MARKER, SHARED_MEMORY
 
@@ -124,11 +125,10 @@ def run_and_watch(command, cache, beside=()):
 
 
 def wait_for_step(folder, step, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while True:
+    file = folder / "metrics.jsonl"
+
+    def reached():
         assert process.poll() is None, "the run ended early"
-        assert time.monotonic() < deadline
-        file = folder / "metrics.jsonl"
-        if file.exists() and any(f'"step":{step},' in line for line in file.open()):
-            return
-        time.sleep(0.3)
+        return file.exists() and f'"step":{step},' in file.read_text()
+
+    wait_until(reached, seconds)

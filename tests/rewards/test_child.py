@@ -26,6 +26,29 @@ def test_a_module_of_the_package_imports_nothing_of_the_working_folder(folder):
     assert not (folder / "executed").exists()
 
 
+def test_a_folder_in_pythonpath_keeps_its_place(tmp_path, monkeypatch):
+    for name in ("work", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chosen_module.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / "r.py").write_text(
+            "import chosen_module\ndef score(**_): return float(chosen_module.NAME == 'work')\n"
+        )
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    monkeypatch.syspath_prepend(tmp_path / "work")
+
+    def found():
+        function = GuardedFunction("r.py", "score", RewardGuardSettings())
+        ((result, _),) = function.score([{}])
+        function.close()
+        return "work" if result["acc"] else "other"
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert found() == "other"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "work"))
+    assert found() == "work"
+
+
 def test_a_reward_finds_its_neighbours_and_python_its_own_modules(folder):
     (folder / "neighbour_of_mine.py").write_text("VALUE = 0.5\n")
     text = "import types, numbers, random, neighbour_of_mine\n"
