@@ -2,6 +2,8 @@
 
 import copy
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from composed_recipes import algorithm_file, composed
 from omegaconf import OmegaConf, open_dict
@@ -9,8 +11,11 @@ from omegaconf import OmegaConf, open_dict
 from data_prep.countdown import __main__ as countdown
 from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.tiny import Schedule
+from hpo_verl.checks.list import CHECKS, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 
+# The checks of data.
+DATA_CHECKS = ("data files", "schema", "reward", "prompts")
 PUZZLES = ("--prompt", "tiny", "--max-number", "9", "--max-target", "40")
 
 
@@ -48,3 +53,24 @@ def planned(places, tmp_path, monkeypatch):
         return PlannedRun(recipe, (f"hydra.run.dir={folder}",), folder, address, composed=config)
 
     return build
+
+
+@pytest.fixture
+def rows(made):
+    return pq.read_table(made / "data" / "train.parquet").to_pylist()
+
+
+@pytest.fixture
+def examine(planned, made, tmp_path):
+    """A function: rows of the training file and settings -> findings."""
+
+    def run(rows=None, changes=None, tokenizer=made / "policy"):
+        changes = dict(changes or {})
+        if rows is not None:
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+            changes["data.train_files"] = str(tmp_path / "train.parquet")
+        changes["actor_rollout_ref.model.path"] = str(tokenizer)
+        wanted = [check for check in CHECKS if check.name in DATA_CHECKS]
+        return list(run_checks(planned(changes), wanted))
+
+    return run

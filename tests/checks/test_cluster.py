@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from findings import only
 from model_sizes import MODEL_SIZES
 from waiting import wait_until
 
@@ -41,11 +42,6 @@ def state(**changes):
         "resources": {"CPU": 64.0, "GPU": 8.0},
         **changes,
     }
-
-
-def only(findings, name):
-    (finding,) = [f for f in findings if f.name == name]
-    return finding
 
 
 @pytest.fixture

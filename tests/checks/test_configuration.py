@@ -1,6 +1,7 @@
 """What is illegal together, and what would train without learning."""
 
 import pytest
+from findings import only
 from omegaconf import OmegaConf
 from wrong_settings import CASES
 
@@ -16,11 +17,6 @@ from hpo_verl.checks.list import CHECKS, run_checks
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
-
-
-def only(findings, name):
-    (finding,) = [f for f in findings if f.name == name]
-    return finding
 
 
 NAMES = ("settings", "learning", "steps", "lengths", "names", "algorithm", "verl's checks")

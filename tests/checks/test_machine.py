@@ -4,6 +4,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from findings import only
 from model_sizes import MODEL_SIZES
 
 from hpo_verl.checks import machine
@@ -18,11 +19,6 @@ CARD = Card("NVIDIA H100 80GB HBM3", 79.6, 0.0)
 
 def node(cards=8, card=CARD, cpus=64, memory=500.0):
     return Node((card,) * cards, cpus, memory)
-
-
-def only(findings, name):
-    (finding,) = [f for f in findings if f.name == name]
-    return finding
 
 
 @pytest.fixture

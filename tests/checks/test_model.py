@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from findings import only
 
 from hpo_verl.checks.list import CHECKS, run_checks
 from hpo_verl.checks.memory import read_model_size
@@ -11,11 +12,6 @@ from hpo_verl.errors import DataError
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
 PATH = "actor_rollout_ref.model.path"
-
-
-def only(findings, name):
-    (finding,) = [f for f in findings if f.name == name]
-    return finding
 
 
 @pytest.fixture
