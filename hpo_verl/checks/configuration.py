@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.packages import MODULES
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.overrides import nearest
-from hpo_verl.config.recipes import group_options, recipes_directory
+from hpo_verl.config.recipes import group_options, recipes_directory, verl_configurations
 from hpo_verl.config.settings import ACTOR, ROLLOUT, leaves
 from hpo_verl.errors import ConfigError
 from hpo_verl.runs.checkpoints import TRACKER
@@ -25,12 +25,15 @@ GROUP_RELATIVE = (
     *("grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo", "gpg"),
     *("reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
 )
-MINI_BATCH = f"{ACTOR}.ppo_mini_batch_size"
+MINI_BATCH, REF = f"{ACTOR}.ppo_mini_batch_size", "actor_rollout_ref.ref"
 # Dotted key -> (type, lowest, highest). Whether those not REQUIRED may be null is verl's business.
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "data.train_batch_size": (int, 1, math.inf),
-    "data.val_batch_size": (int, 1, math.inf),
-    "data.dataloader_num_workers": (int, 0, math.inf),
+    "data.gen_batch_size": (int, 1, math.inf),
+    "data.val_batch_size": (int, 0, math.inf),
+    "data.train_max_samples": (int, -1, math.inf),
+    "data.val_max_samples": (int, -1, math.inf),
+    "data.dataloader_num_workers": (int, 0, 1024),
     "data.max_prompt_length": (int, 1, math.inf),
     "data.max_response_length": (int, 1, math.inf),
     f"{ACTOR}.optim.lr": (float, 0, 1),
@@ -43,17 +46,35 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     f"{ROLLOUT}.temperature": (float, 0, 100),
     f"{ROLLOUT}.top_p": (float, 0, 1),
     f"{ROLLOUT}.max_num_seqs": (int, 1, math.inf),
+    f"{ROLLOUT}.gpu_memory_utilization": (float, 0, 1),
+    f"{ROLLOUT}.agent.num_workers": (int, 1, 1024),
     f"{ROLLOUT}.val_kwargs.n": (int, 1, math.inf),
     f"{ROLLOUT}.val_kwargs.temperature": (float, 0, 100),
-    f"{ROLLOUT}.agent.num_workers": (int, 1, math.inf),
+    f"{ROLLOUT}.val_kwargs.top_p": (float, 0, 1),
     "trainer.n_gpus_per_node": (int, 1, 1024),
     "trainer.nnodes": (int, 1, 4096),
     "trainer.total_epochs": (int, 1, math.inf),
     "trainer.total_training_steps": (int, 1, math.inf),
     "trainer.save_freq": (int, -1, math.inf),
     "trainer.test_freq": (int, -1, math.inf),
+    "trainer.max_actor_ckpt_to_keep": (int, 1, math.inf),
+    "trainer.max_critic_ckpt_to_keep": (int, 1, math.inf),
     "reward.num_workers": (int, 1, 1024),
     "seed": (int, 0, 2**31 - 1),
+}
+_KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+_CONTENTS = ("model", "optimizer", "extra", "hf_model")
+# Names that verl compares with those in its code, most of them after the start of Ray.
+NAMES: dict[str, tuple[str, ...]] = {
+    "trainer.resume_mode": ("auto", "disable", "resume_path"),
+    # With a plus, verl takes the gradient of k2.
+    f"{ACTOR}.kl_loss_type": (*_KL, *(f"{name}+" for name in _KL)),
+    "algorithm.kl_penalty": (*_KL, *(f"{name}+" for name in _KL)),
+    "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
+    "data.truncation": ("error", "left", "right", "middle"),
+    **{f"{part}.optim.lr_scheduler_type": ("constant", "cosine") for part in (ACTOR, "critic")},
+    **{f"{part}.checkpoint.save_contents": _CONTENTS for part in (ACTOR, "critic")},
+    **{f"{part}.checkpoint.load_contents": _CONTENTS for part in (ACTOR, "critic")},
 }
 # Sections of verl 0.8 that verl 0.9 composes and, but in its fully asynchronous trainer, never
 # reads; and where verl's `migrate_legacy_reward_impl` moves their keys. The first that fits holds.
@@ -69,7 +90,6 @@ OLDER_KEYS = {
     "custom_reward_function": "reward.custom_reward_function",
     "sandbox_fusion": "reward.sandbox_fusion",
 }
-RESUME_MODES = ("auto", "disable", "resume_path")
 REQUIRED = (
     *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
     *(f"{ROLLOUT}.n", "trainer.n_gpus_per_node", "trainer.nnodes"),
@@ -85,17 +105,35 @@ def check_recipe(run: PlannedRun) -> Finding:
 
 
 def check_settings(run: PlannedRun) -> Finding:
-    """Type and range of the settings that a user changes most."""
+    """Type, range and name of the settings that a user changes most, and of every switch."""
+    _check_switches(run)
     for key, bounds in NUMBERS.items():
         value = run.get(key)
         if value is not None or key in REQUIRED:
             _check_number(key, value, *bounds)
-    if (mode := run.get("trainer.resume_mode")) not in RESUME_MODES:
-        raise ConfigError(f"trainer.resume_mode={mode}: must be {', '.join(RESUME_MODES)}")
-    batch, mini = run.get("data.train_batch_size"), run.get(MINI_BATCH)
-    if mini is not None and batch % mini:
-        raise ConfigError(f"{MINI_BATCH}={mini}: must divide data.train_batch_size={batch}")
-    return ok("types and ranges of the settings that are changed most")
+    for key, known in NAMES.items():
+        value = run.get(key, ListConfig([]))
+        for name in value if isinstance(value, ListConfig) else [value]:
+            if name not in known:
+                raise ConfigError(f"{key}={name}: must be one of {', '.join(known)}")
+    batch = run.get("data.train_batch_size")
+    for key in (MINI_BATCH, "data.gen_batch_size"):
+        if batch % run.get(key, batch):
+            raise ConfigError(f"{key}={run.get(key)}: must divide data.train_batch_size={batch}")
+    # Verl asserts it in a worker, without a word.
+    actor, rollout = f"{ACTOR}.use_dynamic_bsz", f"{ROLLOUT}.log_prob_use_dynamic_bsz"
+    if run.get(actor) != run.get(rollout):
+        raise ConfigError(f"{rollout}={run.get(rollout)}: must be that of {actor}={run.get(actor)}")
+    return ok("types, ranges and names of the settings that are changed most")
+
+
+def _check_switches(run: PlannedRun) -> None:
+    """Refuse a text where verl's own default is true or false: to Python, `no` is true."""
+    defaults = OmegaConf.load(verl_configurations() / "_generated_ppo_trainer.yaml")
+    known = dict(leaves(OmegaConf.to_container(defaults, resolve=True)))
+    for key, value in leaves(OmegaConf.to_container(run.config)):
+        if isinstance(value, str) and isinstance(known.get(key), bool):
+            raise ConfigError(f"{key}={value!r}: must be true or false, and no text")
 
 
 def check_older_keys(run: PlannedRun) -> Finding:
@@ -249,6 +287,13 @@ def steps_of_data(run: PlannedRun) -> int | None:
     return per_epoch * run.get("trainer.total_epochs", 1)
 
 
+def rows_needed(run: PlannedRun) -> int:
+    """Rows that the training data must have, so that the epochs give all steps."""
+    epochs = run.get("trainer.total_epochs", 1)
+    steps = run.get("trainer.total_training_steps", epochs)
+    return run.get("data.train_batch_size") * math.ceil(steps / epochs)
+
+
 def trained_rows(run: PlannedRun, rows: int) -> int:
     """Rows that verl trains on, of so many in the files."""
     most = run.get("data.train_max_samples", -1)
@@ -259,6 +304,9 @@ def check_records(run: PlannedRun) -> list[Finding]:
     """Whether the run leaves what summary, picture, policy and `--resume` need."""
     loggers = run.get("trainer.logger", [])
     found = []
+    if run.get("trainer.val_only", False):
+        text = "trainer.val_only=true: verl validates and ends, without a step and a policy"
+        found.append(warning(text, "trainer.val_only=false"))
     if "file" not in ([loggers] if isinstance(loggers, str) else loggers):
         text = f"trainer.logger={loggers}: without file there are no metrics, summary and picture"
         found.append(warning(text, "add file"))
@@ -285,11 +333,18 @@ def check_lengths(run: PlannedRun) -> Finding:
     """Whether one response fits into what a card or a micro-batch may hold."""
     prompt, response = run.get("data.max_prompt_length"), run.get("data.max_response_length")
     shown = f"{prompt} + {response} = {run.longest} tokens"
-    budget = run.get(f"{ACTOR}.ppo_max_token_len_per_gpu", 0)
-    limits = {f"{ROLLOUT}.max_model_len": (run.get(f"{ROLLOUT}.max_model_len"), "null")}
-    if run.get(f"{ACTOR}.use_dynamic_bsz", False):
-        budget *= run.get(f"{ACTOR}.ulysses_sequence_parallel_size", 1)
-        limits = {f"{ACTOR}.ppo_max_token_len_per_gpu": (budget, "more"), **limits}
+    limits = {}
+    with_reference = run.get(f"{ACTOR}.use_kl_loss") or run.get("algorithm.use_kl_in_reward")
+    split = run.get(f"{ACTOR}.ulysses_sequence_parallel_size", 1)
+    for part, name, dynamic in (
+        (ACTOR, "ppo_max_token_len_per_gpu", "use_dynamic_bsz"),
+        (ROLLOUT, "log_prob_max_token_len_per_gpu", "log_prob_use_dynamic_bsz"),
+        (REF, "log_prob_max_token_len_per_gpu", "log_prob_use_dynamic_bsz"),
+    ):
+        used = part != REF or with_reference
+        if used and run.get(f"{part}.{dynamic}") and (limit := run.get(f"{part}.{name}")):
+            limits[f"{part}.{name}"] = (limit * split, "more")
+    limits[f"{ROLLOUT}.max_model_len"] = (run.get(f"{ROLLOUT}.max_model_len"), "null")
     for key, (limit, other) in limits.items():
         if limit is not None and limit < run.longest:
             text = f"{key}={limit}: a prompt and its response may have {shown}"

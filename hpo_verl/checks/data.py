@@ -6,15 +6,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from hpo_verl.checks.configuration import trained_rows
+from hpo_verl.checks.configuration import rows_needed, trained_rows
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.checks.rows import REQUIRED_COLUMNS, SAMPLE_ROWS
+from hpo_verl.checks.rows import BATCH_ROWS, REQUIRED_COLUMNS, SAMPLE_ROWS
 from hpo_verl.errors import DataError, HpoVerlError
 from hpo_verl.rewards.guarded_function import VERLS_FUNCTION, GuardedFunction, guard_section
 from hpo_verl.runs.quiet import quiet_imports
@@ -28,7 +29,8 @@ MANAGER_INFO = {"num_turns": 2, "rollout_reward_scores": {}}
 
 def check_files(run: PlannedRun) -> Finding:
     """Whether every data file is a parquet file with verl's columns and enough rows."""
-    found, trained = [], 0
+    found: list[str] = []
+    trained = 0
     for key, path in run.data_files:
         try:
             rows = _rows(key, path)
@@ -40,11 +42,13 @@ def check_files(run: PlannedRun) -> Finding:
     for key in ("data.train_files", "data.val_files"):
         if key not in dict(run.data_files):
             return error(f"{key}: names no file", f"{key}=FILE")
+        if problem := _not_together([path for other, path in run.data_files if other == key]):
+            return error(f"{key}: {problem}", "files with the same columns and types")
     shown, batch = ", ".join(found), run.get("data.train_batch_size")
     trained = trained_rows(run, trained)
     if trained < batch:
         return error(
-            f"data.train_files: {shown}: {trained} rows to train on are fewer than "
+            f"data.train_files: {trained} rows to train on are fewer than "
             f"data.train_batch_size={batch}, which gives 0 steps",
             "a smaller data.train_batch_size, or more data",
         )
@@ -71,6 +75,25 @@ def _rows(key: str, path: Path) -> int:
     if table.metadata.num_rows < 1:
         raise DataError(f"{key}: {path} has no rows")
     return table.metadata.num_rows
+
+
+def _not_together(paths: list[Path]) -> str:
+    """Why verl cannot read several files as one; empty where it can."""
+    if len(paths) < 2:
+        return ""
+    from datasets import Dataset, Features, concatenate_datasets
+
+    # Of one row, since those without rows are not compared.
+    tables = []
+    for path in paths:
+        features = Features.from_arrow_schema(pq.ParquetFile(path).schema_arrow)
+        tables.append(Dataset.from_dict({name: [None] for name in features}, features=features))
+    for path, table in zip(paths[1:], tables[1:], strict=True):
+        try:
+            concatenate_datasets([tables[0], table])
+        except ValueError as problem:
+            return f"{path} does not go with {paths[0]}: {one_line(problem)}"
+    return ""
 
 
 def check_schema(run: PlannedRun) -> Finding:
@@ -208,6 +231,13 @@ def right_responses(row: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{answer}", f"<answer>{answer}</answer>", f"\\boxed{{{answer}}}")
 
 
+def _prompts(paths: list[Path]) -> Iterator[Any]:
+    """The prompts of files, read bit by bit."""
+    for path in paths:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS, columns=["prompt"]):
+            yield from batch["prompt"].to_pylist()
+
+
 def check_prompts(run: PlannedRun) -> Finding:
     """Count the tokens of prompts: verl refuses one that is longer than the limit."""
     folder, limit = run.policy_folder, run.get("data.max_prompt_length")
@@ -235,5 +265,11 @@ def check_prompts(run: PlannedRun) -> Finding:
         return ok(f"{text}; {limit} are permitted")
     text = f"data.max_prompt_length={limit}: {text}"
     if run.get("data.filter_overlong_prompts", False):
+        for key, needed in (("data.train_files", rows_needed(run)), ("data.val_files", 1)):
+            prompts_of = _prompts([path for other, path in run.data_files if other == key])
+            kept = sum(1 for _ in islice((p for p in prompts_of if count(p) <= limit), needed))
+            if kept < needed:
+                text = f"data.max_prompt_length={limit}: verl leaves longer prompts out, and then"
+                return error(f"{text} {key} has {kept} rows where the run needs {needed}", fix)
         return warning(f"{text}; verl leaves longer ones out", fix)
     return error(text, f"{fix}, or data.filter_overlong_prompts=true")

@@ -15,7 +15,6 @@ from hpo_verl.errors import ConfigError
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 ONE_RUN = "one command is one run; start one command for each value"
-_BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off"}
 _LIKE_A_PATH = ("/", "./", "../", "~/")
 
 
@@ -119,10 +118,6 @@ def _hydra_override(text: str, groups: Mapping[str, Sequence[str]]) -> str:
             return as_text
         remedy = "" if key in groups else f"; to give it as a text: {_for_the_shell(as_text)}"
         raise ConfigError(f"override {text!r}: {problem}{remedy}")
-    read = override.value()
-    # verl takes any text for true. A variable of the environment is a text.
-    if isinstance(read, str) and read.lower() in _BOOLEAN_WORDS and "env_vars" not in key:
-        raise ConfigError(f"{text}: is a text, which verl takes for true; write true or false")
-    if key in groups and not override.is_delete() and read not in groups[key]:
-        raise ConfigError(f"{text}: no such {key}; {nearest(str(read), groups[key])}")
+    if key in groups and not override.is_delete() and override.value() not in groups[key]:
+        raise ConfigError(f"{text}: no such {key}; {nearest(str(override.value()), groups[key])}")
     return text

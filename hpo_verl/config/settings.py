@@ -30,7 +30,8 @@ def data_files(config: DictConfig) -> Iterator[tuple[str, Path]]:
     for key in ("data.train_files", "data.val_files"):
         value = OmegaConf.select(config, key)
         for path in value if isinstance(value, list | ListConfig) else [value]:
-            yield key, Path(str(path)).expanduser()
+            if path is not None:
+                yield key, Path(str(path)).expanduser()
 
 
 def policy_folder(config: DictConfig) -> Path:

@@ -10,6 +10,7 @@ from hpo_verl.checks.configuration import (
     check_learnable,
     check_lengths,
     check_names,
+    check_records,
     check_steps,
     is_group_relative,
 )
@@ -60,6 +61,12 @@ def test_every_estimator_is_known_to_compare_responses_or_not():
 def test_without_groups_one_response_is_enough(planned):
     changes = {f"{ROLLOUT}.n": 1, "algorithm.adv_estimator": "reinforce_plus_plus"}
     assert [finding.status for finding in check_learnable(planned(changes))] == ["ok"]
+
+
+def test_a_run_that_only_validates_is_warned_of(planned):
+    assert [finding.status for finding in check_records(planned())] == ["ok"]
+    (finding,) = check_records(planned({"trainer.val_only": True}))
+    assert (finding.status, "val_only=true" in finding.detail) == ("warning", True)
 
 
 def test_epochs_give_steps_where_no_number_is_set(planned):

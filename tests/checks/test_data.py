@@ -106,6 +106,22 @@ def test_fewer_rows_than_a_batch(examine, rows, tmp_path):
     assert empty.detail == f"data.val_files: {tmp_path / 'none.parquet'} has no rows"
 
 
+def test_files_that_verl_cannot_read_as_one(examine, rows, tmp_path):
+    for row in rows:
+        row["reward_model"]["ground_truth"] = 3
+    other = write(tmp_path / "numbers.parquet", rows, 240)
+    (finding, *_) = examine(changes={"data.train_files": ["${data.val_files}", other]})
+    assert finding.status == "error"
+    assert finding.detail.startswith(f"data.train_files: {other} does not go with ")
+    for row in rows:
+        del row["extra_info"], row["reward_model"]
+        row["reward_model"] = {"style": "rule", "ground_truth": None}
+    # A column that is missing or empty is filled with null.
+    less = write(tmp_path / "less.parquet", rows, 240)
+    (finding, *_) = examine(changes={"data.train_files": [other, less]})
+    assert finding.status == "ok"
+
+
 def test_a_prompt_that_is_a_text(examine, rows):
     for row in rows:
         row["prompt"] = "3 4 5 = 12"
@@ -179,6 +195,20 @@ def test_prompts_that_are_too_long(examine, rows):
     assert only(examine(rows, {"data.max_prompt_length": needed}), "prompts").status == "ok"
     dropped = only(examine(rows, {"data.filter_overlong_prompts": True}), "prompts")
     assert dropped.status == "warning"
+
+
+def test_prompts_that_are_left_out_may_leave_too_few(examine, rows):
+    changes = {"data.filter_overlong_prompts": True, "trainer.total_training_steps": 30}
+    for row in rows[:177]:
+        row["prompt"][0]["content"] = "1 2 3 = 4 " * 5
+    few = only(examine(rows, changes), "prompts")
+    assert few.status == "error"
+    assert "data.train_files has 63 rows where the run needs 64" in few.detail
+    assert only(examine(rows[1:], changes), "prompts").status == "error"
+    rows[0]["prompt"] = rows[-1]["prompt"]
+    assert only(examine(rows, changes), "prompts").status == "warning"
+    none = only(examine(changes={**changes, "data.max_prompt_length": 1}), "prompts")
+    assert "data.train_files has 0 rows where the run needs 64" in none.detail
 
 
 def test_a_tokenizer_that_is_not_there(examine, tmp_path):

@@ -106,6 +106,7 @@ ON_THIS_MACHINE = [
     (["data.val_files={files}/rewards.py"], "data files", "not a complete parquet file"),
     (["data.train_max_samples=10"], "data files", "10 rows to train on are fewer than"),
     (["data.val_files=[]"], "data files", "data.val_files: names no file"),
+    (["data.val_files=null"], "data files", "data.val_files: names no file"),
     (["data.train_files=[]"], "data files", "data.train_files: names no file"),
     (["data.train_files={files}/twice.parquet"], "data files", "column 'prompt' more than once"),
     (["trainer.total_epochs=1"], "steps", "trainer.total_epochs=1 over the data give 3 steps"),

@@ -120,8 +120,6 @@ def test_overrides_that_say_where_the_run_is():
         (["grpo"], "'grpo': write algo=grpo"),
         (["trainer.nnodes", "=", "1"], "write KEY=VALUE, without blanks"),
         ([""], "write KEY=VALUE"),
-        (["trainer.val_before_train=no"], "is a text, which verl takes for true; write true or"),
-        (["trainer.val_before_train='False'"], "is a text"),
         (["trainer.experiment_name=a[b]"], "to give it as a text: \"trainer.experiment_name='a"),
     ],
 )
@@ -129,11 +127,6 @@ def test_a_wrong_argument_is_told_what_to_write(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_overrides(arguments)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_variable_of_the_environment_may_be_a_word():
-    key = "+ray_kwargs.ray_init.runtime_env.env_vars.X"
-    assert read_overrides([f"{key}='true'", "trainer.val_before_train=False"])
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,24 @@ OUT_OF_RANGE = [
     ({f"{ROLLOUT}.n": 2.5}, "rollout.n=2.5: must be an integer"),
     ({f"{ROLLOUT}.n": True}, "rollout.n=True: must be an integer"),
     ({"seed": -1}, "seed=-1"),
-    ({"trainer.resume_mode": "never"}, "resume_mode=never: must be auto, disable, resume_path"),
-    ({"data.dataloader_num_workers": -1}, "dataloader_num_workers=-1: must be an integer >= 0"),
+    ({"data.gen_batch_size": 128}, "gen_batch_size=128: must divide data.train_batch_size=64"),
+    ({"data.dataloader_num_workers": -1}, "dataloader_num_workers=-1: must be an integer"),
     ({f"{ROLLOUT}.val_kwargs.n": 0}, "val_kwargs.n=0: must be an integer >= 1"),
-    ({f"{ROLLOUT}.agent.num_workers": 0}, "agent.num_workers=0: must be an integer >= 1"),
+    ({f"{ROLLOUT}.agent.num_workers": 0}, "agent.num_workers=0: must be an integer"),
+    ({"trainer.max_actor_ckpt_to_keep": 0}, "max_actor_ckpt_to_keep=0: must be an integer >= 1"),
+    ({"trainer.resume_mode": "bogus"}, "resume_mode=bogus: must be one of auto, disable"),
+    ({"trainer.resume_mode": 5}, "resume_mode=5: must be one of auto, disable"),
+    ({f"{ACTOR}.kl_loss_type": "bogus"}, "kl_loss_type=bogus: must be one of kl, k1"),
+    ({"algorithm.kl_penalty": "full"}, "kl_penalty=full: must be one of kl, k1"),
+    ({f"{ACTOR}.optim.lr_scheduler_type": "linear"}, "must be one of constant, cosine"),
+    ({f"{ACTOR}.checkpoint.save_contents": ["model", "all"]}, "save_contents=all: must be one of"),
+    ({f"{ROLLOUT}.log_prob_use_dynamic_bsz": False}, "must be that of actor_rollout_ref.actor"),
+]
+SWITCHES = [
+    ({"trainer.val_before_train": "no"}, "val_before_train='no': must be true or false"),
+    ({f"{ACTOR}.use_kl_loss": "off"}, "use_kl_loss='off': must be true or false"),
+    ({f"{ROLLOUT}.log_prob_use_dynamic_bsz": "yes"}, "use_dynamic_bsz='yes': must be true or"),
+    ({"data.shuffle": "maybe"}, "data.shuffle='maybe': must be true or false"),
 ]
 OLDER_KEYS = [
     ({"reward_model.num_workers": 3}, "reward_model.num_workers=3: verl 0.9 does not read"),
@@ -53,9 +67,23 @@ UNKNOWN_NAMES = [
     ({f"{ROLLOUT}.checkpoint_engine.backend": "ncll"}, "backend=ncll: not registered with verl"),
     ({f"{ACTOR}.strategy": "fsdp3"}, "strategy=fsdp3: not registered with verl"),
 ]
-REFUSED_BY_VERL = [({f"{ROLLOUT}.dtype_": 1}, ROLLOUT)]
+REFUSED_BY_VERL = [
+    ({f"{ROLLOUT}.dtype_": 1}, ROLLOUT),
+]
 TOO_SHORT = [
     ({f"{ACTOR}.use_dynamic_bsz": True, f"{ACTOR}.ppo_max_token_len_per_gpu": 39}, "gpu=39: a"),
+    (
+        {f"{ACTOR}.use_dynamic_bsz": True, f"{ROLLOUT}.log_prob_max_token_len_per_gpu": 39},
+        "rollout.log_prob_max_token_len_per_gpu=39: a",
+    ),
+    (
+        {
+            f"{ACTOR}.use_dynamic_bsz": True,
+            f"{ACTOR}.use_kl_loss": True,
+            "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": 39,
+        },
+        "ref.log_prob_max_token_len_per_gpu=39: a",
+    ),
     ({f"{ROLLOUT}.max_model_len": 32}, "max_model_len=32: a prompt and its response may have 16"),
 ]
 CODE_OF_OTHERS = [
@@ -89,7 +117,7 @@ CASES = [
     (changes, name, words)
     for name, cases in (
         ("learning", UNLEARNABLE),
-        ("settings", OUT_OF_RANGE),
+        ("settings", [*OUT_OF_RANGE, *SWITCHES]),
         ("older keys", OLDER_KEYS),
         ("algorithm", NOT_TOGETHER),
         ("names", UNKNOWN_NAMES),
