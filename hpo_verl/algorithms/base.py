@@ -15,6 +15,7 @@ import torch
 
 from hpo_verl.core.groups import GroupAdvantages, group_relative_advantages
 from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.errors import ConfigError
 
 TOKEN_MEAN = "token-mean"  # noqa: S105
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"  # noqa: S105
@@ -245,3 +246,17 @@ class Algorithm:
     loss_agg_mode: str
     estimator: Estimator = GRPO
     loss: Loss = VANILLA
+
+
+def refuse_kl_in_reward(config: Mapping[str, Any]) -> None:
+    """An `Estimator.check` for those that know which values a reward may take.
+
+    Raises:
+        ConfigError: `algorithm.use_kl_in_reward` is true in verl's whole configuration.
+    """
+    algorithm = config["algorithm"]
+    if algorithm.get("use_kl_in_reward", False):
+        raise ConfigError(
+            f"algorithm.use_kl_in_reward = True: adv_estimator = {algorithm['adv_estimator']!r} "
+            "takes the task's own rewards, which a KL penalty changes; must be false"
+        )

@@ -220,11 +220,7 @@ def _check(config: Mapping[str, Any]) -> None:
             f"actor_rollout_ref.rollout.n = {responses!r}: algorithm.adv_estimator = 'spo' takes "
             "one response per prompt; must be 1"
         )
-    if algorithm.get("use_kl_in_reward", False):
-        raise ConfigError(
-            "algorithm.use_kl_in_reward = True: adv_estimator = 'spo' counts rewards in [0, 1], "
-            "which a KL penalty leaves; must be false"
-        )
+    base.refuse_kl_in_reward(config)
 
 
 ALGORITHMS = (

@@ -156,7 +156,8 @@ def test_a_loss_is_proportional_or_says_what_it_does():
 def test_every_estimator_that_is_not_verls_has_a_section_of_settings():
     for estimator in ESTIMATORS.values():
         assert (estimator.advantage is None) == (not estimator.section)
-    assert [n for n, one in ESTIMATORS.items() if one.weights_by_sign] == ["a_hpo", "hpo"]
+    by_sign = ["a_hpo", "hpo", "psr", "nsr", "w_reinforce"]
+    assert [n for n, one in ESTIMATORS.items() if one.weights_by_sign] == by_sign
 
 
 @EVERY

@@ -1,5 +1,7 @@
 """Masks, padding, order and types: the same for every estimator of ours."""
 
+import functools
+
 import pytest
 import torch
 from estimator_calls import call, token_rewards
@@ -10,7 +12,8 @@ from hpo_verl.errors import DataError
 EVERY = pytest.mark.parametrize("name", OUR_ESTIMATORS)
 UIDS = list("aaaabbbbcc")
 # Distinct advantages, so that nothing depends on how ties are broken.
-REWARDS = [1.0, 0.0, 0.1, 0.3, 0.9, 0.8, 0.0, 0.2, 0.5, 0.5]
+DISTINCT = [1.0, 0.0, 0.1, 0.3, 0.9, 0.8, 0.0, 0.2, 0.5, 0.5]
+BINARY = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
 LENGTHS = torch.tensor([4, 2, 3, 1, 4, 4, 2, 3, 1, 4])
 MASK = torch.arange(4) < LENGTHS[:, None]
 NAN, INF = float("nan"), float("inf")
@@ -25,13 +28,24 @@ def provided(rows=10, width=4):
     }
 
 
-def estimate(name, rewards=REWARDS, uids=UIDS, mask=MASK, given=None, **kwargs):
+@functools.cache
+def rewards_of(name):
+    """Distinct ones, or of two values where the estimator takes no others."""
+    try:
+        call(name, DISTINCT, UIDS, mask=MASK, provided=provided())
+    except DataError:
+        return BINARY
+    return DISTINCT
+
+
+def estimate(name, rewards=None, uids=UIDS, mask=MASK, given=None, **kwargs):
+    rewards = rewards_of(name) if rewards is None else rewards
     return call(name, rewards, uids, mask=mask, provided=given or provided(), **kwargs)
 
 
 @EVERY
 def test_the_result_is_float32_detached_and_zero_at_masked_places(name):
-    rewards = token_rewards(REWARDS).requires_grad_()
+    rewards = token_rewards(rewards_of(name)).requires_grad_()
     before = rewards.detach().clone()
     advantages = estimate(name, rewards)
     assert advantages.dtype == torch.float32
@@ -53,7 +67,7 @@ def test_padding_rows_count_for_nothing(name, reward):
     given = provided()
     given["entropy"] = torch.cat([given["entropy"], torch.full((3, 4), NAN)])
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.bool)])
-    padded = estimate(name, [*REWARDS, *[reward] * 3], [*UIDS, "p", "p", "a"], mask, given)
+    padded = estimate(name, [*rewards_of(name), *[reward] * 3], [*UIDS, "p", "p", "a"], mask, given)
     assert torch.equal(padded[:10], estimate(name))
     assert (padded[10:] == 0).all()
 
@@ -63,7 +77,7 @@ def test_masked_equals_removed(name):
     given = provided()
     given["entropy"] = torch.nn.functional.pad(given["entropy"], (0, 3), value=INF)
     wide = torch.nn.functional.pad(MASK, (0, 3))
-    rewards = torch.nn.functional.pad(token_rewards(REWARDS), (0, 3), value=NAN)
+    rewards = torch.nn.functional.pad(token_rewards(rewards_of(name)), (0, 3), value=NAN)
     assert torch.equal(estimate(name, rewards, mask=wide, given=given)[:, :4], estimate(name))
 
 
@@ -73,21 +87,21 @@ def test_the_order_of_responses_does_not_matter(name):
     given = provided()
     given["entropy"] = given["entropy"][order]
     shuffled = estimate(
-        name, token_rewards(REWARDS)[order], [UIDS[i] for i in order], MASK[order], given
+        name, token_rewards(rewards_of(name))[order], [UIDS[i] for i in order], MASK[order], given
     )
     torch.testing.assert_close(shuffled, estimate(name)[order], rtol=1e-6, atol=0)
 
 
 @EVERY
 def test_narrow_types_are_computed_wide(name):
-    rewards = token_rewards(REWARDS).bfloat16()
+    rewards = token_rewards(rewards_of(name)).bfloat16()
     assert torch.equal(estimate(name, rewards), estimate(name, rewards.float()))
 
 
 @EVERY
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_live_reward_that_is_not_finite_is_refused_by_name_and_place(name, bad):
-    rewards = token_rewards(REWARDS)
+    rewards = token_rewards(rewards_of(name))
     rewards[4, 3] = bad
     with pytest.raises(DataError, match=r"^token_level_rewards: 1 of 28 .* the first at \(4, 3\)"):
         estimate(name, rewards)
