@@ -13,7 +13,7 @@ matter: see docs/pages/other-systems.md. The scale a = 0.2 and the unbiased stan
 deviation are those of its public code, which takes the statistics and the
 entropy of the current policy per micro-batch, and clips a second time (dual
 clip) where the advantage is negative; here they are the old policy's over the
-whole rollout batch, and there is no second clip.
+whole rollout batch, and the second clip is off (`clip_ratio_c`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def aepo_clip_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
     advantage is positive and r_t > 1 + clip_ratio_high: there the slope is
     -(1 + clip_ratio_high) A_t instead of 0.
     """
-    loss = clipped_surrogate(batch.log_ratio, batch.advantages, *batch.clip_range)
+    loss = clipped_surrogate(
+        batch.log_ratio, batch.advantages, *batch.clip_range, batch.clip_ratio_c
+    )
     stopped = (batch.advantages > 0) & (loss.slopes == 0)
     return TokenLoss(loss.values, torch.where(stopped, loss.values, loss.slopes))
 
@@ -98,6 +100,7 @@ ALGORITHMS = (
             aepo_clip_loss,
             aggregations=(base.TOKEN_MEAN, base.SEQ_MEAN_TOKEN_MEAN),
             clips=True,
+            dual_clips=True,
             proportional=True,
         ),
     ),

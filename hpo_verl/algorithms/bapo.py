@@ -18,7 +18,7 @@ read here as P + N. Raising c_low never raises rho, it raises N: what it does is
 stop the gradient of more negative tokens (r_t < c_low).
 
 The public code leaves pi_old out and raises c_low before c_high: `repo_compatible`
-does the same. Its dual clip is left out. The objective has no KL term.
+does the same. Its dual clip is `clip_ratio_c` = 3. The objective has no KL term.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def find_clip_bounds(sums: Sequence[float], settings: BAPOSettings) -> ClipBound
 def bapo_loss(batch: base.TokenBatch, settings: BAPOSettings) -> TokenLoss:
     """BAPO's loss of every token: the clipped surrogate between two ratios, without gradient."""
     low, high, _ = batch.extras["mini_batch"]
-    return clipped_surrogate(batch.log_ratio, batch.advantages, 1.0 - low, high - 1.0)
+    return clipped_surrogate(
+        batch.log_ratio, batch.advantages, 1.0 - low, high - 1.0, batch.clip_ratio_c
+    )
 
 
 ALGORITHMS = (
@@ -166,6 +168,7 @@ ALGORITHMS = (
             bapo_loss,
             BAPOSettings,
             aggregations=(base.TOKEN_MEAN,),
+            dual_clips=True,
             selects=True,
             caveat="sets its clip bounds by the sums of positive and negative advantages",
             mini_batch_sums=base.MiniBatchSums(contributions, find_clip_bounds, ClipBounds),

@@ -7,6 +7,7 @@ shared tests loop over these records (`registry`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -84,6 +85,7 @@ class TokenBatch(NamedTuple):
         clip_range: `clip_ratio_low` and `clip_ratio_high`, where `Loss.clips`.
         extras: The loss's `token_fields` by name, `[batch, response]`; and `mini_batch`, the
             result of its `mini_batch_sums`.
+        clip_ratio_c: Largest ratio of tokens with a negative advantage, where `Loss.dual_clips`.
     """
 
     log_ratio: torch.Tensor
@@ -92,6 +94,7 @@ class TokenBatch(NamedTuple):
     old_log_prob: torch.Tensor
     clip_range: tuple[float, float] = (0.0, 0.0)
     extras: Mapping[str, Any] = {}
+    clip_ratio_c: float = math.inf
 
 
 class PromptHistory(Protocol):
@@ -198,6 +201,7 @@ class Loss:
             default first; empty for any.
         always: The aggregation that it uses whatever `loss_agg_mode` says.
         clips: Whether it reads `clip_ratio_low` and `clip_ratio_high`.
+        dual_clips: Whether it reads `clip_ratio_c`, as every loss does that ends in PPO's clip.
         proportional: Whether f(c A) = c f(A) for each sign of A.
         selects: Whether it chooses by the advantages which tokens it stops.
         caveat: What the loss does, where it is not proportional or not 0 at A = 0; ends the
@@ -213,6 +217,7 @@ class Loss:
     aggregations: tuple[str, ...] = ()
     always: str = ""
     clips: bool = False
+    dual_clips: bool = False
     proportional: bool = False
     selects: bool = False
     caveat: str = ""

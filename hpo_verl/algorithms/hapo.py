@@ -21,7 +21,7 @@ is the default; `repo_compatible` gives the other sign, and the neutral zone of
 the public code, halfway to the adapted bounds e_low' and e_high'.
 
 Left out: the paper's sampling temperature per token, T (1 + tau h_t), which the
-public code obtains by patching vLLM's sampler, and the public code's dual clip.
+public code obtains by patching vLLM's sampler. Its dual clip is `clip_ratio_c` = 10.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def hapo_loss(batch: base.TokenBatch, settings: HAPOSettings) -> TokenLoss:
     neutral = (ratio >= 1.0 - zone[0] / 2) & (ratio <= 1.0 + zone[1] / 2)
     redistributed = (deviation > 0) ^ neutral
     weights = torch.where(redistributed, 1.0 + settings.adv_beta * deviation, 1.0)
-    return clipped_surrogate(batch.log_ratio, batch.advantages * weights, low, high)
+    advantages = batch.advantages * weights
+    return clipped_surrogate(batch.log_ratio, advantages, low, high, batch.clip_ratio_c)
 
 
 ALGORITHMS = (
@@ -164,6 +165,7 @@ ALGORITHMS = (
             HAPOSettings,
             aggregations=(base.TOKEN_MEAN,),
             clips=True,
+            dual_clips=True,
             proportional=True,
             token_fields={DEVIATION: entropy_deviation},
         ),

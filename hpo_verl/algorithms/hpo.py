@@ -9,7 +9,7 @@ and n- the numbers of responses with a positive and a negative advantage in
 the rollout batch.
 
 The paper fixes w, L and A-HPO's ratio of counts. It leaves open, and this
-module decides: token-level ratio, clip 0.2 / 0.2, no dual clip, counts over
+module decides: token-level ratio, clip 0.2 / 0.2, dual clip off, counts over
 the whole rollout batch, advantages normalised by the standard deviation,
 alpha_min 0.1. (1/N) sum_i (1/L) sum_t is the mean over all tokens.
 """
@@ -95,11 +95,20 @@ def hysteretic_advantages(
 
 
 def hpo_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
-    """Loss per token: the clipped surrogate of weighted advantages, without dual clip."""
-    return clipped_surrogate(batch.log_ratio, batch.advantages, *batch.clip_range)
+    """Loss per token: the clipped surrogate of weighted advantages."""
+    return clipped_surrogate(
+        batch.log_ratio, batch.advantages, *batch.clip_range, batch.clip_ratio_c
+    )
 
 
-LOSS = base.Loss("hpo", hpo_loss, aggregations=(base.TOKEN_MEAN,), clips=True, proportional=True)
+LOSS = base.Loss(
+    "hpo",
+    hpo_loss,
+    aggregations=(base.TOKEN_MEAN,),
+    clips=True,
+    dual_clips=True,
+    proportional=True,
+)
 
 ALGORITHMS = (
     base.Algorithm(

@@ -8,6 +8,7 @@ building the same graph operation by operation.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,25 +35,33 @@ def clipped_surrogate(
     advantages: torch.Tensor,
     clip_ratio_low: float | torch.Tensor,
     clip_ratio_high: float | torch.Tensor,
+    clip_ratio_c: float = math.inf,
 ) -> TokenLoss:
-    """Clipped surrogate of every token, negated (arXiv 1707.06347); no dual clip.
+    """Clipped surrogate of every token, negated (arXiv 1707.06347), with its dual clip.
 
     l_t = -min(r_t A_t, clip(r_t, 1 - clip_ratio_low, 1 + clip_ratio_high) A_t)
+    and where A_t < 0 at most -clip_ratio_c A_t (dual clip, arXiv 1912.09729, Eq. 5)
 
-    The slope is -r_t A_t where the first term is the smaller one, else 0.
+    The slope is -r_t A_t where that product is the value, else 0.
 
     Args:
         log_ratio: Bounded log-ratio, nats, `[batch, response]`.
         advantages: `[batch, response]`.
         clip_ratio_low: Distance of the lower bound from 1, in [0, 1); one, or `[batch, response]`.
         clip_ratio_high: Distance of the upper bound from 1, at least 0; one, or as above.
+        clip_ratio_c: Largest ratio of tokens with a negative advantage, above 1.
     """
     ratio = log_ratio.exp()
     surrogate = ratio * -advantages
     clipped = ratio.clamp_(min=1.0 - clip_ratio_low).clamp_(max=1.0 + clip_ratio_high)
     clipped.mul_(-advantages)
     values = torch.maximum(surrogate, clipped)
-    return TokenLoss(values, surrogate.masked_fill_(clipped > surrogate, 0.0))
+    slopes = surrogate.masked_fill_(clipped > surrogate, 0.0)
+    if clip_ratio_c < math.inf:
+        largest = torch.where(advantages < 0, -clip_ratio_c * advantages, math.inf)
+        slopes.masked_fill_(values > largest, 0.0)
+        values = torch.minimum(values, largest)
+    return TokenLoss(values, slopes)
 
 
 class _Attach(torch.autograd.Function):

@@ -78,6 +78,16 @@ def clip_range(config: Any) -> tuple[float, float]:
     return sides[0], sides[1]
 
 
+def dual_clip(config: Any) -> float:
+    """Read `clip_ratio_c`, above 1, of verl's actor section; a bad one raises a ConfigError.
+
+    It is infinite where no ratio can reach it.
+    """
+    value = config.get("clip_ratio_c", None)
+    require_number(f"{ACTOR}.clip_ratio_c", value, 1.0, open_low=True)
+    return float(value) if value < math.exp(LOG_RATIO_BOUND) else math.inf
+
+
 def loss_settings(loss: Loss, policy_loss: Any) -> Any:
     """Read the settings of a loss from verl's `policy_loss`; None if the loss has none.
 
@@ -182,12 +192,16 @@ def _policy_loss(
         tokens = batch.tokens._replace(extras=_token_extras(record, mask))
         if record.clips:
             tokens = tokens._replace(clip_range=clip_range(config))
+        if record.dual_clips:
+            tokens = tokens._replace(clip_ratio_c=dual_clip(config))
         loss = record.token_loss(tokens, settings)
         bounded = 0
         if batch.beyond is not None:
             loss = TokenLoss(loss.values, loss.slopes.masked_fill(batch.beyond, 0.0))
             bounded = int(batch.beyond.sum())
-        stopped = int(((loss.slopes == 0) & (loss.values != 0)).sum())
+        stopped = (loss.slopes == 0) & (loss.values != 0)
+        beyond_c = tokens.log_ratio > math.log(tokens.clip_ratio_c)
+        lower = stopped & (tokens.advantages < 0) & beyond_c
         if rollout_is_weights is not None:
             loss = loss.scaled(torch.where(mask, rollout_is_weights.float(), 0.0))
     per_token, counts = attach(log_prob, loss), config.global_batch_info
@@ -197,10 +211,11 @@ def _policy_loss(
         # 0, with a graph. verl would divide 0 by 0 where the whole mini-batch is empty.
         aggregated = per_token[mask].sum()
     count = max(batch.live_tokens, 1)
+    by_dual_clip = int(lower.sum())
     return aggregated, {
-        "actor/pg_clipfrac": stopped / count,
+        "actor/pg_clipfrac": (int(stopped.sum()) - by_dual_clip) / count,
         "actor/ppo_kl": batch.kl,
-        "actor/pg_clipfrac_lower": 0.0,
+        "actor/pg_clipfrac_lower": by_dual_clip / count,
         "actor/log_ratio_bounded_fraction": bounded / count,
     }
 

@@ -23,6 +23,7 @@ from hpo_verl.verl_plugin.losses import (
     STRATEGIES,
     VENDOR,
     clip_range,
+    dual_clip,
     loss_settings,
     require_aggregation,
     selected_loss,
@@ -62,6 +63,8 @@ def _check_loss(loss: Loss, actor: Any) -> list[str]:
     require_aggregation(loss, loss_agg_mode)
     if loss.clips:
         clip_range(actor)
+    if loss.dual_clips:
+        dual_clip(actor)
     loss_settings(loss, actor["policy_loss"])
     if loss.always and loss_agg_mode != loss.always:
         return [

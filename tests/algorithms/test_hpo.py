@@ -13,10 +13,6 @@ from hpo_verl.algorithms.hpo import AHPOSettings, HPOSettings
 from hpo_verl.errors import ConfigError
 
 
-def hpo_loss(log_ratio, advantages, low, high):
-    return module.hpo_loss(token_batch(log_ratio, advantages, (low, high)), None)
-
-
 def hysteretic_advantages(rewards, groups, live, settings, *, normalize_by_std=True):
     rollout = Rollout(rewards, groups, live, live[:, None], normalize_by_std)
     return module.hysteretic_advantages(rollout, settings)
@@ -172,9 +168,10 @@ LOW, HIGH = 0.2, 0.3
 RATIOS = [0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0]
 
 
-def loss_of(ratios, advantage, low=LOW, high=HIGH):
+def loss_of(ratios, advantage, low=LOW, high=HIGH, **options):
     log_ratio = torch.tensor(ratios, dtype=torch.float64).log()
-    return hpo_loss(log_ratio, torch.full_like(log_ratio, advantage), low, high)
+    batch = token_batch(log_ratio, torch.full_like(log_ratio, advantage), (low, high))
+    return module.hpo_loss(batch._replace(**options), None)
 
 
 def objective(batch, settings):
@@ -196,7 +193,10 @@ def test_every_branch_with_hand_derived_numbers():
     np.testing.assert_allclose(negative.slopes, [0, 0, 1.62, 2.0, 2.58, 2.62, 4.0], rtol=1e-12)
 
 
-def test_no_second_clip_however_large_the_ratio():
+def test_the_second_clip_is_off_unless_it_is_asked_for():
     loss = loss_of([1e6], -1.0)
     assert loss.values.item() == pytest.approx(1e6)
     assert loss.slopes.item() == pytest.approx(1e6)
+    clipped = loss_of([2.0, 1e6], -1.0, clip_ratio_c=3.0)
+    assert clipped.values.tolist() == pytest.approx([2.0, 3.0])
+    assert clipped.slopes.tolist() == pytest.approx([2.0, 0.0])

@@ -136,6 +136,21 @@ def test_t4_a_proportional_loss_is_weighted_by_weighting_the_negative_advantages
     torch.testing.assert_close(weighted, plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", OUR_LOSSES.values(), ids=lambda one: one.name)
+def test_the_dual_clip_bounds_the_ratio_of_negative_tokens_where_a_loss_has_one(loss):
+    settings = loss.settings() if loss.settings else None
+    batch = token_batch(loss, settings)
+    plain = loss.token_loss(batch, settings)
+    result = loss.token_loss(batch._replace(clip_ratio_c=1.4), settings)
+    ratio = batch.log_ratio.exp()
+    beyond = (batch.advantages < 0) & (ratio > 1.4)
+    assert beyond.any()
+    if loss.dual_clips:
+        values = torch.where(beyond, plain.values * 1.4 / ratio, plain.values)
+        plain = plain._replace(values=values, slopes=plain.slopes.masked_fill(beyond, 0.0))
+    torch.testing.assert_close(result, plain, rtol=1e-12, atol=0)
+
+
 # ---------------------------------------------------------------- the records themselves
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -53,3 +55,15 @@ def test_bounds_per_token_equal_one_bound_at_a_time():
             )  # fmt: skip
             assert torch.equal(together.values[place], alone.values)
             assert torch.equal(together.slopes[place], alone.slopes)
+
+
+def test_the_dual_clip_by_hand():
+    # A = -2 and c = 3: at most 6. A = 2 is left alone; so is a ratio of exactly 3.
+    log_ratio = torch.tensor([0.5, 2.0, 3.0, 4.0, 1e6, 4.0, 4.0], dtype=torch.float64).log()
+    advantages = torch.tensor([-2.0, -2.0, -2.0, -2.0, -2.0, 2.0, 0.0]).double()
+    loss = clipped_surrogate(log_ratio, advantages, 0.2, 0.2, 3.0)
+    assert loss.values.tolist() == pytest.approx([1.6, 4.0, 6.0, 6.0, 6.0, -2.4, 0.0])
+    slopes = loss.slopes.tolist()
+    assert slopes[:2] + slopes[3:] == pytest.approx([0.0, 4.0, 0.0, 0.0, 0.0, 0.0])
+    off = clipped_surrogate(log_ratio, advantages, 0.2, 0.2, math.inf)
+    assert off.values.tolist() == pytest.approx([1.6, 4.0, 6.0, 8.0, 2e6, -2.4, 0.0])

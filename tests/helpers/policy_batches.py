@@ -21,7 +21,8 @@ def actor_config(mode="token-mean", policy_loss=None, counts=None, **changes):
         ppo_micro_batch_size_per_gpu=1,
         loss_agg_mode=mode,
         policy_loss=policy_loss or PolicyLossConfig(),
-        **changes,
+        # Off, as in the recipes.
+        **{"clip_ratio_c": 1e9, **changes},
     )
     config.global_batch_info.update(counts or {})
     return config

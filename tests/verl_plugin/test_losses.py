@@ -70,12 +70,23 @@ def test_asymmetric_clip_and_the_common_value():
 
 def test_t1_alpha_one_is_verls_vanilla_without_its_second_clip():
     batch = make_batch(rows=64, width=64, scale=1.0)
-    config = actor_config(clip_ratio_c=1e9)
-    ours, theirs = evaluate("hpo", batch, config=config), evaluate("vanilla", batch, config=config)
+    ours, theirs = evaluate("hpo", batch), evaluate("vanilla", batch)
     assert ours[0] == theirs[0]
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-12)
     for key in ("actor/pg_clipfrac", "actor/ppo_kl"):
         assert ours[2][key] == pytest.approx(theirs[2][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("c", [1.1, 3.0])
+def test_the_second_clip_is_that_of_verls_vanilla(c):
+    batch = make_batch(rows=64, width=64, scale=1.0)
+    config = actor_config(clip_ratio_c=c)
+    ours, theirs = evaluate("hpo", batch, config=config), evaluate("vanilla", batch, config=config)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-12)
+    for key in ("actor/pg_clipfrac", "actor/pg_clipfrac_lower"):
+        assert ours[2][key] == pytest.approx(theirs[2][key], rel=1e-5)
+    assert ours[2]["actor/pg_clipfrac_lower"] > 0
 
 
 def test_t2_t3_the_gradient_is_linear_in_the_weight():
@@ -172,7 +183,14 @@ def test_the_refusal_lists_what_is_permitted():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"clip_ratio_low": 1.5}, {"clip_ratio_low": -0.1}, {"clip_ratio_high": NAN}]
+    "changes",
+    [
+        {"clip_ratio_low": 1.5},
+        {"clip_ratio_low": -0.1},
+        {"clip_ratio_high": NAN},
+        {"clip_ratio_c": 1.0},
+        {"clip_ratio_c": None},
+    ],
 )
 def test_a_clip_out_of_range_is_refused(changes):
     (key,) = changes
