@@ -10,7 +10,8 @@ advantage make up at least the share rho_0 of what the loss is made of (Eq. 8):
     N = sum over A_t < 0 of  pi_old(y_t) |A_t| max(r_t, c_low)
 
 Both bounds start at the low ends of their ranges; c_high rises step by step, and
-once it has reached its upper end c_low does, until rho >= rho_0 (Algorithm 1).
+once it has reached its upper end c_low does, until rho >= rho_0 (Algorithm 1). The
+last step of a range ends at its end, as in the public code.
 P and N run over the whole mini-batch on all ranks.
 
 Eq. 8 prints its bars outside the sum over all tokens, |P - N|, which is no share;
@@ -23,6 +24,7 @@ does the same. Its dual clip is `clip_ratio_c` = 3. The objective has no KL term
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,7 +92,8 @@ class BAPOSettings:
 
 
 def _bounds(start: float, end: float, step: float) -> tuple[float, ...]:
-    steps = int((end - start) / step * (1 + RELATIVE_TOLERANCE))
+    # Where the step does not divide the range, the last one is shorter.
+    steps = math.ceil((end - start) / step * (1 - RELATIVE_TOLERANCE))
     return tuple(min(start + count * step, end) for count in range(steps + 1))
 
 

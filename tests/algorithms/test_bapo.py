@@ -41,9 +41,14 @@ def test_defaults_are_the_papers():
     assert BAPOSettings().upper_bounds[-1] == pytest.approx(3.0)
 
 
-def test_bounds_stop_at_the_last_whole_step():
+def test_a_range_is_reached_to_its_end_by_a_shorter_last_step():
     options = BAPOSettings(clip_high_start=1.0, clip_high_end=2.0, clip_high_step=0.3)
-    assert options.upper_bounds == pytest.approx([1.0, 1.3, 1.6, 1.9])
+    assert options.upper_bounds == pytest.approx([1.0, 1.3, 1.6, 1.9, 2.0])
+    assert options.upper_bounds[-1] == 2.0
+    code = BAPOSettings(clip_low_start=0.8, clip_low_end=0.95, clip_low_step=0.1)
+    assert code.lower_bounds == pytest.approx([0.8, 0.9, 0.95])
+    wide = BAPOSettings(clip_low_start=0.6, clip_low_end=0.7, clip_low_step=0.5)
+    assert wide.lower_bounds == (0.6, 0.7)
     still = BAPOSettings(clip_low_start=0.7, clip_low_end=0.7)
     assert still.lower_bounds == (0.7,)
 
