@@ -65,7 +65,8 @@ def entropy_aware_advantages(
     """
     scores = standardized_entropy(rollout.extras["entropy"], rollout.mask)
     weights = (1.0 + settings.entropy_scale * scores).masked_fill(~rollout.mask, 0.0)
-    return base.Advantages(rollout.grouped().advantages.unsqueeze(-1) * weights)
+    advantages = rollout.to_outputs(rollout.grouped().advantages)
+    return base.Advantages(advantages.unsqueeze(-1) * weights)
 
 
 def aepo_clip_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:

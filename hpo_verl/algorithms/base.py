@@ -27,17 +27,24 @@ CLIP = "-min(r A, clip(r, 1 - e_low, 1 + e_high) A)"
 
 
 class Rollout(NamedTuple):
-    """What an estimator sees: all responses of a step.
+    """What an estimator sees: all outputs of a step, or of as many parts as make a step.
+
+    A session of an agent loop may give several outputs. It counts once, by its final output, and
+    its advantage goes to all of them.
 
     Attributes:
-        rewards: One per response, `[batch]` float32, without a graph.
-        groups: Prompt of each response, `[batch]` int64, 0 .. groups - 1.
-        live: Responses that count, `[batch]` bool; those with a token of the policy.
-        mask: Tokens that count, `[batch, response]` bool.
+        rewards: One per output, `[batch]` float32, without a graph.
+        groups: Prompt of each output, `[batch]` int64, 0 .. groups - 1.
+        live: Outputs that count, `[batch]` bool: the final one of every session, whether or not
+            a rejection has masked it, of prompts with a token left to train on.
+        mask: Tokens that are trained on, `[batch, response]` bool.
         normalize_by_std: `algorithm.norm_adv_by_std_in_grpo`.
         extras: What `Estimator.needs` names: `entropy`, nats, `[batch, response]`, of the policy
             that sampled; `progress`, 0 at the first step and 1 at the last; `values`, one per
-            response, `[batch]` float64, from the history of its prompt.
+            output, `[batch]` float64, from the history of its prompt.
+        scores: Rewards before a KL penalty, `[batch]` float32; None without one.
+        final: Row of the final output of each output's session, `[batch]` int64; None where
+            every session has one output.
     """
 
     rewards: torch.Tensor
@@ -46,19 +53,41 @@ class Rollout(NamedTuple):
     mask: torch.Tensor
     normalize_by_std: bool = True
     extras: Mapping[str, Any] = {}
+    scores: torch.Tensor | None = None
+    final: torch.Tensor | None = None
 
     def grouped(self) -> GroupAdvantages:
-        """GRPO's advantages, `[batch]` float64, and the spread of each group."""
+        """GRPO's advantages, `[batch]` float64, and the spread of each group; by sessions."""
         return group_relative_advantages(
-            self.rewards, self.groups, self.live, normalize_by_std=self.normalize_by_std
+            self.rewards,
+            self.groups,
+            self.live,
+            scores=self.scores,
+            normalize_by_std=self.normalize_by_std,
         )
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each session, `[batch]` float64, at its final output; 0 at the others."""
+        return self.per_session(self.mask.sum(dim=-1))
+
+    def per_session(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the outputs of a session, `[batch]` float64, at the final one; 0 elsewhere."""
+        values = values.double()
+        if self.final is None:
+            return values
+        return torch.zeros_like(values).index_add(0, self.final, values)
+
+    def to_outputs(self, values: torch.Tensor) -> torch.Tensor:
+        """Give the value of every session, `[batch]`, to all of its outputs."""
+        return values if self.final is None else values.index_select(0, self.final)
 
 
 class Advantages(NamedTuple):
     """What an estimator returns: the advantages and the statistics behind them.
 
     Attributes:
-        values: One per response, `[batch]`, or per token, `[batch, response]`; detached.
+        values: One per session, `[batch]`, at its final output, or per token,
+            `[batch, response]`; detached.
         unweighted: Before the weight by sign, `[batch]`; None where there is no such weight.
         alpha: Weight of negative advantages.
         positives: Responses counted as positive; None for those with an advantage above 0.

@@ -99,6 +99,7 @@ def down_sample(
     mask: torch.Tensor,
     settings: D3SSettings,
     progress: float,
+    final: torch.Tensor | None = None,
 ) -> base.Advantages:
     """Keep the responses and tokens that carry most signal, and zero the others.
 
@@ -111,19 +112,20 @@ def down_sample(
         mask: Bool, `[batch, response]`; rows without a live token count for nothing.
         settings: Shares at the first and the last step.
         progress: 0 at the first step, 1 at the last.
+        final: Of `base.Rollout`: the outputs of a session are kept or dropped together.
 
     Returns:
         Advantages `[batch, response]` float64, 0 at dropped and masked places, and the kept
         fractions of the live responses and of their tokens.
     """
     response_share, token_share = settings.shares(progress)
-    rows = mask.any(dim=-1).nonzero().squeeze(-1)
+    session = torch.arange(len(mask), device=mask.device) if final is None else final
+    rows = session[mask.any(dim=-1)].unique()
     wanted = kept_count(response_share, len(rows), at_least=2)
     kept_rows = rows[most_spread(advantages[rows], wanted)]
-    kept = torch.zeros_like(mask)
-    kept[kept_rows] = mask[kept_rows]
+    kept = mask & torch.isin(session, kept_rows).unsqueeze(-1)
 
-    weights = advantages.double().unsqueeze(-1)
+    weights = advantages.double()[session].unsqueeze(-1)
     candidates = kept.flatten().nonzero().squeeze(-1)
     scores = (weights.abs() * entropy.masked_fill(~mask, 0.0)).flatten()[candidates]
     count = kept_count(token_share, len(candidates), at_least=1)
@@ -141,7 +143,8 @@ def down_sample(
 
 def _advantage(rollout: base.Rollout, settings: D3SSettings) -> base.Advantages:
     entropy, progress = rollout.extras["entropy"], rollout.extras["progress"]
-    return down_sample(rollout.grouped().advantages, entropy, rollout.mask, settings, progress)
+    advantages = rollout.grouped().advantages
+    return down_sample(advantages, entropy, rollout.mask, settings, progress, rollout.final)
 
 
 ALGORITHMS = (

@@ -94,7 +94,7 @@ def token_group_advantages(
     """
     grpo, codes = rollout.grouped(), rollout.groups
     rewards = rollout.rewards.double().masked_fill(~rollout.live, 0.0)
-    lengths = rollout.mask.sum(dim=-1).double()
+    lengths = rollout.lengths()
     zeros = rewards.new_zeros(int(codes.max()) + 1 if len(codes) else 0)
 
     tokens = zeros.index_add(0, codes, lengths).clamp(min=1)

@@ -5,8 +5,9 @@
     HPO: alpha fixed;   A-HPO: alpha = clip(n+ / n-, alpha_min, 1)
 
 A_i is GRPO's group-relative advantage, r_it the token's importance ratio, n+
-and n- the numbers of responses with a positive and a negative advantage in
-the rollout batch.
+and n- the numbers of responses of the rollout batch whose score lies above and
+below their group's mean. Without a KL penalty in the rewards these are the
+signs of the advantages.
 
 The paper fixes w, L and A-HPO's ratio of counts. It leaves open, and this
 module decides: token-level ratio, clip 0.2 / 0.2, dual clip off, counts over
@@ -80,10 +81,11 @@ def hysteretic_advantages(
     """
     group = rollout.grouped()
     advantages = group.advantages
-    positives = int((advantages > 0).sum())
-    negatives = int((advantages < 0).sum())
+    positives = int((group.signs > 0).sum())
+    negatives = int((group.signs < 0).sum())
     if settings.zero_advantage == "negative":
-        negatives += int((group.zero_spread & (rollout.rewards <= 0)).sum())
+        scores = rollout.rewards if rollout.scores is None else rollout.scores
+        negatives += int((group.zero_spread & (scores <= 0)).sum())
     alpha = settings.weight(positives, negatives)
     return base.Advantages(
         values=advantages.clamp(min=0) + advantages.clamp(max=0) * alpha,

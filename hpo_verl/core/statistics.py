@@ -29,8 +29,8 @@ def batch_statistics(
 ) -> dict[str, float]:
     """Describe a rollout batch by the sign of its advantages.
 
-    Tensors are `[batch]`: rewards, rows that count, live tokens of every response, and
-    advantages as trained on and before the weight alpha. `positives` and `negatives` are the
+    Tensors are `[batch]`: rewards, rows that count, tokens of every response that are trained on,
+    and advantages as trained on and before the weight alpha. `positives` and `negatives` are the
     responses counted as such, `zero_spread_groups` the groups whose rewards are all equal.
 
     Returns:
@@ -46,7 +46,8 @@ def batch_statistics(
         return _quotient(-float(mass.clamp(max=0).sum()), float(mass.clamp(min=0).sum()))
 
     def mean_length(rows: torch.Tensor) -> float:
-        return _quotient(float(lengths[rows].sum()), int(rows.sum()))
+        # Of one that a rejection has masked the length is not known.
+        return _quotient(float(lengths[rows].sum()), int((rows & (lengths > 0)).sum()))
 
     return {
         "alpha": alpha,

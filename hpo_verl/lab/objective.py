@@ -110,8 +110,9 @@ class Objective:
         advantages = torch.where(mask, found.batch["advantages"].float(), 0.0)
         if not reported:
             rollout = Rollout(rewards, groups, mask.any(dim=-1), mask)
-            reported.append(Estimate(rollout, labels, Advantages(advantages), advantages))
-        return advantages, step_statistics(reported[0], rewards)
+            result = Advantages(advantages)
+            reported.append(Estimate(rollout, labels, rollout, result, advantages))
+        return advantages, step_statistics(reported[0])
 
     def token_fields(self, entropy: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the loss reads of every token of the rollout batch, `[batch, response]` each."""

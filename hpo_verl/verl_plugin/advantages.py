@@ -1,19 +1,22 @@
 """The estimators of this project, as verl calls them.
 
-verl calls an estimator once per step on the driver, with the whole batch: the one place where
-every response of the step is visible. The algorithms return advantages and statistics; rewards,
-groups, settings and what an estimator needs beyond verl's arguments are read here.
+verl calls an estimator on the driver, with the whole batch of a step: the one place where every
+response is visible. `separate_async` calls it with a part of the step at a time; the trainer then
+hands over the parts before, and the estimator sees a step's worth of responses. The algorithms
+return advantages and statistics; rewards, groups, settings and what an estimator needs beyond
+verl's arguments are read here.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from hpo_verl.algorithms.base import Advantages, Estimator, Rollout
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
@@ -30,13 +33,20 @@ OUR_MODES = ("hpo_sync", "hpo_colocate_async", "hpo_separate_async")
 
 
 class Estimate(NamedTuple):
-    """One call of an estimator: what it saw, every response's uid, and what it returned.
+    """One call of an estimator.
 
-    `advantages` are what the loss will see, `[batch, response]` float32, 0 at masked tokens.
+    Attributes:
+        part: The responses that it was called with.
+        labels: Their uids.
+        rollout: What it saw: the earlier parts of a step's worth of responses, and this one.
+        result: What it returned.
+        advantages: Of the whole rollout, `[batch, response]` float32, 0 at masked tokens. The loss
+            will see the last rows, those of the part.
     """
 
-    rollout: Rollout
+    part: Rollout
     labels: list[Hashable]
+    rollout: Rollout
     result: Advantages
     advantages: torch.Tensor
 
@@ -74,7 +84,8 @@ def response_rewards(
     even if a tool wrote that one. Finite values there count, others do not.
 
     Returns:
-        Rewards, `[batch]` float32, and which rows have a live token, `[batch]` bool.
+        Rewards, `[batch]` float32, and which of them can be read, `[batch]` bool: not those of
+        rows that are masked whole and hold a value that is not finite.
 
     Raises:
         DataError: Shapes differ, or a live reward is not finite.
@@ -85,14 +96,72 @@ def response_rewards(
             f"{tuple(response_mask.shape)} must both be [batch, response]"
         )
     token_level_rewards = token_level_rewards.detach()
-    live = nonempty_rows(response_mask)
-    rewards = token_level_rewards.sum(dim=-1, dtype=torch.float32)
-    if not bool(torch.isfinite(rewards.sum())):
+    # In float64, so that the order of a sum does not show in float32.
+    rewards = token_level_rewards.sum(dim=-1, dtype=torch.float64)
+    readable = torch.isfinite(rewards)
+    if not bool(readable.all()):
         mask = response_mask != 0
         require_finite("token_level_rewards", token_level_rewards, mask)
         ignored = ~mask & ~torch.isfinite(token_level_rewards)
-        rewards = token_level_rewards.masked_fill(ignored, 0.0).sum(dim=-1, dtype=torch.float32)
-    return rewards, live
+        rewards = token_level_rewards.masked_fill(ignored, 0.0).sum(dim=-1, dtype=torch.float64)
+        readable |= nonempty_rows(mask)
+    return rewards.float(), readable
+
+
+def make_rollout(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    codes: torch.Tensor,
+    normalize_by_std: bool = True,
+) -> Rollout:
+    """Read what verl hands to an estimator, and what a trainer of ours adds, without `extras`.
+
+    verl's padding rows are prompts without a token; so they do not count. A response that a
+    rejection has masked counts as long as its prompt has another, as with verl's `grpo`.
+    """
+    rewards, readable = response_rewards(token_level_rewards, response_mask)
+    mask, codes = as_bool_mask(response_mask), codes.to(rewards.device)
+    trained = torch.zeros_like(codes, dtype=torch.bool)
+    trained[codes[nonempty_rows(mask)]] = True
+    live = readable & trained[codes]
+    scores, final = extras.get(extras.SCORES), extras.get(extras.FINAL)
+    if scores is not None:
+        scores, _ = response_rewards(scores, response_mask)
+    if final is not None:
+        final = final.to(rewards.device)
+        live &= final == torch.arange(len(final), device=rewards.device)
+    return Rollout(rewards, codes, live, mask, normalize_by_std, {}, scores, final)
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """One rollout of parts whose prompts all differ; what is no tensor is the last part's."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.mask.shape[1] for part in parts)
+
+    def wide(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([functional.pad(one, (0, width - one.shape[1])) for one in tensors])
+
+    groups, finals, start = [], [], 0
+    for part in parts:
+        rows = torch.arange(len(part.mask), device=part.mask.device)
+        # A part has at most as many groups as rows.
+        groups.append(start + part.groups)
+        finals.append(start + (rows if part.final is None else part.final))
+        start += len(rows)
+    found = dict(parts[-1].extras)
+    if "entropy" in found:
+        found["entropy"] = wide(part.extras["entropy"] for part in parts)
+    scores = [part.scores for part in parts if part.scores is not None]
+    return parts[-1]._replace(
+        rewards=torch.cat([part.rewards for part in parts]),
+        groups=torch.cat(groups),
+        live=torch.cat([part.live for part in parts]),
+        mask=wide(part.mask for part in parts),
+        extras=found,
+        scores=torch.cat(scores) if scores else None,
+        final=torch.cat(finals),
+    )
 
 
 def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any:
@@ -113,24 +182,41 @@ def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
     return normalize_by_std
 
 
-def trainer_modes(estimator: Estimator) -> tuple[str, ...]:
-    """Trainer modes that provide what an estimator needs; empty for any, verl's own included."""
+def trainer_modes(estimator: Estimator, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Trainer modes that provide what an estimator needs; empty for any, verl's own included.
+
+    `config` is verl's `algorithm` section: with a KL penalty in the rewards, an estimator of ours
+    needs the scores too, for signs and spread.
+    """
     if estimator.history is not None:
         # In the others prompts are drawn long before their histories are updated.
         return OUR_MODES[:1]
-    return OUR_MODES if estimator.needs else ()
+    needs_scores = estimator.advantage is not None and penalizes(config)
+    return OUR_MODES if estimator.needs or needs_scores else ()
+
+
+def penalizes(config: Mapping[str, Any] | None) -> bool:
+    """Whether verl's `algorithm` section takes a KL penalty off the rewards."""
+    return bool(config is not None and config.get("use_kl_in_reward", False))
 
 
 def _extras(
-    estimator: Estimator, labels: list[Hashable], live: torch.Tensor, mask: torch.Tensor
+    estimator: Estimator,
+    config: Mapping[str, Any] | None,
+    labels: list[Hashable],
+    live: torch.Tensor,
+    mask: torch.Tensor,
 ) -> dict[str, Any]:
     """Take what the estimator needs from the channel, checked and on the rewards' device."""
     who = f"algorithm.adv_estimator = {estimator.name!r}"
-    modes = " or ".join(trainer_modes(estimator))
+    modes = " or ".join(trainer_modes(estimator, config))
     found = {}
     for name in estimator.needs:
         source = f"{name} from the trainer: trainer.v1.trainer_mode must be {modes}"
         found[name] = extras.require(name, who, source)
+    if penalizes(config):
+        source = f"the scores before the penalty: trainer.v1.trainer_mode must be {modes}"
+        extras.require(extras.SCORES, f"{who} with algorithm.use_kl_in_reward = True", source)
     if "entropy" in found:
         entropy = found["entropy"].detach()
         if entropy.shape != mask.shape:
@@ -173,18 +259,17 @@ def _estimate(
     settings, normalize_by_std = read_settings(estimator, config), normalizes_by_std(config)
     if index is None:
         raise DataError(f"{estimator.name}: uid is missing; every response needs its prompt's uid")
-    rewards, live = response_rewards(token_level_rewards, response_mask)
-    mask = as_bool_mask(response_mask)
-    codes, labels = group_codes(index, len(rewards))
-    beyond = _extras(estimator, labels, live, mask)
-    rollout = Rollout(rewards, codes.to(rewards.device), live, mask, normalize_by_std, beyond)
+    codes, labels = group_codes(index, len(token_level_rewards))
+    part = make_rollout(token_level_rewards, response_mask, codes, normalize_by_std)
+    part = part._replace(extras=_extras(estimator, config, labels, part.live, part.mask))
+    rollout = joined([*(extras.get(extras.EARLIER) or ()), part])
     result = estimator.advantage(rollout, settings)
     advantages = result.values.float()
     if advantages.dim() == 1:
-        advantages = advantages.unsqueeze(-1) * mask
+        advantages = rollout.to_outputs(advantages).unsqueeze(-1) * rollout.mask
     report: Callable[[Estimate], None] | None = extras.get(extras.REPORT)
     if report is not None:
-        report(Estimate(rollout, labels, result, advantages))
+        report(Estimate(part, labels, rollout, result, advantages))
     elif estimator.weights_by_sign and estimator.name not in _told:
         # verl's own trainer runs.
         _told.add(estimator.name)
@@ -192,7 +277,8 @@ def _estimate(
             f"{estimator.name}: alpha = {result.alpha:.3f} in this batch; an estimator cannot add "
             "to verl's metrics: trainer.v1.trainer_mode=hpo_sync logs hpo/alpha on every step"
         )
-    return advantages, advantages
+    own = advantages[len(advantages) - len(labels) :, : part.mask.shape[1]]
+    return own, own
 
 
 ESTIMATORS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {

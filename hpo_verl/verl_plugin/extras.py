@@ -20,6 +20,15 @@ MINI_BATCH = "mini_batch"
 REPORT = "report"
 """Function that an estimator's call is handed to; see `advantages.Estimate`."""
 
+SCORES = "scores"
+"""Token-level rewards before a KL penalty, `[batch, response]`."""
+
+FINAL = "final"
+"""Row of the final output of each output's session, `[batch]` int64."""
+
+EARLIER = "earlier"
+"""`Rollout` of each earlier part of the last step's worth of responses."""
+
 _provided: ContextVar[Mapping[str, Any]] = ContextVar("hpo_verl_extras", default={})  # noqa: B039
 
 

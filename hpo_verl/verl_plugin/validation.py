@@ -103,11 +103,6 @@ def _check_composition(estimator: Estimator, loss: Loss | None, config: DictConf
         )
     if loss is not None and not loss.proportional:
         warnings.append(f"{combination}: that loss {caveat}")
-    if config["algorithm"].get("use_kl_in_reward", False):
-        warnings.append(
-            f"adv_estimator = {estimator.name!r} with algorithm.use_kl_in_reward: the KL penalty "
-            "enters the rewards, so groups are hardly ever equal and the counts of signs follow it"
-        )
     return warnings
 
 
@@ -162,7 +157,11 @@ def check_trainer_mode(config: DictConfig) -> None:
     loss = selected_loss(config["actor_rollout_ref"]["actor"]["policy_loss"])
     mode = str(config["trainer"]["v1"]["trainer_mode"])
     for key, record, modes in (
-        ("algorithm.adv_estimator", estimator, trainer_modes(estimator) if estimator else ()),
+        (
+            "algorithm.adv_estimator",
+            estimator,
+            trainer_modes(estimator, config["algorithm"]) if estimator else (),
+        ),
         (f"{ACTOR}.policy_loss.loss_mode", loss, OUR_MODES if loss and loss.token_fields else ()),
     ):
         if record is not None and modes and mode not in modes:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_verl.core.groups import RELATIVE_TOLERANCE, STD_EPSILON, group_relative_advantages
+from hpo_verl.core.groups import STD_EPSILON, group_relative_advantages
 
 ALL = torch.ones(64, dtype=torch.bool)
 
@@ -46,9 +46,8 @@ def test_without_normalisation_it_is_the_difference_from_the_mean():
     assert result.advantages.tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
-def test_the_constants_are_those_of_verl_and_of_float32():
+def test_the_epsilon_is_verls():
     assert STD_EPSILON == 1e-6
-    assert RELATIVE_TOLERANCE == 1e-6
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, -0.3, 1e-3, 1e6, -1e6])
@@ -76,12 +75,45 @@ def test_a_reward_at_the_mean_has_no_sign():
     assert result.zero_spread_groups == 0
 
 
-def test_the_tolerance_is_relative_to_the_group():
-    spread = advantages_of([1.0, 1.0 + 1e-4, 1e-4, 2e-4], [0, 0, 1, 1])
-    assert (spread.advantages != 0).all()
-    # 1e-7 of a reward of 1 is rounding; the same difference alone is not.
-    mixed = advantages_of([1.0, 1.0 + 1.2e-7, 0.0, 1.2e-7], [0, 0, 1, 1])
-    assert mixed.zero_spread.tolist() == [True, True, False, False]
+@pytest.mark.parametrize(
+    ("values", "dtype", "equal"),
+    [
+        ([1.0, 1.0 + 1e-4], torch.float32, False),
+        # The next float32 after 1 is 1 + 1.2e-7: one rounding apart; alone the difference counts.
+        ([1.0, 1.0 + 1.2e-7], torch.float32, True),
+        ([0.0, 1.2e-7], torch.float32, False),
+        # Between 2^26 and 2^27 float32 counts by eights.
+        ([1e8, 1e8 + 64.0], torch.float32, False),
+        ([1e8, 1e8 + 8.0], torch.float32, True),
+        ([1.0, 1.0 + 1.2e-7], torch.float64, False),
+        ([0.1 + 0.2, 0.3], torch.float64, True),
+        ([1, 2], torch.int64, False),
+    ],
+)
+def test_equal_means_equal_to_one_rounding_of_the_rewards_own_type(values, dtype, equal):
+    rewards = torch.tensor([*values, values[0], values[0]], dtype=dtype)
+    result = group_relative_advantages(rewards, torch.zeros(4, dtype=torch.int64), ALL[:4])
+    assert result.zero_spread.tolist() == [equal] * 4
+    assert bool((result.advantages == 0).all()) == equal
+
+
+def test_signs_and_spread_are_those_of_the_scores():
+    """A penalty that differs by noise makes neither a sign nor a spread."""
+    scores = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    noise = torch.tensor([0.3, 0.0, -0.1, 0.1, 0.2, 0.4])
+    codes = torch.tensor([0, 0, 0, 0, 1, 1])
+    result = group_relative_advantages(
+        scores - noise, codes, ALL[:6], scores=scores, normalize_by_std=False
+    )
+    # The rewards of the first group are .7, 0, .1, -.1: mean .175. The second group is equal.
+    assert result.advantages.tolist() == pytest.approx([0.525, -0.175, -0.075, -0.275, 0.0, 0.0])
+    assert result.signs.tolist() == [1.0, -1.0, -1.0, -1.0, 0.0, 0.0]
+    assert result.zero_spread.tolist() == [False] * 4 + [True] * 2
+    # A score at the mean has no sign, whatever the penalty.
+    middle = group_relative_advantages(
+        torch.tensor([0.9, 0.4, -0.1]), codes[:3], ALL[:3], scores=torch.tensor([1.0, 0.5, 0.0])
+    )
+    assert middle.signs.tolist() == [1.0, 0.0, -1.0]
 
 
 def test_rows_that_are_not_live_get_zero_and_count_for_nothing():

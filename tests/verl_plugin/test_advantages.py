@@ -130,10 +130,8 @@ def test_padding_rows_count_for_nothing(name, zero_advantage, padding_reward):
     alone = estimate(name, rewards, uids, config)
     mask = torch.ones(8, 4)
     mask[5:] = 0
-    # verl gives its padding rows one fresh uid; an empty mask may also hit a row of a real group.
-    padded = estimate(
-        name, rewards + [padding_reward] * 3, [*uids, "pad0", "pad0", "a"], config, mask
-    )
+    # verl gives its padding rows one fresh uid.
+    padded = estimate(name, rewards + [padding_reward] * 3, [*uids, *["pad0"] * 3], config, mask)
     assert torch.equal(padded[:5], alone)
     assert (padded[5:] == 0).all()
 

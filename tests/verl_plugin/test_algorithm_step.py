@@ -1,6 +1,7 @@
 """What the trainer provides to an algorithm, stores for its loss, and logs of a step."""
 
 import uuid
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from verl.utils import tensordict_utils as tu
 
 from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
 from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.engine.step_guard import NO_ADVANTAGE
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 
 HPO_KEYS = {
@@ -79,7 +81,7 @@ def step(monkeypatch):
     scores = torch.zeros(7, 8)
     ends = torch.tensor([1, 3, 5, 7, 2, 2, 0])
 
-    def run(configuration, rewards=REWARDS, mask=MASK, penalty=0.0, at=(1, 1)):
+    def run(configuration, rewards=REWARDS, mask=MASK, penalty=0.0, at=(1, 1), parts=(0, 1, ())):
         scores[torch.arange(7), ends] = torch.tensor(rewards)
         fields = {
             "response_mask": nested(mask.long()),
@@ -101,13 +103,15 @@ def step(monkeypatch):
 
         monkeypatch.setattr("transfer_queue.kv_batch_get", kv_batch_get)
         monkeypatch.setattr("transfer_queue.kv_batch_put", kv_batch_put)
-        trainer = type("Mode", (AlgorithmStep, Parent), {}).__new__(
-            type("Mode", (AlgorithmStep, Parent), {})
-        )
+        trainer = object.__new__(type("Mode", (AlgorithmStep, Parent), {}))
         trainer.config, trainer.store, trainer.mask = configuration, fields, mask
         trainer.penalty = penalty
         trainer.global_steps, trainer.total_training_steps = at
-        batch, metrics = SimpleNamespace(keys=["k"] * 7, partition_id="train"), {}
+        trainer.local_trigger_step, trainer.parameter_sync_step, earlier = parts
+        trainer._earlier = deque(earlier, maxlen=trainer.parameter_sync_step - 1)
+        trainer._counts = Counter()
+        keys = [f"{uid}_{row}_0" for row, uid in enumerate(UIDS)]
+        batch, metrics = SimpleNamespace(keys=keys, partition_id="train"), {}
         assert trainer._compute_advantage(batch, metrics) is batch
         assert metrics.pop("parent") == 1
         assert all(extras.get(name) is None for name in ("entropy", "progress", "report"))
@@ -156,6 +160,8 @@ def test_with_a_kl_penalty_the_estimator_saw_other_rewards_than_the_scores(step,
     _, metrics, fetched = step(config(estimator, use_kl_in_reward=True), penalty=0.125)
     # A reward stays above 0 only in the scores: the penalty of three tokens is .375.
     assert metrics["hpo/solve_rate"] == pytest.approx(1 / 2)
+    # Nor does the penalty, which grows with the length, make a spread of equal scores.
+    assert metrics["hpo/zero_spread_group_fraction"] == 1 / 2
     (fields,) = fetched
     assert "rm_scores" in fields
     assert ("token_level_rewards" in fields) == (estimator == "grpo")
@@ -183,6 +189,57 @@ def test_what_an_estimator_reports_of_its_own_is_logged(step):
     assert set(metrics) == HPO_KEYS | {"hpo/d3s_response_fraction", "hpo/d3s_token_fraction"}
     assert metrics["hpo/d3s_token_fraction"] == 1.0
     assert fetched == [["entropy"]]
+
+
+# ---------------------------------------------------------------- parts of a step
+
+
+def test_statistics_are_logged_of_the_last_part_which_saw_the_step(step):
+    first, metrics, _ = step(config("a_hpo"), parts=(0, 2, ()))
+    assert metrics == {"hpo/alpha": pytest.approx(1 / 3)}
+    _, metrics, _ = step(config("a_hpo"), (1.0, 1.0, 1.0, 0, 0, 0, 0), parts=(1, 2, first._earlier))
+    # 1 and 3 positives, 3 and 1 negatives, of 12 responses to four prompts.
+    assert metrics["hpo/alpha"] == 1.0
+    assert metrics["hpo/positive_fraction"] == pytest.approx(4 / 12)
+    assert metrics["hpo/zero_spread_group_fraction"] == 1 / 2
+    assert metrics["hpo/solve_rate"] == pytest.approx(6 / 12)
+    # Successes of 2, and of 2, 4 and 6 tokens.
+    assert metrics["hpo/response_length_positive"] == pytest.approx(14 / 4)
+    assert set(metrics) == HPO_KEYS
+
+
+def test_of_verls_own_estimator_every_part_is_logged(step):
+    _, metrics, _ = step(config("grpo"), parts=(0, 2, ()))
+    assert set(metrics) == HPO_KEYS
+
+
+def test_token_fields_are_made_of_the_parts_of_a_step(step):
+    first, _, _ = step(config("grpo", "hapo"), parts=(0, 2, ()))
+    trainer, _, _ = step(config("grpo", "hapo"), parts=(1, 2, first._earlier))
+    twice = entropy_deviation(torch.cat([ENTROPY] * 2), torch.cat([MASK] * 2), HAPOSettings())
+    field = trainer.store["entropy_deviation"].to_padded_tensor(0.0)
+    assert torch.equal(field, twice[7:])
+
+
+def test_updates_are_counted_over_the_parts_of_a_step():
+    class Verl:
+        def _update_actor(self, batch, metrics):
+            metrics[NO_ADVANTAGE] = 0.5
+            return batch
+
+    trainer = object.__new__(type("Mode", (AlgorithmStep, Verl), {}))
+    trainer.config = OmegaConf.create(
+        {"actor_rollout_ref": {
+            "actor": {"ppo_mini_batch_size": 1, "ppo_epochs": 2}, "rollout": {"n": 4}}}
+    )  # fmt: skip
+    trainer.parameter_sync_step, trainer._counts = 2, Counter()
+    logged = []
+    for part in (0, 1, 0, 1):
+        metrics, trainer.local_trigger_step = {}, part
+        trainer._update_actor(SimpleNamespace(keys=["k"] * 8), metrics)
+        logged.append(metrics)
+    # Half of 2 mini-batches in 2 epochs, twice a step.
+    assert logged == [{}, {"hpo/updates_without_advantage": 4}] * 2
 
 
 # ---------------------------------------------------------------- what is provided

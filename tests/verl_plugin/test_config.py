@@ -21,7 +21,7 @@ from hpo_verl.algorithms.registry import ALGORITHMS, LOSSES
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin import losses as plugin
 from hpo_verl.verl_plugin.config import SECTIONS
-from hpo_verl.verl_plugin.validation import check_algorithm
+from hpo_verl.verl_plugin.validation import check_algorithm, check_trainer_mode
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VERL = Path(verl_config.__file__).parent
@@ -304,9 +304,14 @@ def test_other_losses_are_warned_about(loss):
     assert check_algorithm(composed("grpo", f"{LOSS}={loss}")) == []
 
 
-def test_a_kl_penalty_in_the_reward_is_warned_about():
-    (warning,) = check_algorithm(composed("hpo", "algorithm.use_kl_in_reward=true"))
-    assert "use_kl_in_reward" in warning
+def test_a_kl_penalty_in_the_reward_needs_a_mode_that_hands_over_the_scores():
+    penalty = "algorithm.use_kl_in_reward=true"
+    ours = composed("hpo", penalty, "trainer.v1.trainer_mode=hpo_sync")
+    assert check_algorithm(ours) == []
+    check_trainer_mode(ours)
+    with pytest.raises(ConfigError, match="adv_estimator = 'hpo' needs hpo_sync or hpo_coloc"):
+        check_trainer_mode(composed("hpo", penalty, "trainer.v1.trainer_mode=sync"))
+    check_trainer_mode(composed("grpo", penalty, "trainer.v1.trainer_mode=sync"))
 
 
 def test_the_hysteretic_settings_reach_the_estimator():

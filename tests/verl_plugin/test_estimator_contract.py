@@ -67,7 +67,8 @@ def test_padding_rows_count_for_nothing(name, reward):
     given = provided()
     given["entropy"] = torch.cat([given["entropy"], torch.full((3, 4), NAN)])
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.bool)])
-    padded = estimate(name, [*rewards_of(name), *[reward] * 3], [*UIDS, "p", "p", "a"], mask, given)
+    rewards = [*rewards_of(name), *[reward] * 3]
+    padded = estimate(name, rewards, [*UIDS, *"ppp"], mask, given)
     assert torch.equal(padded[:10], estimate(name))
     assert (padded[10:] == 0).all()
 

@@ -4,6 +4,7 @@ The trainer stands between stand-ins for verl's trainer, actor and TransferQueue
 """
 
 import json
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,6 +107,7 @@ def trainer(monkeypatch):
         monkeypatch.setattr(f"transfer_queue.{name}", getattr(queue, name))
     result = type("Mode", (AlgorithmStep, Parent), {})
     result = result.__new__(result)
+    result.parameter_sync_step, result.local_trigger_step, result._earlier = 1, 0, deque(maxlen=0)
     result.config = OmegaConf.create(
         {
             "algorithm": {

@@ -48,6 +48,7 @@ def test_every_mode_extends_its_parent_and_restores_its_name(mode):
     class Parent:
         def __init__(self, config):
             seen["mode"] = config.trainer.v1.trainer_mode
+            self.parameter_sync_step = 1
 
     stand_in = type("StandIn", (AlgorithmStep, Parent), {"parent_mode": ours.parent_mode})
     stand_in(config())
@@ -102,9 +103,13 @@ def test_a_bad_configuration_stops_before_the_parent_starts(caplog):
 
 def test_warnings_are_logged(caplog):
     class Parent:
+        parameter_sync_step = 1
+
         def __init__(self, config):
             pass
 
     mode = type("Mode", (AlgorithmStep, Parent), {"parent_mode": "sync"})
-    mode(config(use_kl_in_reward=True))
-    assert "use_kl_in_reward" in caplog.text
+    changed = config()
+    changed.actor_rollout_ref.actor.policy_loss.loss_mode = "someone_elses"
+    mode(changed)
+    assert "someone_elses" in caplog.text

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, deque
 from functools import partial
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
 from hpo_verl.algorithms.base import Advantages, Estimator, Loss, Rollout
 from hpo_verl.algorithms.registry import ESTIMATORS
-from hpo_verl.core.masking import as_bool_mask
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import Estimate, group_codes, response_rewards
+from hpo_verl.verl_plugin.advantages import (
+    Estimate,
+    group_codes,
+    joined,
+    make_rollout,
+    penalizes,
+)
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
+from hpo_verl.verl_plugin.trainer.batches import final_outputs
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 from hpo_verl.verl_plugin.validation import check_algorithm
@@ -30,18 +36,18 @@ def estimate_of_verl(data: Any) -> Estimate:
     """Describe what an estimator of verl's own returned, from the step's fields, nested."""
     uids = data.pop("uid").tolist()
     padded = data.to_padded_tensor()
-    mask = padded["response_mask"]
-    rewards, live = response_rewards(padded.get("token_level_rewards", padded["rm_scores"]), mask)
-    codes = group_codes(uids, len(rewards))[0].to(rewards.device)
-    rollout = Rollout(rewards, codes, live, as_bool_mask(mask))
-    return Estimate(rollout, uids, Advantages(padded["advantages"]), padded["advantages"])
+    rewards = padded.get("token_level_rewards", padded["rm_scores"])
+    codes, labels = group_codes(uids, len(rewards))
+    part = make_rollout(rewards, padded["response_mask"], codes)
+    return Estimate(part, labels, part, Advantages(padded["advantages"]), padded["advantages"])
 
 
-def step_statistics(estimate: Estimate, scores: torch.Tensor) -> dict[str, float]:
+def step_statistics(estimate: Estimate) -> dict[str, float]:
     """`batch_statistics` of an estimator's call, and its own; scores are without a KL penalty."""
-    rollout, _, result, advantages = estimate
-    lengths = rollout.mask.sum(dim=-1)
-    assigned = advantages.masked_fill(~rollout.mask, 0.0).sum(dim=-1) / lengths.clamp(min=1)
+    _, _, rollout, result, advantages = estimate
+    lengths = rollout.lengths()
+    assigned = rollout.per_session(advantages.masked_fill(~rollout.mask, 0.0).sum(dim=-1))
+    assigned = assigned / lengths.clamp(min=1)
     group = rollout.grouped()
     return batch_statistics(
         alpha=result.alpha,
@@ -49,7 +55,7 @@ def step_statistics(estimate: Estimate, scores: torch.Tensor) -> dict[str, float
         negatives=int((assigned < 0).sum()) if result.negatives is None else result.negatives,
         zero_spread_groups=group.zero_spread_groups,
         groups=group.groups,
-        rewards=scores,
+        rewards=rollout.rewards if rollout.scores is None else rollout.scores,
         live=rollout.live,
         lengths=lengths,
         advantages=assigned,
@@ -62,12 +68,20 @@ class AlgorithmStep(PromptHistoryTrainer):
 
     While the estimator runs it provides what the record needs (`extras`); what the estimator
     returned comes back the same way. Afterwards it stores the loss's token fields for the workers.
-    TransferQueue is asked once a step at most, for the fields of `_fields`.
+    TransferQueue is asked once a call at most, for the fields of `_fields`.
+
+    `separate_async` updates a step in parts. The estimator then sees a step's worth of responses:
+    this part and the ones before it, also of the step before. A run that goes on starts with its
+    first part alone. Statistics are logged of the last part, when what was seen is the step.
     """
 
     parent_mode: str
     global_steps: int
     total_training_steps: int
+    parameter_sync_step: int
+    local_trigger_step: int
+    _earlier: deque[Rollout]
+    _counts: Counter[str]
 
     def __init__(self, config: DictConfig) -> None:
         for warning in check_algorithm(config):
@@ -76,6 +90,8 @@ class AlgorithmStep(PromptHistoryTrainer):
             # verl compares it with "sync", and reads a mode's settings from `trainer.v1.<mode>`.
             config.trainer.v1.trainer_mode = self.parent_mode
         super().__init__(config)  # type: ignore[call-arg]
+        self._earlier = deque(maxlen=self.parameter_sync_step - 1)
+        self._counts = Counter()
 
     def _setup(self) -> None:
         super()._setup()  # type: ignore[misc]
@@ -103,7 +119,7 @@ class AlgorithmStep(PromptHistoryTrainer):
         fields = []
         if estimator.advantage is None:
             fields += ["uid", "response_mask", "rm_scores", "advantages"]
-        if self.config.algorithm.use_kl_in_reward:
+        if penalizes(self.config.algorithm):
             fields += ["rm_scores"]
             if estimator.advantage is None:
                 fields += ["token_level_rewards"]
@@ -119,32 +135,52 @@ class AlgorithmStep(PromptHistoryTrainer):
         estimator, loss = self._selected()
         fields = self._fields(estimator, loss)
         where: dict[str, Any] = {"keys": batch.keys, "partition_id": batch.partition_id}
-        # Other fields are read after the estimator, which may be verl's own and write them.
-        early = "entropy" in estimator.needs
-        data: Any = tq.kv_batch_get(**where, select_fields=fields) if early else {}
+        # An estimator of verl's own writes what is read of it.
+        early = estimator.advantage is not None
+        data: Any = tq.kv_batch_get(**where, select_fields=fields) if fields and early else {}
         reported: list[Estimate] = []
-        provided = {extras.REPORT: reported.append, **self._provided(estimator, data)}
+        provided = {
+            extras.REPORT: reported.append,
+            extras.EARLIER: self._earlier,
+            extras.FINAL: final_outputs(batch.keys),
+            **self._provided(estimator, data),
+        }
         with extras.provide(**provided):
             batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
-        if fields and not early:
-            data = tq.kv_batch_get(**where, select_fields=fields)
-        estimate = reported[0] if reported else estimate_of_verl(data)
-        scores = estimate.rollout.rewards
-        if "rm_scores" in fields:
-            padded = data["rm_scores"].to_padded_tensor(0.0)
-            scores, _ = response_rewards(padded, estimate.rollout.mask)
-        statistics = step_statistics(estimate, scores)
+            if not early:
+                data = tq.kv_batch_get(**where, select_fields=fields)
+                with extras.provide(**self._scores(data)):
+                    reported.append(estimate_of_verl(data))
+        estimate = reported[0]
+        # verl takes the mean over the parts that name a metric.
+        if early and not self._is_last_part():
+            statistics = {"alpha": estimate.result.alpha}
+        else:
+            statistics = step_statistics(estimate)
         if estimator.history is not None:
             statistics |= self.learn_from(estimate, data)
         metrics.update({f"hpo/{name}": value for name, value in statistics.items()})
+        part = estimate.part
         if loss is not None and loss.token_fields:
-            made = self._token_fields(loss, estimate.rollout.mask, data["entropy"])
+            part = part._replace(extras={"entropy": data["entropy"].to_padded_tensor(0.0)})
+            made = self._token_fields(loss, joined([*self._earlier, part]), data["entropy"])
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
+        self._earlier.append(part)
         return batch
+
+    def _is_last_part(self) -> bool:
+        return self.local_trigger_step == self.parameter_sync_step - 1
+
+    def _scores(self, data: Any) -> dict[str, Any]:
+        if not penalizes(self.config.algorithm):
+            return {}
+        return {extras.SCORES: data["rm_scores"].to_padded_tensor(0.0)}
 
     def _provided(self, estimator: Estimator, data: Any) -> dict[str, Any]:
         """What the estimator needs."""
-        found: dict[str, Any] = {}
+        if estimator.advantage is None:
+            return {}
+        found = self._scores(data)
         if "entropy" in estimator.needs:
             found["entropy"] = data["entropy"].to_padded_tensor(0.0)
         if "progress" in estimator.needs:
@@ -154,20 +190,22 @@ class AlgorithmStep(PromptHistoryTrainer):
             found["values"] = self.prompt_values()
         return found
 
-    def _token_fields(self, loss: Loss, mask: torch.Tensor, entropy: Any) -> TensorDict:
-        """The loss's fields of the whole rollout batch, from nested entropies.
+    def _token_fields(self, loss: Loss, rollout: Rollout, entropy: Any) -> TensorDict:
+        """The loss's fields of this part, made of the whole rollout; `entropy` is nested.
 
         The mask is the estimator's, since a rollout correction may have masked tokens.
         """
         from verl.workers.utils.padding import response_to_nested
 
         settings = loss_settings(loss, self.config.actor_rollout_ref.actor.policy_loss)
-        padded = entropy.to_padded_tensor(0.0)
+        rows = len(entropy)
         fields = {
-            name: response_to_nested(make(padded, mask, settings), entropy)
+            name: response_to_nested(
+                make(rollout.extras["entropy"], rollout.mask, settings)[-rows:], entropy
+            )
             for name, make in loss.token_fields.items()
         }
-        return TensorDict(fields, batch_size=len(padded))  # type: ignore[arg-type]
+        return TensorDict(fields, batch_size=rows)  # type: ignore[arg-type]
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
@@ -175,5 +213,8 @@ class AlgorithmStep(PromptHistoryTrainer):
         metrics.update({f"hpo/{name}": value for name, value in means.items()})
         actor, responses = self.config.actor_rollout_ref.actor, len(batch.keys)
         size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics.update(pop_counts(metrics, responses // size * actor.ppo_epochs))
+        self._counts.update(pop_counts(metrics, responses // size * actor.ppo_epochs))
+        if self._is_last_part():
+            metrics.update(self._counts)
+            self._counts.clear()
         return batch

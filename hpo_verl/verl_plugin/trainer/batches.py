@@ -27,6 +27,13 @@ def sort_rows(batch: Any) -> None:
     batch.reorder(sorted(range(len(batch.keys)), key=lambda row: response_order(batch.keys[row])))
 
 
+def final_outputs(keys: Sequence[str]) -> torch.Tensor:
+    """Row of the final output of each row's session, `[rows]` int64."""
+    outputs = [response_order(key) for key in keys]
+    last = {output[:2]: row for output, row in sorted(zip(outputs, range(len(keys)), strict=True))}
+    return torch.tensor([last[output[:2]] for output in outputs], dtype=torch.int64)
+
+
 def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
     """Deal the rows of every mini-batch to the ranks, about the same work to each.
 

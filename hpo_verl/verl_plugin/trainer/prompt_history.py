@@ -195,7 +195,7 @@ class PromptHistoryTrainer:
 
         Several responses of one prompt raise a DataError.
         """
-        at = estimate.rollout.live.nonzero().squeeze(-1).tolist()
+        at = estimate.part.live.nonzero().squeeze(-1).tolist()
         rows = [self._rows[estimate.labels[position]] for position in at]
         if len(set(rows)) != len(rows):
             twice = next(row for row in rows if rows.count(row) > 1)
@@ -217,7 +217,7 @@ class PromptHistoryTrainer:
                     columns[name][i].to(kind, copy=True) for name, kind in RESPONSE_FIELDS.items()
                 ]
                 last[row] = LastResponse(*parts)
-        rewards = estimate.rollout.rewards[at]
+        rewards = estimate.part.rewards[at]
         self._rows.clear()
         return history.learn(torch.tensor(rows, dtype=torch.int64), rewards, drift, len(seen))
 
