@@ -14,8 +14,9 @@ whitened over all responses of the batch.
 From the paper and its public code: everything above, the defaults, the first
 counts from offline samples. Decided here: a prompt without such samples starts
 with alpha = beta = 0.5 (as the public code does); its first visit counts as
-D = 0; prompts are drawn from the whole data set (the public code draws from a
-slice of an epoch).
+D = 0; D is measured before the step's update (the public code: after it);
+prompts are drawn from the whole data set (the public code draws from a slice of
+an epoch).
 """
 
 from __future__ import annotations

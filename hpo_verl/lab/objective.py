@@ -35,8 +35,8 @@ _READ = (
     "actor_rollout_ref.rollout.n",
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
     f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss",
-    # How verl splits the work; no number depends on it.
-    f"{ACTOR}.use_dynamic_bsz",
+    # How verl splits the work; no number depends on it. The lab has sizes of its own.
+    f"{ACTOR}.use_dynamic_bsz", f"{ACTOR}.ppo_mini_batch_size", "data.train_batch_size",
 )  # fmt: skip
 """Beginnings of the names of settings that decide something here."""
 

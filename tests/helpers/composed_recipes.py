@@ -1,7 +1,9 @@
 """Recipes composed once per test process, and with each algorithm merged in."""
 
 import json
-from functools import lru_cache
+import re
+from functools import lru_cache, reduce
+from operator import getitem
 
 from omegaconf import OmegaConf
 
@@ -58,13 +60,18 @@ def repeat_as_verl_does(settings):
                 settings.setdefault(role, {})[name] = settings[section][key]
 
 
+def resolved(node, base):
+    """An algorithm's settings with what they take from the rest of the recipe."""
+    if isinstance(node, dict):
+        return {key: resolved(value, base) for key, value in node.items()}
+    found = re.fullmatch(r"\$\{(?:oc\.select:)?([a-z_.]+)(?:,\d+)?\}", str(node))
+    return reduce(getitem, found[1].split("."), base) if found else node
+
+
 def with_algorithm(recipe, extra, hardware, algorithm):
     """The resolved configuration with an algorithm's settings; its names keep `grpo`'s."""
-    settings = algorithm_file(algorithm)
     base = plain(recipe, extra, hardware)
-    for key, value in settings["actor_rollout_ref"]["actor"].items():
-        if value == "${data.max_response_length}":
-            settings["actor_rollout_ref"]["actor"][key] = base["data"]["max_response_length"]
+    settings = resolved(algorithm_file(algorithm), base)
     repeat_as_verl_does(settings["actor_rollout_ref"])
     assert "${" not in json.dumps(settings)
     return View(merged(base, settings))

@@ -112,6 +112,9 @@ def check_values(config, hardware, where):
     assert not data.trust_remote_code, where
     # A group-relative advantage needs a group; SPO's is no such.
     assert (rollout.n == 1) == (config.algorithm["adv_estimator"] == "spo"), where
+    # Whatever the algorithm, a step and an update have as many responses.
+    sizes = {"step": data.train_batch_size, "update": actor.ppo_mini_batch_size}
+    assert {key: size * rollout.n for key, size in sizes.items()} == config.responses, where
     assert data.train_batch_size % actor.ppo_mini_batch_size == 0, where
     # Ranks get equal shares of the step and of each mini-batch.
     assert actor.ppo_mini_batch_size * rollout.n % gpus == 0, where
@@ -196,9 +199,11 @@ def test_no_value_has_two_homes(kind):
     shared = {leaf for leaf, groups in owners.items() if len(groups) > 1}
     # The hardware says it for GPUs; a tiny model fills a budget of tokens on the CPU too.
     token_budget = {"actor_rollout_ref.actor.use_dynamic_bsz"} if kind == "tiny" else set()
-    # The size of a group is the task's; SPO has none, whatever the task, nor a
-    # batch that micro-batches of a fixed size divide, whatever the hardware.
-    spo = {"actor_rollout_ref.rollout.n", "actor_rollout_ref.actor.use_dynamic_bsz"}
+    # The size of a group is the task's; SPO has none, whatever the task, and batches of
+    # as many responses, which no micro-batches of a fixed size divide, whatever the hardware.
+    actor = "actor_rollout_ref.actor"
+    sizes = {"data.train_batch_size", f"{actor}.ppo_mini_batch_size", f"{actor}.use_dynamic_bsz"}
+    spo = {"actor_rollout_ref.rollout.n", *sizes}
     assert shared == token_budget | spo
 
 
