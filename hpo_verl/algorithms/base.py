@@ -20,6 +20,7 @@ from hpo_verl.errors import ConfigError
 
 TOKEN_MEAN = "token-mean"  # noqa: S105
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"  # noqa: S105
+SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"  # noqa: S105
 SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"  # noqa: S105
 
 CLIP = "-min(r A, clip(r, 1 - e_low, 1 + e_high) A)"

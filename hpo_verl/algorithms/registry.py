@@ -11,7 +11,18 @@ from hpo_verl.algorithms.base import Algorithm, Estimator, Loss
 from hpo_verl.algorithms.verl_own import OTHER_LOSSES
 from hpo_verl.errors import EnvironmentCheckError
 
-MODULES = ("hpo", "mhpo", "verl_own", "d3s", "spo", "bapo", "hapo", "aepo_advantage", "w_reinforce")
+MODULES = (
+    "hpo",
+    "mhpo",
+    "verl_own",
+    "d3s",
+    "spo",
+    "bapo",
+    "hapo",
+    "aepo_advantage",
+    "w_reinforce",
+    "topr",
+)
 """Files of this folder with records, in the order in which they are listed."""
 
 ENTRY_POINTS = "hpo_verl.algorithms"

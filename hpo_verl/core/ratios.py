@@ -40,6 +40,25 @@ def bound_log_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
+def response_log_ratio(
+    log_ratio: torch.Tensor, mask: torch.Tensor, *, per_token: bool = False
+) -> torch.Tensor:
+    """Log of the ratio of whole responses, summed in float64 and bounded to +-20.
+
+    Args:
+        log_ratio: Of every token, nats, 0 at masked ones, `[batch, response]`.
+        mask: Bool, `[batch, response]`.
+        per_token: The mean over a response's tokens, log of the geometric mean, instead of the sum.
+
+    Returns:
+        `[batch, 1]`, nats, of the type of `log_ratio`; 0 for a row without a live token.
+    """
+    total = log_ratio.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    if per_token:
+        total = total / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    return bound_log_ratio(total).to(log_ratio.dtype)
+
+
 def mean_drift(
     log_prob: torch.Tensor, last_log_prob: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:

@@ -6,6 +6,7 @@ from hpo_verl.core.ratios import (
     beyond_bound,
     bound_log_ratio,
     masked_log_ratio,
+    response_log_ratio,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -57,3 +58,19 @@ def test_the_bound_is_twenty_nats():
         [-20, -20, -20, 0.3, 20, 20, 20], rel=1e-6
     )
     assert beyond_bound(log_ratio).tolist() == [True, True, False, False, False, True, True]
+
+
+def test_the_ratio_of_a_response_is_a_product_or_a_geometric_mean():
+    log_ratio = torch.tensor([[0.5, -0.2, 0.0], [0.0, 0.0, 0.0], [-15.0, -15.0, -15.0]])
+    mask = torch.tensor([[True, True, False], [False] * 3, [True] * 3])
+    product = response_log_ratio(log_ratio, mask)
+    mean = response_log_ratio(log_ratio, mask, per_token=True)
+    assert product.flatten().tolist() == pytest.approx([0.3, 0.0, -20.0])
+    assert mean.flatten().tolist() == pytest.approx([0.15, 0.0, -15.0])
+    assert product.shape == mean.shape == (3, 1)
+
+
+def test_the_sum_over_a_long_response_is_exact():
+    # In float32 16 + 2^-21 is 16 again, whatever the number of terms.
+    log_ratio = torch.tensor([[16.0, *[2.0**-21] * 4096, -15.0]])
+    assert response_log_ratio(log_ratio, torch.ones_like(log_ratio).bool()).item() == 1 + 2**-9
