@@ -1,9 +1,12 @@
-"""Algorithms with hooks of their own, three steps each through the real trainer."""
+"""Every algorithm, three steps through the real trainer; those with hooks of their own first."""
 
+import math
 import subprocess
 
 import pytest
 from real_runs import BIN, SMALL, STEPS, read_metrics, start
+
+from hpo_verl.algorithms.registry import ALGORITHMS
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -17,23 +20,26 @@ SHOWN = {
 }  # fmt: skip
 
 
+def launch(algorithm, place, cache):
+    """Start a run in `place/algorithm`, with its output in a file beside it."""
+    with (place / f"{algorithm}.txt").open("w") as output:
+        return start(
+            [
+                *(BIN / "hpo-verl", "train", "countdown-tiny", f"algo={algorithm}", *SMALL),
+                *("trainer.val_before_train=false", "trainer.save_freq=-1"),
+                *("trainer.test_freq=-1", f"hydra.run.dir={place}/{algorithm}"),
+            ],
+            cache,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
 @pytest.fixture(scope="module")
 def folders(trained, cache, tmp_path_factory):
-    """Run folders of all of them, which ran at the same time."""
+    """Run folders of those with hooks, which ran at the same time."""
     place = tmp_path_factory.mktemp("neighbours")
-    processes = {}
-    for algorithm in SHOWN:
-        with (place / f"{algorithm}.txt").open("w") as output:
-            processes[algorithm] = start(
-                [
-                    *(BIN / "hpo-verl", "train", "countdown-tiny", f"algo={algorithm}", *SMALL),
-                    *("trainer.val_before_train=false", "trainer.save_freq=-1"),
-                    *("trainer.test_freq=-1", f"hydra.run.dir={place}/{algorithm}"),
-                ],
-                cache,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+    processes = {algorithm: launch(algorithm, place, cache) for algorithm in SHOWN}
     codes = {algorithm: process.wait() for algorithm, process in processes.items()}
     return {algorithm: (place / algorithm, code) for algorithm, code in codes.items()}
 
@@ -60,3 +66,15 @@ def test_d3s_keeps_more_from_step_to_step(folders):
     assert tokens == sorted(tokens)
     for data in steps:
         assert data["hpo/positive_fraction"] + data["hpo/negative_fraction"] <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in SHOWN])
+def test_three_steps_of_every_other(algorithm, cache, tmp_path):
+    code = launch(algorithm, tmp_path, cache).wait()
+    assert code == 0, (tmp_path / f"{algorithm}.txt").read_text()
+    metrics = read_metrics(tmp_path / algorithm)
+    assert set(metrics) == set(range(1, STEPS + 1))
+    norms = [data["actor/grad_norm"] for data in metrics.values()]
+    assert all(math.isfinite(norm) for norm in norms)
+    assert max(norms) > 0
