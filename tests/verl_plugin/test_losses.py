@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from estimator_calls import call
 from policy_batches import BOTH, actor_config, evaluate, make_batch
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos
@@ -75,6 +76,22 @@ def test_t1_alpha_one_is_verls_vanilla_without_its_second_clip():
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-12)
     for key in ("actor/pg_clipfrac", "actor/ppo_kl"):
         assert ours[2][key] == pytest.approx(theirs[2][key], rel=1e-5)
+
+
+def test_grpo_token_mean_is_alpha_one_up_to_verls_float32_advantages():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 2, (512, 1), generator=generator).float()
+    uids, mask = np.arange(512) // 8, torch.ones(512, 1)
+    ours = call("hpo", rewards, uids, {"hpo": {"alpha": 1.0}}, mask)
+    theirs, _ = core_algos.compute_grpo_outcome_advantage(rewards, mask, uids)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7)
+    assert not torch.equal(ours, theirs)
+    # With the same advantages only the order of two products in the gradient differs.
+    batch = make_batch(rows=512, width=8) | {"advantages": theirs.expand(512, 8)}
+    loss, gradient, _ = evaluate("hpo", batch)
+    of_verl, by_autograd, _ = evaluate("vanilla", batch)
+    assert torch.equal(loss, of_verl)
+    torch.testing.assert_close(gradient, by_autograd, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("c", [1.1, 3.0])
