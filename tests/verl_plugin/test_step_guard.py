@@ -1,6 +1,7 @@
 """The guard of updates around a stand-in for verl's engine; with verl's own: tests/contract."""
 
 import copy
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -203,6 +204,19 @@ def test_without_an_advantage_momentum_does_not_move_the_weights(engine, tmp_pat
     assert not unchanged(engine, before)
 
 
+def test_the_skip_can_be_turned_off_and_is_still_counted(engine, tmp_path):
+    loss = guarded(tmp_path)
+    settings = plugin.StepGuardSettings(skip_without_advantage=False)
+    alone = copy.deepcopy(engine)
+    output = engine.train_batch(data(advantage=0.0), dataclasses.replace(loss, settings=settings))
+    assert output["metrics"][plugin.NO_ADVANTAGE] == [1.0]
+    alone.train_batch(data(advantage=0.0), loss.function)
+    assert unchanged(engine, alone.state())
+    before = engine.state()
+    engine.train_batch(data(advantage=NAN), dataclasses.replace(loss, settings=settings))
+    assert unchanged(engine, before)
+
+
 def test_advantages_whose_gradient_is_clipped_away_are_an_update(engine, tmp_path):
     """verl's algorithm makes a step there, so it is made."""
     batch = data(old=-60.0)
@@ -270,6 +284,7 @@ def test_other_loss_functions_and_engines_are_left_alone(engine, tmp_path):
         ({"max_not_finite_in_a_row": 0}, r"a_row = 0: must be a number in \[1, inf\)"),
         ({"max_not_finite_in_a_row": 1.5}, "a_row = 1.5: must be an integer"),
         ({"max_not_finite_in_a_row": True}, "a_row = True: must be a number"),
+        ({"skip_without_advantage": 1}, "advantage = 1: must be true or false"),
         ({"max_in_a_row": 2}, r"trainer\.guard\.max_in_a_row = 2: unknown setting"),
         (3, "must be a mapping"),
     ],

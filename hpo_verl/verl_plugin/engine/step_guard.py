@@ -8,8 +8,8 @@ Before the optimizer's step of each mini-batch, all ranks agree on one of three 
   the step's (its loss counts as 0). After `max_not_finite_in_a_row` of them the run ends; an
   update that is finite starts the count anew.
 - No advantage: every live advantage and every gradient on every rank is 0. No step either, since
-  Adam's momentum and weight decay would still move the weights. With an entropy or KL term the
-  gradient is not 0, and the step is made.
+  Adam's momentum and weight decay would still move the weights; with `skip_without_advantage=false`
+  the step is made and counted. With an entropy or KL term the gradient is not 0: an update.
 - Otherwise verl's step. (verl itself skips where the norm of the gradient is not finite, and says
   so in a line of its log.)
 
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from hpo_verl.core.settings import parse_settings, require_number
+from hpo_verl.core.settings import parse_settings, require_flag, require_number
 from hpo_verl.errors import ConfigError, NotFiniteError
 from hpo_verl.installed import package_versions
 from hpo_verl.verl_plugin.engine.replay import (
@@ -60,11 +60,14 @@ class StepGuardSettings:
     Attributes:
         max_not_finite_in_a_row: number of updates (mini-batches) in a row that are not finite, at
             least 1; the last of them ends the run.
+        skip_without_advantage: whether an update in which every advantage is 0 is left out; verl
+            makes it.
         max_seconds_without_progress: at least 1; where no stage of the run ends for so long, the
             launcher ends it. None for any time.
     """
 
     max_not_finite_in_a_row: int = 3
+    skip_without_advantage: bool = True
     max_seconds_without_progress: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class StepGuardSettings:
         require_number(key, value, 1)
         if not isinstance(value, int):
             raise ConfigError(f"{key} = {value!r}: must be an integer")
+        require_flag(f"{SECTION}.skip_without_advantage", self.skip_without_advantage)
         if self.max_seconds_without_progress is not None:
             key = f"{SECTION}.max_seconds_without_progress"
             require_number(key, self.max_seconds_without_progress, 1)
@@ -104,7 +108,8 @@ class Update:
     """What is known of one update on this rank.
 
     Attributes:
-        outcome: `NOT_FINITE` or `NO_ADVANTAGE`; None where verl makes its step.
+        outcome: `NOT_FINITE` or `NO_ADVANTAGE`; None for any other.
+        skips: Whether there is no step without an advantage.
         found: Text on the first tensor that is not finite.
         in_backward: Whether only the model's backward pass shows it.
         micro_batches: What the loss read.
@@ -113,6 +118,7 @@ class Update:
     """
 
     outcome: str | None = None
+    skips: bool = True
     found: str | None = None
     in_backward: bool = False
     micro_batches: list[Tensors] = field(default_factory=list)
@@ -187,7 +193,7 @@ def guarded_engine(parent: type) -> type:
             """
             if not isinstance(loss_function, GuardedLoss):
                 return super().train_batch(data, loss_function)
-            update = self._update = Update()
+            update = self._update = Update(skips=loss_function.settings.skip_without_advantage)
             # The parent reads the config from the `partial`, too.
             inner = loss_function.function
             watched = partial(update.evaluate, inner, config=inner.keywords["config"])
@@ -228,10 +234,11 @@ def guarded_engine(parent: type) -> type:
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
             any_bad, any_learns = flags.tolist()
             if any_bad or not any_learns:
+                update.outcome = NOT_FINITE if any_bad else NO_ADVANTAGE
+            if any_bad or (update.outcome and update.skips):
                 if bad and update.found is None:
                     update.find(self.module)
                 self.optimizer_zero_grad()
-                update.outcome = NOT_FINITE if any_bad else NO_ADVANTAGE
                 return math.nan if any_bad else 0.0
             total = super().optimizer_step()
             if not scaled and not math.isfinite(total):
