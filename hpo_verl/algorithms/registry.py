@@ -21,6 +21,7 @@ MODULES = (
     "hapo",
     "aepo_advantage",
     "w_reinforce",
+    "maxrl",
     "topr",
 )
 """Files of this folder with records, in the order in which they are listed."""

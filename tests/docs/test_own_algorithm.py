@@ -25,7 +25,7 @@ def test_three_files_one_word_and_one_row_pass_the_shared_tests(tmp_path):
     for name, text in files:
         (tmp_path / name).write_text(textwrap.dedent(text))
     registry = tmp_path / "hpo_verl" / "algorithms" / "registry.py"
-    registry.write_text(registry.read_text().replace('MODULES = ("', 'MODULES = ("mine", "'))
+    registry.write_text(registry.read_text().replace("MODULES = (", 'MODULES = ("mine", '))
     table = tmp_path / "docs" / "pages" / "algorithms.md"
     table.write_text(table.read_text().replace("|---|\n", f"|---|\n{ROW}", 1))
     run = subprocess.run(
