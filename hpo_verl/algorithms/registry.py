@@ -23,6 +23,7 @@ MODULES = (
     "w_reinforce",
     "maxrl",
     "topr",
+    "aspo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 
