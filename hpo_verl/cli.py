@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +53,26 @@ def options(
     ] = False,
 ) -> None:
     """Options of the command itself."""
+
+
+def _columns() -> int:
+    """Width of the terminal; 0 where none shows the output, whose lines then stay whole."""
+    return shutil.get_terminal_size((0, 0)).columns
+
+
+def _fitted(text: str) -> str:
+    """A text whose long lines are folded between words, and go on indented."""
+    columns, lines = _columns(), []
+    for line in text.splitlines():
+        if columns and len(line) > columns:
+            words = line.lstrip()
+            margin = " " * min(len(line) - len(words), columns // 4)
+            line = textwrap.fill(
+                words, columns, initial_indent=margin, subsequent_indent=f"{margin}    ",
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+        lines.append(line)
+    return "\n".join(lines)
 
 
 _RECIPE = typer.Argument(help="Name of a recipe; see `hpo-verl list`.")
@@ -140,7 +162,7 @@ def report(
 
     check_picture(picture)
     groups = group_runs(read_runs(runs))
-    print(runs_table(groups))
+    print(_fitted(runs_table(groups, _columns())))
     if curves := curves_of(groups):
         draw_curves(curves, next(iter(curves)), picture)
     print(f"picture: {printable(picture)}" if curves else "no picture: no run was validated")
@@ -191,14 +213,13 @@ def list_() -> None:
     from hpo_verl.algorithms.registry import ALGORITHMS
     from hpo_verl.config.recipes import GROUPS, group_options, recipe_names
 
-    print(f"recipes: {', '.join(recipe_names())}")
-    print("algorithms:")
+    lines = [f"recipes: {', '.join(recipe_names())}", "algorithms:"]
     width = max(map(len, ALGORITHMS))
     for algorithm in ALGORITHMS.values():
         papers = " ".join(f"arXiv:{paper}" for paper in algorithm.papers)
-        print(f"  {algorithm.name:<{width}}  {papers}  {algorithm.equation}")
-    for group in GROUPS:
-        print(f"{group}=: {', '.join(group_options(group))}")
+        lines.append(f"  {algorithm.name:<{width}}  {papers}  {algorithm.equation}")
+    lines += [f"{group}=: {', '.join(group_options(group))}" for group in GROUPS]
+    print(_fitted("\n".join(lines)))
 
 
 @app.command()
@@ -262,7 +283,7 @@ def doctor(
     # Libraries print what they like; stdout is for the findings.
     with stdout_reserved():
         findings = examine(recipe, arguments, address) if recipe else examine_installation()
-    print(as_json(recipe, arguments, address, findings) if json else as_text(findings))
+    print(as_json(recipe, arguments, address, findings) if json else _fitted(as_text(findings)))
     if has_error(findings):
         raise typer.Exit(EXIT_BAD_INPUT)
 

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     print(
         f"{options.out}: {options.task}, {manifest['parameters']:,} parameters, "
-        f"seed {options.seed}, {manifest['held_out']['puzzles']} puzzles held out"
+        f"seed {options.seed}"
+        + (f", {manifest['held_out']['puzzles']} puzzles held out" if options.held_out else "")
     )
 
 

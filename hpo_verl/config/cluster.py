@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.config.redaction import masked
 
 # Arguments of ray.init that only a new cluster takes; Ray refuses most of them when it joins one.
 START_ONLY = (
@@ -24,7 +25,10 @@ START_ONLY = (
 # Ray sets this variable for every job that was submitted.
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # What a cluster's workers cannot inherit from the driver's environment.
-FORWARDED = ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "VERL_PLATFORM", "HF_HUB_OFFLINE")
+FORWARDED = (
+    *("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "WANDB_DIR", "SWANLAB_LOG_DIR"),
+    *("MLFLOW_TRACKING_URI", "VERL_PLATFORM", "HF_HUB_OFFLINE"),
+)
 # The interfaces between machines: NCCL_SOCKET_IFNAME, NCCL_IB_HCA and the like.
 NETWORK_PREFIX, GLOO_INTERFACE = "NCCL_", "GLOO_SOCKET_IFNAME"
 # Folders of the submitting machine that recipes read from the environment.
@@ -77,7 +81,9 @@ def forward_environment(config: DictConfig) -> None:
     configured = OmegaConf.select(config, key) or {}
     network = _network_variables()
     variables = {name: network[name] for name in network.keys() - configured.keys()}
-    variables |= {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    given = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    # An address may hold a password, which Ray's dashboard would show.
+    variables |= {name: value for name, value in given.items() if masked(value) == value}
     if configured.get(THREADS) == AUTO:
         variables[THREADS] = str(len(os.sched_getaffinity(0)))
     with open_dict(config):

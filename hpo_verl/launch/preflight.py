@@ -69,6 +69,5 @@ class Preflight(Callback):
             # A defect of ours, after which nothing would have been checked.
             traceback.print_exc()
             raise SystemExit(EXIT_FAILED) from error
-        for name, path in logger_paths(folder).items():
-            os.environ.setdefault(name, path)
+        os.environ.update(logger_paths(folder))
         cluster.forward_environment(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,17 +16,25 @@ from hpo_verl.runs import checkpoints
 from hpo_verl.runs.files import write_atomically
 
 FLAG = "--resume"
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, METRICS_VARIABLE = "metrics.jsonl", "VERL_FILE_LOGGER_PATH"
 # They say where a run starts, not what it computes.
 RESUME_KEYS = ("trainer.resume_mode", "trainer.resume_from_path")
 
 
 def logger_paths(folder: Path) -> dict[str, str]:
-    """Environment variables that tell verl's loggers where to write."""
-    return {
-        "VERL_FILE_LOGGER_PATH": str(folder / METRICS_NAME),
+    """Environment variables that tell verl's loggers where to write; what is set already stays.
+
+    Without them some write into the working folder, and MLflow into a file that all users share.
+    """
+    places = {
+        METRICS_VARIABLE: str(folder / METRICS_NAME),
         "TENSORBOARD_DIR": str(folder / "tensorboard"),
+        # W&B makes a folder `wandb` in it.
+        "WANDB_DIR": str(folder),
+        "SWANLAB_LOG_DIR": str(folder / "swanlog"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }
+    return {name: os.environ.get(name) or place for name, place in places.items()}
 
 
 def place_checkpoints(config: DictConfig, folder: Path) -> None:

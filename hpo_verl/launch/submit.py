@@ -158,7 +158,12 @@ def submit(
         info, log = follow(client, job, write)
     except KeyboardInterrupt:
         announce(f"stopping {job}")
-        client.stop_job(job)
+        try:
+            client.stop_job(job)
+        except Exception as error:
+            raise TrainingFailed(
+                f"job {job}: the cluster does not answer ({one_line(error)}); the job may still run"
+            ) from error
         follow(client, job, lambda text: None)
         raise
     if info.status != "SUCCEEDED":

@@ -33,6 +33,7 @@ from hpo_verl.launch.progress import NoProgress, ProgressBound
 from hpo_verl.launch.resume import (
     FLAG,
     METRICS_NAME,
+    METRICS_VARIABLE,
     begin,
     latest_run,
     logger_paths,
@@ -54,6 +55,8 @@ def environment(config: DictConfig, folder: Path, temporary: Path) -> dict[str, 
     """Environment variables of verl's processes, for a run's folder and temporary folder."""
     variables = {
         **logger_paths(folder),
+        # This process reads them.
+        METRICS_VARIABLE: str(folder / METRICS_NAME),
         "HYDRA_FULL_ERROR": "1",
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",

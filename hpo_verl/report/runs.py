@@ -158,8 +158,11 @@ def _label(run: Run, others: Sequence[Run]) -> str:
     return printable(" ".join(words))
 
 
-def runs_table(groups: Mapping[str, Sequence[Run]]) -> str:
-    """A table per group: one row a run, and for several seeds one with mean and interval."""
+def runs_table(groups: Mapping[str, Sequence[Run]], columns: int = 0) -> str:
+    """A table per group: one row a run, and for several seeds one with mean and interval.
+
+    What is wider than so many columns, if any, goes on below.
+    """
     parts = ["success on held-out prompts; interquartile mean [95 % bootstrap interval over seeds]"]
     for label, runs in groups.items():
         values = pd.DataFrame([run.numbers for run in runs])
@@ -169,13 +172,13 @@ def runs_table(groups: Mapping[str, Sequence[Run]]) -> str:
         )
         if len(runs) > 1:
             # A mean over other seeds than the row says would mislead.
-            table.loc[f"interquartile mean of {len(runs)} seeds"] = [
+            table.loc[f"{len(runs)} seeds"] = [
                 NOT_MEASURED
                 if values[name].isna().any()
                 else interval(values[name]).shown(template)
                 for name, template in SHOWN.items()
             ]
-        parts.append(f"{label}\n{table.to_string()}")
+        parts.append(f"{label}\n{table.to_string(line_width=columns or None)}")
     return "\n\n".join(parts)
 
 

@@ -65,6 +65,13 @@ def test_the_page_of_algorithms_lists_it(algorithm):
     assert f"`{algorithm.loss_agg_mode}`" in row
 
 
+def test_the_readme_names_families_of_records():
+    text = (ROOT / "README.md").read_text().split("## Algorithms")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", text))
+    assert named <= set(ALGORITHMS)
+    assert {FILES[name] for name in named} >= {"hpo", "mhpo", "verl_own"}
+
+
 @EVERY
 def test_a_record_with_functions_has_a_test_file_of_its_own(algorithm):
     if algorithm.estimator.advantage is not None or algorithm.loss.token_loss is not None:

@@ -49,6 +49,7 @@ def test_workers_get_what_they_cannot_inherit(config, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TENSORBOARD_DIR", "/run/tensorboard")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql://me:word@db/x")  # pragma: allowlist secret
     before = dict(config.ray_kwargs.ray_init.runtime_env.env_vars)
     assert before["TQ_NUM_THREADS"] == "1"
     cluster.forward_environment(config)

@@ -68,6 +68,7 @@ def test_the_policy_says_its_task_and_takes_no_held_out_puzzles(tmp_path, monkey
     monkeypatch.setitem(tiny_policy.SCHEDULES, "telelogs", short)
     tiny_policy.main(["--out", str(tmp_path / "policy"), "--task", "telelogs"])
     assert tiny_policy.check(tmp_path / "policy")["task"] == "telelogs"
+    assert "puzzles" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         tiny_policy.main(
             ["--out", str(tmp_path / "x"), "--task", "telelogs", "--held-out", "x.parquet"]

@@ -35,6 +35,19 @@ def test_list_names_every_recipe_algorithm_paper_equation_and_option():
         assert f"{group}=: {', '.join(group_options(group))}" in lines
 
 
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_terminal_gets_lines_that_fit_and_no_word_less(columns, monkeypatch):
+    whole = invoke("list").stdout
+    monkeypatch.setenv("COLUMNS", str(columns))
+    folded = invoke("list").stdout
+    assert max(map(len, whole.splitlines())) > 60
+    assert max(map(len, folded.splitlines())) <= columns
+    assert folded.split() == whole.split()
+    # What is folded stands deeper than what begins there.
+    assert [line for line in folded.splitlines() if line.startswith("  a_hpo ")]
+    assert "\n    countdown3-7b" in folded
+
+
 def test_the_version_and_the_studies_are_told():
     from hpo_verl import __version__
 

@@ -220,6 +220,20 @@ def test_ctrl_c_stops_the_job(run):
     assert cluster.looks == []
 
 
+def test_ctrl_c_while_the_cluster_is_gone(run):
+    cluster = Cluster(looks=[KeyboardInterrupt()])
+
+    def stop_job(job):
+        raise ConnectionError("refused\nby the head")
+
+    cluster.stop_job = stop_job
+    with pytest.raises(TrainingFailed) as told:
+        run(cluster)
+    assert str(told.value) == (
+        "job job-1: the cluster does not answer (refused by the head); the job may still run"
+    )
+
+
 def test_a_cluster_that_is_gone(run, monkeypatch):
     monkeypatch.setattr(submit, "SILENCE_SECONDS", -1.0)
     with pytest.raises(TrainingFailed, match="has not answered"):

@@ -1,6 +1,7 @@
 """What `hpo-verl train` gives to verl's processes, and says of a run that was stopped."""
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,27 @@ def test_a_run_that_joins_a_cluster_must_find_it(device, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     config = OmegaConf.create({"trainer": {"device": device}})
     assert "TMPDIR" not in environment(config, Path("/runs/a"), Path("/private/hpo-1"))
+
+
+def test_loggers_write_into_the_run_folder_unless_the_user_says_where(monkeypatch):
+    config = OmegaConf.create({"trainer": {"device": "cpu"}})
+    places = {
+        "TENSORBOARD_DIR": "/runs/a&b/tensorboard",
+        "WANDB_DIR": "/runs/a&b",
+        "SWANLAB_LOG_DIR": "/runs/a&b/swanlog",
+        "MLFLOW_TRACKING_URI": "sqlite:////runs/a&b/mlflow.db",
+    }
+    # The launcher reads the metrics, so they stay where it looks.
+    fixed = {"VERL_FILE_LOGGER_PATH": "/runs/a&b/metrics.jsonl"}
+    reads = (Path(find_spec("verl").origin).parent / "utils" / "tracking.py").read_text()
+    assert all(f'"{name}"' in reads for name in (fixed | places).keys() - {"WANDB_DIR"})
+    for given, taken in ((None, places), ("", places), ("/x", dict.fromkeys(places, "/x"))):
+        for name in fixed | places:
+            monkeypatch.delenv(name, raising=False)
+            if given is not None:
+                monkeypatch.setenv(name, given)
+        variables = environment(config, Path("/runs/a&b"), Path("/private/hpo-1"))
+        assert variables.items() >= (fixed | taken).items()
 
 
 @pytest.mark.parametrize(("timeline", "kept"), [(None, False), ("timeline.json", True)])

@@ -95,7 +95,7 @@ def test_table_has_runs_means_and_intervals(tmp_path):
     assert "tiny a_hpo" in lines
     run = next(line for line in lines if "20.0%" in line)
     assert run.split() == ["seed", "0", "3", "10.0%", "20.0%", "4.0"]
-    mean = next(line for line in lines if "mean of 3 seeds" in line)
+    mean = next(line for line in lines if line.startswith("3 seeds"))
     assert "10.0% [10.0%, 10.0%]" in mean
     assert "30.0% [20.0%, 40.0%]" in mean
 
@@ -105,7 +105,7 @@ def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
     mean = next(
         line
         for line in runs_table(group_runs(read_runs(folders))).splitlines()
-        if "mean of" in line
+        if line.startswith("2 seeds")
     )
     assert "15.0%" in mean
     assert "[" not in mean
@@ -115,7 +115,21 @@ def test_a_run_without_validation_leaves_no_mean(tmp_path):
     folders = [write_run(tmp_path / "1", seed=1), write_run(tmp_path / "2", seed=2, after=None)]
     (folders[1] / "metrics.jsonl").write_text("")
     text = runs_table(group_runs(read_runs(folders)))
-    assert next(line for line in text.splitlines() if "mean of" in line).split()[-2:] == ["-", "-"]
+    mean = next(line for line in text.splitlines() if line.startswith("2 seeds"))
+    assert mean.split()[-2:] == ["-", "-"]
+
+
+def test_a_table_goes_on_below_where_the_terminal_is_narrow(tmp_path, monkeypatch):
+    folders = [write_run(tmp_path / str(seed), seed=seed, after=seed / 10) for seed in (1, 2, 3)]
+    arguments = ["report", *map(str, folders), "--picture", str(tmp_path / "x.png")]
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = CliRunner().invoke(app, arguments).stdout
+    # The name of the picture is one word.
+    assert all(len(line) <= 60 for line in narrow.splitlines()[:-1])
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = CliRunner().invoke(app, arguments).stdout
+    assert max(map(len, wide.splitlines()[:-1])) > 60
+    assert set(wide.split()) <= set(narrow.split())
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
