@@ -24,6 +24,7 @@ MODULES = (
     "maxrl",
     "topr",
     "aspo",
+    "vespo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

@@ -11,8 +11,8 @@ is stopped, there is no KL term.
 Checked against Eq. 7, Eq. 8 and Algorithm 1 as an extract of the paper quotes them. Public ports
 (verl's pull request 6986 among them) take the geometric mean of the tokens' ratios for rho:
 `length_normalized` does the same. The paper's A is a reward of +1 or -1 minus a baseline of the
-user's choice. Decided here: GRPO's advantage, so that comparators differ in the loss alone.
-log pi(y) is a sum over tokens, hence `seq-mean-token-sum`.
+user's choice. Decided here: the group's mean, so R - mean, for rewards of any range. log pi(y) is
+a sum over tokens, hence `seq-mean-token-sum`.
 """
 
 from __future__ import annotations
