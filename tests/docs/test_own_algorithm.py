@@ -19,7 +19,8 @@ def test_three_files_one_word_and_one_row_pass_the_shared_tests(tmp_path):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
     files = re.findall(r' title="(\S+)"\n(.*?)```', PAGE.read_text(), re.DOTALL)
     assert len(files) == 3
     for name, text in files:
