@@ -42,7 +42,8 @@ class Rollout(NamedTuple):
         normalize_by_std: `algorithm.norm_adv_by_std_in_grpo`.
         extras: What `Estimator.needs` names: `entropy`, nats, `[batch, response]`, of the policy
             that sampled; `progress`, 0 at the first step and 1 at the last; `values`, one per
-            output, `[batch]` float64, from the history of its prompt.
+            output, `[batch]` float64, from the history of its prompt; `memory`, the numbers of
+            `Advantages.memory` at the last step, empty at the first.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.
@@ -94,6 +95,7 @@ class Advantages(NamedTuple):
         positives: Responses counted as positive; None for those with an advantage above 0.
         negatives: Responses counted as negative; None for those with an advantage below 0.
         statistics: Further numbers, logged as `hpo/<name>`.
+        memory: Numbers for the next step, by name; saved in checkpoints.
     """
 
     values: torch.Tensor
@@ -102,6 +104,7 @@ class Advantages(NamedTuple):
     positives: int | None = None
     negatives: int | None = None
     statistics: Mapping[str, float] = {}
+    memory: Mapping[str, float] = {}
 
 
 class TokenBatch(NamedTuple):
@@ -173,13 +176,27 @@ class PromptHistory(Protocol):
 
 
 @dataclass(frozen=True)
+class SignWeight:
+    """A weight by sign in front of the advantages of another estimator of ours.
+
+    Attributes:
+        settings: As in `Estimator`; they stand in the section of the estimator that has the weight.
+        weigh: From the rollout, the advantages and the settings to weighted ones.
+    """
+
+    settings: type[Any]
+    weigh: Callable[[Rollout, Advantages, Any], Advantages]
+
+
+@dataclass(frozen=True)
 class Estimator:
     """A way from rewards to advantages.
 
     Attributes:
         name: `algorithm.adv_estimator`.
         advantage: From the rollout and an object of `settings` to advantages; None for verl's own.
-        settings: Frozen dataclass that checks its own values.
+        settings: Frozen dataclass that checks its own values. It may have a property `needs`:
+            what these values need beyond the estimator's.
         section: Where under `algorithm` the settings stand.
         needs: What it reads of `Rollout.extras`.
         weights_by_sign: Whether it weights advantages by their sign, so that the loss must be
@@ -188,6 +205,7 @@ class Estimator:
         check: Raises ConfigError where verl's whole configuration does not go with the estimator.
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
+        weight: Its weight by sign, where others can have it in front.
     """
 
     name: str
@@ -199,6 +217,7 @@ class Estimator:
     drops_tokens: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
+    weight: SignWeight | None = None
 
 
 @dataclass(frozen=True)

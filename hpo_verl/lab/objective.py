@@ -25,7 +25,7 @@ from hpo_verl.core.statistics import token_sums
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.tasks import Task
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import Estimate, read_settings
+from hpo_verl.verl_plugin.advantages import Estimate, needs, read_settings
 from hpo_verl.verl_plugin.losses import loss_settings, prepare
 from hpo_verl.verl_plugin.trainer.algorithm_step import step_statistics
 
@@ -88,10 +88,11 @@ class Objective:
             rewards: `[batch]`.
             groups: Index of every response's prompt, `[batch]` int64.
             mask: Bool, `[batch, response]`; advantages are 0 where it is false.
-            known: By name, at least what the estimator needs; see `algorithms.base.Rollout`.
+            known: By name, at least what the estimator needs; see `algorithms.base.Rollout`. Its
+                `memory`, where needed, is brought up to date.
         """
         labels = groups.tolist()
-        needed = {name: known[name] for name in self.estimator.needs}
+        needed = {name: known[name] for name in needs(self.estimator, self.section)}
         if "values" in needed:
             needed["values"] = dict(zip(labels, needed["values"].tolist(), strict=True))
         last = torch.nn.functional.one_hot(mask.sum(dim=-1) - 1, mask.shape[1])
@@ -112,6 +113,8 @@ class Objective:
             rollout = Rollout(rewards, groups, mask.any(dim=-1), mask)
             result = Advantages(advantages)
             reported.append(Estimate(rollout, labels, rollout, result, advantages))
+        if "memory" in needed:
+            needed["memory"].update(reported[0].result.memory)
         return advantages, step_statistics(reported[0])
 
     def token_fields(self, entropy: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -200,10 +203,14 @@ def _composed(
     try:
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         objective = Objective(config.algorithm, actor)
-        read = (*_READ, f"algorithm.{objective.estimator.section}")
+        weights = [one.section for one in ESTIMATORS.values() if one.weight]
+        sections = (objective.estimator.section, *weights)
+        read = (*_READ, *(f"algorithm.{section}" for section in sections))
         for key in (*dict(changes), *dict(leaves(OmegaConf.to_container(own)))):
             if not key.lstrip("+").startswith(read):
                 raise ConfigError(f"sets {key}, which the lab does not read yet")
+        if (check := objective.estimator.check) is not None:
+            check(config)
         _try(objective)
     except Exception as error:
         # Hydra puts its own words around an error of a typed config.
@@ -218,6 +225,7 @@ def _try(objective: Objective) -> None:
     groups = torch.arange(4) if objective.estimator.history else torch.tensor([0, 0, 1, 1])
     entropy = torch.linspace(0.5, 1.0, 8).view(4, 2)
     known = {"entropy": entropy, "progress": 0.5, "values": torch.full((4,), 0.5)}
+    known["memory"] = {}
     advantages, _ = objective.advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), groups, mask, known)
     old = torch.full((4, 2), -1.0)
     fields = objective.token_fields(entropy, mask)

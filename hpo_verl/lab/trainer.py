@@ -94,6 +94,7 @@ class Trainer:
         self.history = self.objective.history(settings.questions)
         # Every algorithm has the same number of responses per step.
         self.group = settings.responses_per_prompt if self.history is None else 1
+        self.memory: dict[str, float] = {}
         self._left: list[int] = []
         self.generator = torch.Generator().manual_seed(cell.seed)
         self._last: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -174,7 +175,7 @@ class Trainer:
         """Take a step's optimizer steps; `progress` is 0 at the first step, 1 at the last."""
         prompts, (tokens, mask, log_probs) = rollout.prompts, rollout.responses
         groups = torch.arange(len(mask)) // self.group
-        known: dict[str, Any] = {"progress": progress}
+        known: dict[str, Any] = {"progress": progress, "memory": self.memory}
         if self.history is not None:
             known["values"] = self.history.values()[rollout.questions]
         fields: dict[str, torch.Tensor] = {}

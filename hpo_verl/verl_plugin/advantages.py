@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from hpo_verl.algorithms.base import Advantages, Estimator, Rollout
+from hpo_verl.algorithms.base import Advantages, Estimator, Rollout, SignWeight
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.core.masking import as_bool_mask, nonempty_rows, require_finite
 from hpo_verl.core.settings import parse_settings, require_flag
@@ -175,6 +176,41 @@ def read_settings(estimator: Estimator, config: Mapping[str, Any] | None) -> Any
     return parse_settings(estimator.settings, values, f"algorithm.{estimator.section}")
 
 
+def weight_in_front(
+    estimator: Estimator, config: Mapping[str, Any] | None
+) -> tuple[SignWeight, Any] | None:
+    """Read the weight by sign that stands in front of an estimator, and its settings.
+
+    It stands there where the section of an estimator that lends its weight is given beside
+    another one of ours. Of several weights in a section, the keys tell which one is meant.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
+    if config is None or estimator.advantage is None or estimator.weights_by_sign:
+        return None
+    for section in dict.fromkeys(one.section for one in OUR_ESTIMATORS.values() if one.weight):
+        values = config.get(section, None)
+        if not values:
+            continue
+        offered = [
+            one.weight for one in OUR_ESTIMATORS.values() if one.weight and one.section == section
+        ]
+        fitting = [w for w in offered if {f.name for f in fields(w.settings)} >= set(values)]
+        weight = (fitting or offered)[0]
+        return weight, parse_settings(weight.settings, values, f"algorithm.{section}")
+    return None
+
+
+def needs(estimator: Estimator, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of what an estimator reads with its settings, and with a weight in front."""
+    if estimator.advantage is None:
+        return ()
+    front = weight_in_front(estimator, config)
+    given = (read_settings(estimator, config), front and front[1])
+    return (*estimator.needs, *(name for one in given for name in getattr(one, "needs", ())))
+
+
 def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
     """Read `norm_adv_by_std_in_grpo` of verl's `algorithm` section, true or false."""
     normalize_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
@@ -192,7 +228,7 @@ def trainer_modes(estimator: Estimator, config: Mapping[str, Any] | None) -> tup
         # In the others prompts are drawn long before their histories are updated.
         return OUR_MODES[:1]
     needs_scores = estimator.advantage is not None and penalizes(config)
-    return OUR_MODES if estimator.needs or needs_scores else ()
+    return OUR_MODES if needs(estimator, config) or needs_scores else ()
 
 
 def penalizes(config: Mapping[str, Any] | None) -> bool:
@@ -211,7 +247,7 @@ def _extras(
     who = f"algorithm.adv_estimator = {estimator.name!r}"
     modes = " or ".join(trainer_modes(estimator, config))
     found = {}
-    for name in estimator.needs:
+    for name in needs(estimator, config):
         source = f"{name} from the trainer: trainer.v1.trainer_mode must be {modes}"
         found[name] = extras.require(name, who, source)
     if penalizes(config):
@@ -264,6 +300,9 @@ def _estimate(
     part = part._replace(extras=_extras(estimator, config, labels, part.live, part.mask))
     rollout = joined([*(extras.get(extras.EARLIER) or ()), part])
     result = estimator.advantage(rollout, settings)
+    if (front := weight_in_front(estimator, config)) is not None:
+        weight, settings = front
+        result = weight.weigh(rollout, result, settings)
     advantages = result.values.float()
     if advantages.dim() == 1:
         advantages = rollout.to_outputs(advantages).unsqueeze(-1) * rollout.mask

@@ -16,6 +16,7 @@ from hpo_verl.verl_plugin.advantages import (
     normalizes_by_std,
     read_settings,
     trainer_modes,
+    weight_in_front,
 )
 from hpo_verl.verl_plugin.losses import (
     ACTOR,
@@ -82,8 +83,9 @@ def _check_composition(estimator: Estimator, loss: Loss | None, config: DictConf
     caveat = loss.caveat if loss is not None else ""
     if loss is not None and not loss.proportional and not caveat:
         caveat = "is not proportional to the advantage"
+    weighs = estimator.weights_by_sign or weight_in_front(estimator, config["algorithm"])
     warnings = []
-    if loss is None and (estimator.drops_tokens or estimator.weights_by_sign):
+    if loss is None and (estimator.drops_tokens or weighs):
         warnings.append(
             f"{combination}: unknown here; that estimator needs a loss that is proportional to the "
             "advantage"
@@ -94,7 +96,7 @@ def _check_composition(estimator: Estimator, loss: Loss | None, config: DictConf
             f"{combination}: tokens dropped by an advantage of 0 would still count, since that "
             f"loss {caveat}; use one of {', '.join(usable)}"
         )
-    if not estimator.weights_by_sign:
+    if not weighs:
         return warnings
     if loss is not None and loss.selects:
         raise ConfigError(
@@ -112,9 +114,15 @@ def _check_sections(estimator: str, algorithm: Mapping[str, Any]) -> None:
     for section in dict.fromkeys(sections.values()):
         if section != sections.get(estimator) and algorithm.get(section, None):
             readers = [name for name, read in sections.items() if read == section]
+            selected = OUR_ESTIMATORS.get(estimator, Estimator(estimator))
+            lends_weight = any(OUR_ESTIMATORS[name].weight for name in readers)
+            if lends_weight and weight_in_front(selected, algorithm) is not None:
+                continue
+            by_itself = lends_weight and selected.weights_by_sign
+            reason = "weights by sign itself" if by_itself else "ignores it"
             raise ConfigError(
                 f"algorithm.{section} = {dict(algorithm[section])!r}: algorithm.adv_estimator = "
-                f"{estimator!r} ignores it; use {' or '.join(readers)}"
+                f"{estimator!r} {reason}; use {' or '.join(readers)}"
             )
 
 

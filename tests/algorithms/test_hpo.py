@@ -50,9 +50,9 @@ def test_zero_advantage_is_one_of_two_words(kind):
 
 
 def test_fixed_weight_ignores_the_counts():
-    weight = HPOSettings(alpha=1).weight(0, 5)
+    weight = HPOSettings(alpha=1).weight(0, 5, {})
     assert (weight, type(weight)) == (1.0, float)
-    assert HPOSettings(alpha=0.25).weight(3, 1) == 0.25
+    assert HPOSettings(alpha=0.25).weight(3, 1, {}) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_fixed_weight_ignores_the_counts():
 def test_the_adaptive_weight_is_the_bounded_ratio_of_counts(
     positives, negatives, alpha_min, expected
 ):
-    weight = AHPOSettings(alpha_min=alpha_min).weight(positives, negatives)
+    weight = AHPOSettings(alpha_min=alpha_min).weight(positives, negatives, {})
     assert weight == pytest.approx(expected, abs=1e-15)
 
 

@@ -164,7 +164,7 @@ def test_the_dual_clip_bounds_the_ratio_of_negative_tokens_where_a_loss_has_one(
 def test_our_losses_permit_what_their_recipes_set():
     for algorithm in WITH_LOSS:
         assert algorithm.loss_agg_mode in algorithm.loss.aggregations
-    assert OUR_LOSSES["hpo"].aggregations == ("token-mean",)
+    assert OUR_LOSSES["hpo"].aggregations == ("token-mean", "seq-mean-token-sum-norm")
     assert OUR_LOSSES["mhpo"].aggregations == ("seq-mean-token-mean", "token-mean")
 
 

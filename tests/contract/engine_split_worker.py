@@ -139,6 +139,8 @@ def train(model_path, rank, world, packed=True):
                     rollout_n=1,
                     ppo_micro_batch_size_per_gpu=1,
                     loss_agg_mode=mode,
+                    # Without one verl takes the width of the micro-batch.
+                    loss_scale_factor=7,
                     policy_loss=special.get(loss, PolicyLossConfig(loss_mode=loss)),
                 )
                 with engine.train_mode():

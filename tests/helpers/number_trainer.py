@@ -59,6 +59,7 @@ class Plain(PPOTrainerSync):
         self.steps_per_epoch = ROWS // BATCH
         self.total_training_steps = config.trainer.total_training_steps
         self.kl_ctrl_in_reward = SimpleNamespace(value=0.1)
+        self.memory = {}
         self.last_rows = []
 
     def step(self, metrics, timing_raw):
@@ -66,6 +67,10 @@ class Plain(PPOTrainerSync):
         for row in self.last_rows:
             self.actor_rollout_wg.weight = self.actor_rollout_wg.weight * 0.9 + row
         self.kl_ctrl_in_reward.value *= 1.1
+        # As an average over steps, of which every bit counts.
+        self.memory = {
+            "alpha": 0.7 * self.memory.get("alpha", 1 / 3) + 0.3 / (1 + sum(self.last_rows))
+        }
         return SimpleNamespace(keys=[], partition_id="train")
 
     def _validate(self):
@@ -73,7 +78,7 @@ class Plain(PPOTrainerSync):
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         weight, kl = self.actor_rollout_wg.weight, self.kl_ctrl_in_reward.value
-        metrics.update(weight=weight, kl=kl, epoch=epoch, rows=self.last_rows)
+        metrics.update(weight=weight, kl=kl, epoch=epoch, rows=self.last_rows, **self.memory)
 
     def _shutdown_dump_executor(self):
         pass

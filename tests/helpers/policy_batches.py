@@ -24,7 +24,11 @@ def actor_config(mode="token-mean", policy_loss=None, counts=None, **changes):
         # Off, as in the recipes.
         **{"clip_ratio_c": 1e9, **changes},
     )
-    config.global_batch_info.update(counts or {})
+    info = config.global_batch_info
+    info.update(counts or {})
+    if mode == "seq-mean-token-sum-norm" and not info.get("loss_scale_factor"):
+        # Without one verl takes the width of the micro-batch.
+        info["loss_scale_factor"] = 7
     return config
 
 

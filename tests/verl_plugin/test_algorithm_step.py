@@ -81,7 +81,10 @@ def step(monkeypatch):
     scores = torch.zeros(7, 8)
     ends = torch.tensor([1, 3, 5, 7, 2, 2, 0])
 
-    def run(configuration, rewards=REWARDS, mask=MASK, penalty=0.0, at=(1, 1), parts=(0, 1, ())):
+    def run(
+        configuration, rewards=REWARDS, mask=MASK, penalty=0.0, at=(1, 1), parts=(0, 1, ()),
+        memory=None,
+    ):  # fmt: skip
         scores[torch.arange(7), ends] = torch.tensor(rewards)
         fields = {
             "response_mask": nested(mask.long()),
@@ -109,7 +112,7 @@ def step(monkeypatch):
         trainer.global_steps, trainer.total_training_steps = at
         trainer.local_trigger_step, trainer.parameter_sync_step, earlier = parts
         trainer._earlier = deque(earlier, maxlen=trainer.parameter_sync_step - 1)
-        trainer._counts = Counter()
+        trainer._counts, trainer.memory = Counter(), memory or {}
         keys = [f"{uid}_{row}_0" for row, uid in enumerate(UIDS)]
         batch, metrics = SimpleNamespace(keys=keys, partition_id="train"), {}
         assert trainer._compute_advantage(batch, metrics) is batch
@@ -240,6 +243,24 @@ def test_updates_are_counted_over_the_parts_of_a_step():
         logged.append(metrics)
     # Half of 2 mini-batches in 2 epochs, twice a step.
     assert logged == [{}, {"hpo/updates_without_advantage": 4}] * 2
+
+
+def test_alpha_is_averaged_over_steps_and_remembered_at_the_end_of_one(step):
+    averaged = config("a_hpo", hpo={"ema": 0.75})
+    trainer, metrics, _ = step(averaged)
+    assert metrics["hpo/alpha"] == trainer.memory["alpha"] == pytest.approx(1 / 3)
+    # Another step, of which 1 would be counted: in two parts, of which the last is remembered.
+    rewards = (1.0, 1.0, 0, 0, 1.0, 1.0, 0)
+    first, metrics, _ = step(averaged, rewards, parts=(0, 2, ()), memory=trainer.memory)
+    assert metrics["hpo/alpha"] == pytest.approx(0.5)
+    assert first.memory == trainer.memory
+    last, metrics, _ = step(averaged, rewards, parts=(1, 2, first._earlier), memory=first.memory)
+    assert metrics["hpo/alpha"] == last.memory["alpha"] == pytest.approx(0.5)
+
+
+def test_alpha_follows_the_progress_of_the_run(step):
+    _, metrics, _ = step(config("hpo", hpo={"alpha": 0.2, "alpha_end": 0.4}), at=(3, 5))
+    assert metrics["hpo/alpha"] == pytest.approx(0.3)
 
 
 # ---------------------------------------------------------------- what is provided

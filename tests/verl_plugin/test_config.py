@@ -242,7 +242,7 @@ def test_an_unknown_setting_of_mhpo_is_refused_by_name():
         (
             "a_hpo",
             "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
-            "policy_loss.loss_mode = 'hpo' permits token-mean only",
+            "policy_loss.loss_mode = 'hpo' permits token-mean and seq-mean-token-sum-norm only",
         ),
         ("grpo", "algorithm.hpo.alpha=0.4", "algorithm.adv_estimator = 'grpo' ignores it"),
         ("aepo_advantage", "algorithm.aepo_advantage.entropy_scale=-1", "entropy_scale = -1: must"),

@@ -186,7 +186,7 @@ def test_t4_d4_the_records_say_which_loss_is_proportional_to_the_advantage(name)
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("hpo", "seq-mean-token-mean"), ("hpo", "token-sum"), ("hpo", "seq-mean-token-sum-norm"),
+    [("hpo", "seq-mean-token-mean"), ("hpo", "token-sum"), ("hpo", "seq-mean-token-sum"),
      ("mhpo", "seq-mean-token-sum"), ("mhpo", "token-sum")],
 )  # fmt: skip
 def test_another_aggregation_is_refused_by_both_names(name, mode):

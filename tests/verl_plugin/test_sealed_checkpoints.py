@@ -51,7 +51,8 @@ def state(folder, step):
     assert checkpoints.fault(path) is None
     order = torch.load(path / "data.pt", weights_only=False)
     weight = torch.load(path / "actor" / MODEL, weights_only=False)
-    return weight, repr(order), (path / life_cycle.KL_NAME).read_text()
+    kept = (life_cycle.KL_NAME, life_cycle.MEMORY_NAME)
+    return weight, repr(order), *((path / name).read_text() for name in kept)
 
 
 @pytest.fixture

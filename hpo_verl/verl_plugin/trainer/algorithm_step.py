@@ -19,6 +19,7 @@ from hpo_verl.verl_plugin.advantages import (
     group_codes,
     joined,
     make_rollout,
+    needs,
     penalizes,
 )
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
@@ -82,6 +83,7 @@ class AlgorithmStep(PromptHistoryTrainer):
     local_trigger_step: int
     _earlier: deque[Rollout]
     _counts: Counter[str]
+    memory: dict[str, float]
 
     def __init__(self, config: DictConfig) -> None:
         for warning in check_algorithm(config):
@@ -92,6 +94,7 @@ class AlgorithmStep(PromptHistoryTrainer):
         super().__init__(config)  # type: ignore[call-arg]
         self._earlier = deque(maxlen=self.parameter_sync_step - 1)
         self._counts = Counter()
+        self.memory = {}
 
     def _setup(self) -> None:
         super()._setup()  # type: ignore[misc]
@@ -160,6 +163,8 @@ class AlgorithmStep(PromptHistoryTrainer):
         if estimator.history is not None:
             statistics |= self.learn_from(estimate, data)
         metrics.update({f"hpo/{name}": value for name, value in statistics.items()})
+        if estimate.result.memory and self._is_last_part():
+            self.memory = dict(estimate.result.memory)
         part = estimate.part
         if loss is not None and loss.token_fields:
             part = part._replace(extras={"entropy": data["entropy"].to_padded_tensor(0.0)})
@@ -181,11 +186,14 @@ class AlgorithmStep(PromptHistoryTrainer):
         if estimator.advantage is None:
             return {}
         found = self._scores(data)
+        wanted = needs(estimator, self.config.algorithm)
         if "entropy" in estimator.needs:
             found["entropy"] = data["entropy"].to_padded_tensor(0.0)
-        if "progress" in estimator.needs:
+        if "progress" in wanted:
             steps = max(self.total_training_steps - 1, 1)
             found["progress"] = min(max((self.global_steps - 1) / steps, 0.0), 1.0)
+        if "memory" in wanted:
+            found["memory"] = self.memory
         if estimator.history is not None:
             found["values"] = self.prompt_values()
         return found

@@ -34,6 +34,7 @@ from hpo_verl.verl_plugin.trainer.batches import columns_for_workers, deal_mini_
 METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
 ASYNC_KEY = "actor_rollout_ref.actor.checkpoint.async_save"
 KL_NAME = "kl_coefficient.json"
+MEMORY_NAME = "estimator_memory.json"
 
 
 def run_folder(default_local_dir: str) -> Path:
@@ -66,6 +67,7 @@ class LifeCycle:
     config: DictConfig
     global_steps: int
     logger: Any
+    memory: dict[str, float]
     tokenizer: Any
     total_training_steps: int
     train_dataloader: Any
@@ -116,7 +118,7 @@ class LifeCycle:
         return buffer
 
     def _load_checkpoint(self) -> None:
-        """Restore an adaptive KL coefficient too, which verl forgets."""
+        """Restore an adaptive KL coefficient too, which verl forgets, and an estimator's memory."""
         super()._load_checkpoint()  # type: ignore[misc]
         trainer = self.config.trainer
         folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -125,6 +127,8 @@ class LifeCycle:
         controller = getattr(self, "kl_ctrl_in_reward", None)
         if controller is not None and (folder / KL_NAME).is_file():
             controller.value = json.loads((folder / KL_NAME).read_text())
+        if (folder / MEMORY_NAME).is_file():
+            self.memory = json.loads((folder / MEMORY_NAME).read_text())
 
     def on_init_end(self) -> None:
         """Here verl sends the weights to the rollout servers."""
@@ -278,6 +282,8 @@ class LifeCycle:
             controller = getattr(self, "kl_ctrl_in_reward", None)
             if controller is not None:
                 write_atomically(checkpoint / KL_NAME, json.dumps(controller.value))
+            if memory := getattr(self, "memory", None):
+                write_atomically(checkpoint / MEMORY_NAME, json.dumps(memory))
         self._unsealed = checkpoint
         self._saved_step = self.global_steps
 
