@@ -22,6 +22,7 @@ MODULES = (
     "aepo_advantage",
     "w_reinforce",
     "maxrl",
+    "asym_re",
     "topr",
     "aspo",
     "vespo",

@@ -40,7 +40,7 @@ ALGORITHMS = (
 )
 
 OTHER_LOSSES = (
-    *(base.Loss(name, proportional=True) for name in ("dppo_tv", "dppo_kl", "gpg")),
+    *(base.Loss(name, proportional=True) for name in ("dppo_tv", "dppo_kl")),
     base.Loss(
         "geo_mean",
         proportional=True,

@@ -207,7 +207,7 @@ def test_algorithms_import_no_other_algorithm():
 
 
 # The project's own name, and what is verl's, which others build on.
-COMMON = {"hpo", "grpo", "vanilla"}
+COMMON = {"hpo", "grpo", "vanilla", "gpg"}
 
 
 def words_of_code(path):
