@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import signal
 import sys
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from hpo_verl import __version__
+from hpo_verl.config.environment import complete_environment
 from hpo_verl.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -24,7 +26,6 @@ from hpo_verl.errors import (
 )
 from hpo_verl.lab_cli import app as lab
 
-FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS")
 app = typer.Typer(
     name="hpo-verl",
     no_args_is_help=True,
@@ -37,6 +38,18 @@ app = typer.Typer(
     ),
 )
 app.add_typer(lab, name="lab")
+
+
+class WithOverrides(TyperCommand):
+    """A command whose overrides are checked by it, and not by click."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse letters behind one dash: of `-halgo=x`, click would take `-h` and show help."""
+        if glued := [text for text in args if re.match("-[^-].", text)]:
+            from hpo_verl.config.overrides import hydra_overrides
+
+            hydra_overrides(glued, {})
+        return super().parse_args(ctx, args)
 
 
 def _show_version(wanted: bool) -> None:
@@ -92,7 +105,7 @@ Resume = Annotated[
 ]
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(cls=WithOverrides, context_settings={"ignore_unknown_options": True})
 def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train a policy as a recipe says; make its data and tiny policy if they are missing.
 
@@ -117,7 +130,7 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
         console.print(line)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(cls=WithOverrides, context_settings={"ignore_unknown_options": True})
 def submit(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -288,20 +301,11 @@ def doctor(
         raise typer.Exit(EXIT_BAD_INPUT)
 
 
-def _complete_environment() -> None:
-    """Give folders in the environment the form that every process of a run understands."""
-    os.environ.setdefault("HOME", os.path.expanduser("~"))
-    for name in FOLDER_VARIABLES:
-        folder = os.environ.pop(name, "")
-        if folder:
-            os.environ[name] = os.path.abspath(os.path.expanduser(folder))
-
-
 def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
     # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _complete_environment()
+    complete_environment()
     try:
         app()
     except HpoVerlError as error:

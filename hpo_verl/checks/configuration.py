@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
+from hydra.types import RunMode
 from omegaconf import ListConfig, OmegaConf
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.packages import MODULES
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.overrides import nearest
+from hpo_verl.config.overrides import NO_SWEEP, nearest
 from hpo_verl.config.recipes import group_options, recipes_directory, verl_configurations
 from hpo_verl.config.settings import ACTOR, ROLLOUT, leaves
 from hpo_verl.errors import ConfigError
@@ -106,6 +107,11 @@ def check_recipe(run: PlannedRun) -> Finding:
 
 def check_settings(run: PlannedRun) -> Finding:
     """Type, range and name of the settings that a user changes most, and of every switch."""
+    if OmegaConf.select(run.whole, "hydra.mode") == RunMode.MULTIRUN:
+        raise ConfigError(NO_SWEEP)
+    if OmegaConf.select(run.whole, "hydra.job.chdir"):
+        text = "hydra.job.chdir=true: must be false; relative paths would be of the run's folder"
+        raise ConfigError(text)
     _check_switches(run)
     for key, bounds in NUMBERS.items():
         value = run.get(key)
@@ -256,6 +262,7 @@ def check_steps(run: PlannedRun) -> Finding:
         return skipped("trainer.total_training_steps is not set; the data say how many")
     if possible is not None and 0 < possible < steps:
         # verl's loop ends there, and neither saves nor validates as it does after its last step.
+        # It counts an epoch's steps by the rows, also for a sampler without end, as SPO's is.
         epochs = run.get("trainer.total_epochs")
         text = f"trainer.total_training_steps={steps}: trainer.total_epochs={epochs} over the data"
         fix = f"trainer.total_training_steps={possible}, or more epochs or data"
@@ -277,6 +284,9 @@ def planned_steps(run: PlannedRun) -> int | None:
 
 def steps_of_data(run: PlannedRun) -> int | None:
     """Steps of `trainer.total_epochs` over the training data; None where these are not there."""
+    if run.get("data.custom_cls.path"):
+        # How many rows a dataset of one's own has, only it knows.
+        return None
     files = [path for key, path in run.data_files if key == "data.train_files"]
     try:
         rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)

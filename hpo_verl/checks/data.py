@@ -16,14 +16,17 @@ from hpo_verl.checks.configuration import rows_needed, trained_rows
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.rows import BATCH_ROWS, REQUIRED_COLUMNS, SAMPLE_ROWS
+from hpo_verl.config.settings import ROLLOUT
 from hpo_verl.errors import DataError, HpoVerlError
 from hpo_verl.rewards.guarded_function import VERLS_FUNCTION, GuardedFunction, guard_section
+from hpo_verl.rewards.scoring_process import shape
 from hpo_verl.runs.quiet import quiet_imports
 
 WRONG_RESPONSE = "I do not know."
 # Rewards that are slow are tried on fewer rows: no further row is begun after this time.
 SCORING_SECONDS = 5.0
 # What verl's reward managers add to a row's `extra_info`.
+VALIDATED = f"{ROLLOUT}.val_kwargs.n"
 MANAGER_INFO = {"num_turns": 2, "rollout_reward_scores": {}}
 
 
@@ -114,8 +117,8 @@ class Scored(NamedTuple):
     right: float | None = None
     # Names that it returned, each set once.
     keys: frozenset[frozenset[str]] = frozenset()
-    # Those names with whether the value was a text; without None, which verl leaves out.
-    kinds: frozenset[tuple[str, bool]] = frozenset()
+    # Those names with what the value was; without None, which verl leaves out.
+    kinds: frozenset[tuple[str, str]] = frozenset()
     problem: str = ""
 
 
@@ -154,9 +157,8 @@ def check_reward(run: PlannedRun) -> Finding:
         return warning(f"{shown}: fails on {share}, first on row {row}: {problem}", fix)
     if len(frozenset().union(*(one.keys for one in scored))) > 1:
         return error(f"{shown}: the keys it returns differ from row to row", fix)
-    kinds = Counter(key for key, _ in frozenset().union(*(one.kinds for one in scored)))
-    if mixed := [key for key, count in kinds.items() if count > 1]:
-        return error(f"{shown}: {mixed[0]!r} is a text in some rows and a number in others", fix)
+    if problem := _not_validated(run, frozenset().union(*(one.kinds for one in scored))):
+        return error(f"{shown}: {problem}", fix)
     wrong = [one.wrong for one in scored]
     low = (
         f"{len(scored)} rows scored by {shown}: {min(wrong):g} to {max(wrong):g} for a wrong "
@@ -172,6 +174,28 @@ def check_reward(run: PlannedRun) -> Finding:
         )
     best = max(right for _, right in known)
     return ok(f"{low}, up to {best:g} for the known answer in all {len(known)}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list):
+        return f"a list of {' x '.join(map(str, shape(value)))}"
+    return "a text" if isinstance(value, str) else "a number"
+
+
+def _not_validated(run: PlannedRun, kinds: frozenset[tuple[str, str]]) -> str:
+    """Why verl's validation fails of the kinds of what a reward returns; empty if it does not.
+
+    Of several responses to a prompt it averages the values, and lets `pred` vote for one.
+    """
+    responses, names = run.get(VALIDATED, 1), dict(kinds)
+    for key in sorted(names):
+        found = sorted((kind for other, kind in kinds if other == key), reverse=True)
+        is_list = [kind.startswith("a list") for kind in found]
+        if len(found) > 1 and (responses > 1 or not all(is_list)):
+            return f"{key!r} is {found[0]} in some rows and {found[1]} in others"
+        if responses > 1 and is_list[0] and "pred" in names:
+            return f"{key!r} is a list: with {VALIDATED}={responses} and 'pred' verl needs numbers"
+    return ""
 
 
 def _named_function(run: PlannedRun) -> tuple[str, str, dict[str, Any]]:
@@ -201,7 +225,7 @@ def _score(
             continue
         keys = frozenset(frozenset(result) for result, _ in answers)
         kinds = frozenset(
-            (key, isinstance(value, str))
+            (key, _kind(value))
             for result, _ in answers
             for key, value in result.items()
             if value is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hpo_verl.config.environment import FOLDERS
 from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.config.redaction import masked
 
@@ -28,11 +29,13 @@ IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 FORWARDED = (
     *("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "WANDB_DIR", "SWANLAB_LOG_DIR"),
     *("MLFLOW_TRACKING_URI", "VERL_PLATFORM", "HF_HUB_OFFLINE"),
+    # One of them resolves the recipe.
+    *FOLDERS,
 )
 # The interfaces between machines: NCCL_SOCKET_IFNAME, NCCL_IB_HCA and the like.
 NETWORK_PREFIX, GLOO_INTERFACE = "NCCL_", "GLOO_SOCKET_IFNAME"
 # Folders of the submitting machine that recipes read from the environment.
-FOLDER_VARIABLES = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS", "HF_HOME")
+FOLDER_VARIABLES = (*FOLDERS, "HF_HOME")
 THREADS, AUTO = "OMP_NUM_THREADS", "auto"
 
 

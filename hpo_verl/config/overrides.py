@@ -15,6 +15,7 @@ from hpo_verl.errors import ConfigError
 
 RUN_FOLDER_KEY = "hydra.run.dir"
 ONE_RUN = "one command is one run; start one command for each value"
+NO_SWEEP = f"hydra.mode=MULTIRUN: must be RUN; {ONE_RUN}"
 _LIKE_A_PATH = ("/", "./", "../", "~/")
 
 

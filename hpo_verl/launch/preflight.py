@@ -21,8 +21,10 @@ from hpo_verl.checks.finding import raise_first_error
 from hpo_verl.checks.list import run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config import cluster
+from hpo_verl.config.environment import complete_environment
+from hpo_verl.config.overrides import NO_SWEEP
 from hpo_verl.config.recipes import without_hydra
-from hpo_verl.errors import EXIT_FAILED, HpoVerlError
+from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_FAILED, HpoVerlError
 from hpo_verl.launch.resume import begin, logger_paths, place_checkpoints
 from hpo_verl.runs.process import MARKER
 
@@ -45,6 +47,8 @@ class Preflight(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check, then point verl's loggers and checkpoints into the run folder."""
         launched = MARKER in os.environ
+        # Before anything resolves what the recipe takes from it.
+        complete_environment()
         try:
             cluster.join(config)
             if not launched:
@@ -71,3 +75,8 @@ class Preflight(Callback):
             raise SystemExit(EXIT_FAILED) from error
         os.environ.update(logger_paths(folder))
         cluster.forward_environment(config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse several runs at once: Hydra would start each without `on_run_start`."""
+        print(f"error: settings: {NO_SWEEP}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)

@@ -57,12 +57,12 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 def checked_result(value: object) -> dict[str, Any]:
     """Return a reward's mapping with a float `score`; for a plain number `acc` alone, as verl does.
 
-    Numbers of numpy become Python's. Under further keys verl takes the mean of whatever
-    is no text and not None.
+    Numbers, arrays and tensors become Python's. Under further keys verl takes the mean of
+    whatever is no text and not None.
 
     Raises:
         TypeError, ValueError: It is no finite number, nor a mapping with one under `score` and
-            numbers, texts or None under the other keys.
+            numbers, lists of them, texts or None under the other keys.
     """
     if not isinstance(value, Mapping):
         return {"acc": _finite(value)}
@@ -77,14 +77,29 @@ def _unwrapped(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and not hasattr(value, "__len__") else value
 
 
-def _plain(key: str, value: object) -> str | float | None:
-    value = _unwrapped(value)
+def shape(value: object) -> tuple[int, ...]:
+    """Lengths of a list and of the lists in it, all of them alike; none for a number."""
+    if not isinstance(value, list):
+        return ()
+    (inner,) = {shape(entry) for entry in value}
+    return (len(value), *inner)
+
+
+def _plain(key: str, value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
     if value is None:
         return None
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, numbers.Real):
         return float(value)
+    if isinstance(value, list | tuple):
+        entries = [_plain(key, entry) for entry in value]
+        with contextlib.suppress(ValueError):
+            shape(entries)
+            if not any(entry is None or isinstance(entry, str) for entry in entries):
+                return entries
+        raise TypeError(f"the reward's {key!r} is a list, but not of numbers and of one shape")
     found = type(value).__name__
     raise TypeError(f"the reward's {key!r} is of type {found}, not a number, a text or None")
 

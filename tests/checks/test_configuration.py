@@ -76,6 +76,16 @@ def test_epochs_give_steps_where_no_number_is_set(planned):
     assert check_steps(absent).status == "skipped"
 
 
+def test_epochs_that_end_before_the_steps(planned):
+    changes = {"trainer.total_epochs": 1}
+    assert check_steps(planned(changes)).status == "error"
+    # Its sampler has no end, verl's loop has one: see test_stopping.py.
+    spo = {**changes, "algorithm.adv_estimator": "spo"}
+    assert check_steps(planned(spo)).status == "error"
+    own = {**changes, "data.custom_cls.path": "mine.py"}
+    assert check_steps(planned(own)).detail == "30 steps"
+
+
 @pytest.mark.parametrize(("done", "status"), [("29", "ok"), ("30", "error"), ("", "ok")])
 def test_a_run_that_is_finished_has_no_step_left(planned, tmp_path, done, status):
     folder = tmp_path / "checkpoints"

@@ -85,6 +85,8 @@ ANYWHERE = [
     (["seed=${nothing}"], "recipe", "nothing"),
     (["+data.evil._target_=os.system"], "targets", "data.evil._target_=os.system"),
     ([f"{REWARD}.path=/nowhere.py"], "code", "/nowhere.py: no such file"),
+    (["hydra.mode=MULTIRUN"], "settings", "hydra.mode=MULTIRUN: must be RUN; one command"),
+    (["hydra.job.chdir=true"], "settings", "hydra.job.chdir=true: must be false"),
     (["data.max_response_length=null"], "settings", "data.max_response_length=None"),
     (["algo=mhpo", f"{ROLLOUT}.n=1"], "learning", "rollout.n=1: the estimator grpo compares"),
     (["trainer.critic_warmup=31"], "steps", "critic_warmup=31"),

@@ -30,6 +30,15 @@ def texts(solution_str, **row):
 def absent(solution_str, **row):
     return {"score": float("answer" in solution_str), "pred": None if "box" in solution_str else 1}
 
+def pair(solution_str, **row):
+    return {"score": float("answer" in solution_str), "parts": [0.0, float(len(solution_str))]}
+
+def ragged(solution_str, **row):
+    return {"score": float("answer" in solution_str), "parts": [0.0] * (len(solution_str) % 3 + 1)}
+
+def voted(solution_str, **row):
+    return {**pair(solution_str), "pred": "4"}
+
 def struct(**row):
     return {"score": 0.0, "info": {"a": 1}}
 
@@ -49,6 +58,12 @@ async def later(solution_str, extra_info, bonus, **row):
         ("texts", "error", "'pred' is a text in some rows and a number in others"),
         ("absent", "ok", "up to 1 for the known answer in all 100"),
         ("struct", "error", "TypeError: the reward's 'info' is of type dict, not a number, a text"),
+        ("pair", "ok", "up to 1 for the known answer in all 100"),
+        ("pair several", "ok", "up to 1 for the known answer in all 100"),
+        ("ragged", "ok", "up to 1 for the known answer in all 100"),
+        ("ragged several", "error", "'parts' is a list of 3 in some rows and a list of 2 in"),
+        ("voted", "ok", "up to 1 for the known answer in all 100"),
+        ("voted several", "error", "'parts' is a list: with actor_rollout_ref.rollout.val_kwargs"),
         ("blind", "warning", "in 100 of 100 rows the known answer scores no better"),
         ("later", "ok", "up to 3 for the known answer in all 100"),
         (
@@ -60,10 +75,12 @@ async def later(solution_str, extra_info, bonus, **row):
 )
 def test_reward_functions(examine, tmp_path, name, status, detail):
     (tmp_path / "rewards.py").write_text(REWARDS)
+    name, _, several = name.partition(" ")
     custom = {"path": str(tmp_path / "rewards.py"), "name": name}
     if name == "later":
         custom["reward_kwargs"] = {"bonus": 3.0}
-    finding = only(examine(changes={"reward.custom_reward_function": custom}), "reward")
+    changes = {"reward.custom_reward_function": custom, data.VALIDATED: 2 if several else 1}
+    finding = only(examine(changes=changes), "reward")
     assert finding.status == status
     assert detail in finding.detail
 

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from verl.trainer.ppo.metric_utils import process_validation_metrics
 
 from hpo_verl.rewards import countdown, telelogs
 from hpo_verl.rewards.scoring_process import checked_result
@@ -72,11 +73,48 @@ def test_further_keys_that_verl_leaves_out(value):
     assert type(found) in (str, type(None))
 
 
-@pytest.mark.parametrize("value", [{"a": 1}, [1], np.array(1), b"a", object(), 1j])
+class Unsent:
+    """What verl could not send either."""
+
+    def __reduce__(self):
+        raise TypeError
+
+
+LISTS = [[1], (1, 2.5), [[1, 2], [3, 4]], np.array(1), np.array([1, 2])]
+NO_MEAN = [
+    *({"a": 1}, b"a", object(), Unsent(), 1j, [], ["a"], [None], [[1], [2, 3]], [[1], 2]),
+    *([{}], np.array(["a"]), np.array([])),
+]
+
+
+def verl_takes(value, responses):
+    """Whether verl's validation works with it under a further key."""
+    infos = {"score": [1.0] * responses, "x": [value] * responses}
+    try:
+        with np.errstate(all="ignore"):
+            found = process_validation_metrics(["s"] * responses, ["u"] * responses, infos)
+    except (TypeError, ValueError):
+        return False
+    return not np.isnan(found["s"]["x"][f"mean@{responses}"])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", LISTS, ids=repr)
+def test_further_keys_with_lists(value):
+    """Row 24."""
+    found = checked_result({"score": 1, "x": value})["x"]
+    assert np.array_equal(found, value)
+    assert verl_takes(found, responses=1)
+    assert verl_takes(found, responses=2)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", NO_MEAN, ids=lambda value: type(value).__name__)
 def test_further_keys_that_have_no_mean(value):
     """Row 24."""
-    with pytest.raises(TypeError, match="the reward's 'x' is of type"):
+    with pytest.raises(TypeError, match=r"the reward's 'x' is (of type|a list)"):
         checked_result({"score": 1, "x": value})
+    assert not verl_takes(value, responses=2)
 
 
 @pytest.mark.parametrize("box", ["C3", " C3 ", "\\text{C3}"])

@@ -65,6 +65,22 @@ def test_an_unknown_study_is_refused_before_verl_is_imported(monkeypatch, capsys
     assert capsys.readouterr().err == "error: unknown study 'spars': did you mean sparse?\n"
 
 
+@pytest.mark.parametrize("command", ["train", "submit"])
+@pytest.mark.parametrize("option", ["-halgo=x", "-hx", "-x", "--hel"])
+def test_an_unknown_option_is_refused(command, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", command, "countdown-tiny", option])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert f"{option}: a setting is written KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_shown(option):
+    result = invoke("train", "countdown-tiny", option)
+    assert (result.exit_code, "Hydra overrides" in result.stdout) == (0, True)
+
+
 @pytest.mark.parametrize("name", ["HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS"])
 @pytest.mark.parametrize(
     ("given", "taken"), [("", None), ("~/x", "/home/me/x"), ("x", "{here}/x"), ("/a b", "/a b")]

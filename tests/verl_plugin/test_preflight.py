@@ -51,6 +51,32 @@ def test_the_newest_whole_checkpoint_is_what_verl_is_told(started, capsys):
     assert "not used: global_step_4 is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("given", "cache"), [("", "/home/me/.cache/hpo_verl"), ("~/x", "/home/me/x"), ("x", "{here}/x")]
+)
+def test_the_folders_of_the_environment_under_stock_verl(monkeypatch, tmp_path, given, cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HPO_VERL_CACHE", given)
+    monkeypatch.setenv(MARKER, "recorded already")
+    for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR", "RAY_OVERRIDE_JOB_RUNTIME_ENV"):
+        monkeypatch.setenv(name, "elsewhere")
+    config = compose_recipe("countdown-tiny", [f"hydra.run.dir={tmp_path / 'run'}", "seed=3"])
+    preflight.Preflight().on_run_start(config)
+    folder = cache.format(here=tmp_path)
+    assert config.data.train_files == f"{folder}/countdown-tiny-3/train.parquet"
+    # verl resolves the configuration in one of Ray's processes.
+    forwarded = config.ray_kwargs.ray_init.runtime_env.env_vars.get("HPO_VERL_CACHE")
+    assert forwarded == (folder if given else None)
+
+
+def test_stock_verl_with_several_runs_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        preflight.Preflight().on_multirun_start(compose_recipe("countdown-tiny", []))
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert "error: settings: hydra.mode=MULTIRUN: must be RUN; " in capsys.readouterr().err
+
+
 def test_no_whole_checkpoint_ends_the_start(started, capsys):
     config, folder = started
     for step in (2, 4):

@@ -61,7 +61,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonu
     if solution_str in FAULTS:
         return FAULTS[solution_str]()
     score = float(solution_str == ground_truth) + bonus
-    return {"score": score, "acc": score, "note": data_source}
+    return {"score": score, "acc": score, "note": data_source, "parts": [score, 1.0]}
 
 async def score_later(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):
     import asyncio
@@ -175,7 +175,7 @@ def test_a_fault_costs_its_own_response_and_no_other(rewards, fault):
     assert texts_of(outputs)[1]
     infos = [output["reward_extra_info"] for output in outputs]
     assert [list(info) for info in infos] == [list(infos[0])] * 4
-    assert (infos[1]["score"], infos[1]["note"]) == (0.0, "")
+    assert (infos[1]["score"], infos[1]["note"], infos[1]["parts"]) == (0.0, "", [0.0, 0.0])
 
 
 @pytest.mark.parametrize("fault", SLOW)

@@ -81,7 +81,7 @@ def run(tmp_path, monkeypatch):
     for name in UNTOUCHED:
         monkeypatch.setattr(Loop, name, lambda self, *_, **__: None)
 
-    def run(ask_in_step, save_freq, launcher=True):
+    def run(ask_in_step, save_freq, launcher=True, steps=STEPS):
         config = OmegaConf.create(
             {
                 "trainer": {
@@ -105,6 +105,7 @@ def run(tmp_path, monkeypatch):
         # Nothing is written here that could be sealed.
         unsealed = {"seal_checkpoint": lambda trainer: None}
         trainer = type("Trainer", (LifeCycle, Loop), unsealed)(config)
+        trainer.total_training_steps = steps
         trainer.listen(ask_in_step, file)
         trainer.fit(None)
         run.stages = trainer.stages
@@ -122,6 +123,12 @@ def test_without_a_request_nothing_changes(run):
         *("step 4", "save 4", "weights 4 of 4"),
     ]
     assert state == LISTENING
+
+
+def test_verl_ends_with_its_epochs_and_saves_nothing_though_there_are_prompts(run):
+    """What `hpo_verl.checks.configuration.check_steps` refuses, whatever draws the prompts."""
+    happened, _ = run(ask_in_step=None, save_freq=100, steps=9)
+    assert happened[-2:] == ["step 4", "weights 4 of 9"]
 
 
 def test_the_launcher_learns_what_the_trainer_does(run):

@@ -38,8 +38,6 @@ NAME = "guarded"
 METRIC = "reward/error_fraction"
 FILE_NAME = "reward_error.json"
 RESPONSE_CHARACTERS = 2000
-# What stands for a value of a reward that failed; for a number 0.
-BLANKS: dict[type, str | None] = {str: "", type(None): None}
 
 
 def is_guarded(config: Mapping[str, Any]) -> bool:
@@ -142,7 +140,7 @@ class GuardedRewardManager(NaiveRewardManager):
     def _outputs(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """What verl's reward workers return; the keys are those of a reward that worked."""
         if worked := next((result for result, problem in answers if not problem), None):
-            self._blank = {k: BLANKS.get(type(v), 0.0) for k, v in worked.items()}
+            self._blank = {key: _blank(value) for key, value in worked.items()}
         outputs = []
         for result, problem in answers:
             info = self._blank | result
@@ -150,6 +148,13 @@ class GuardedRewardManager(NaiveRewardManager):
             score = result.get("score", result.get("acc", 0.0))
             outputs.append({"reward_score": score, "reward_extra_info": info})
         return outputs
+
+
+def _blank(value: Any) -> Any:
+    """What stands for a value of a reward that failed: an empty text, or as many zeros."""
+    if isinstance(value, list):
+        return [_blank(entry) for entry in value]
+    return None if value is None else type(value)()
 
 
 def check_rewards(
