@@ -26,6 +26,7 @@ MODULES = (
     "topr",
     "aspo",
     "vespo",
+    "gmpo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

@@ -1,12 +1,15 @@
 """Comparators: verl's own estimators and losses, with the settings that make them comparable.
 
-GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071) and SAPO
-(2511.20347). verl computes them; the recipes hold their settings, and say what was changed.
+GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), LUSPO
+(2602.05261) and SAPO (2511.20347). verl computes them; the recipes hold their settings, and say
+what was changed.
 """
 
 from __future__ import annotations
 
 from hpo_verl.algorithms import base
+
+GSPO = base.Loss("gspo", proportional=True)
 
 ALGORITHMS = (
     base.Algorithm("grpo", ("2402.03300",), base.CLIP, base.SEQ_MEAN_TOKEN_MEAN),
@@ -28,7 +31,14 @@ ALGORITHMS = (
         ("2507.18071",),
         "-min(s A, clip(s, 1 - e_low, 1 + e_high) A), s = r_seq^(1/|y|)",
         base.SEQ_MEAN_TOKEN_MEAN,
-        loss=base.Loss("gspo", proportional=True),
+        loss=GSPO,
+    ),
+    base.Algorithm(
+        "luspo",
+        ("2602.05261",),
+        "-|y| min(s A, clip(s, 1 - e_low, 1 + e_high) A), s = r_seq^(1/|y|)",
+        base.SEQ_MEAN_TOKEN_SUM,
+        loss=GSPO,
     ),
     base.Algorithm(
         "sapo",
