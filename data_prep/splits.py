@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.command import staging, write_errors
+from data_prep.manifest import PREPARED, write_manifest
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import sync
 
@@ -41,12 +42,13 @@ def verl_row(
 def write_splits(
     out: str | Path, splits: Mapping[str, Iterable[Row]], made_with: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Write `<out>/<split>.parquet` for every split, in the place of older ones.
+    """Write `<out>/<split>.parquet` for every split, and their manifest, in place of older ones.
 
     Args:
         out: Folder, made if missing.
         splits: Rows of every split; arrow infers the types from the first of them.
-        made_with: What was asked for: source, seed, ...; kept in the files as `hpo_verl`.
+        made_with: What was asked for: source, seed, ...; kept in the files as
+            `hpo_verl`, and in the manifest.
 
     Returns:
         Split name -> path written.
@@ -74,8 +76,9 @@ def write_splits(
                     write_page_checksum=True,
                 )
                 sync(folder / path.name)
-        for path in paths.values():
-            os.replace(folder / path.name, path)
+        write_manifest(folder, PREPARED, made_with)
+        for name in (*(path.name for path in paths.values()), PREPARED):
+            os.replace(folder / name, Path(out) / name)
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Folders of policies: there whole or not at all, with a manifest that tells a later change."""
+"""Folders of policies: there whole or not at all, and without code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.command import staging
+from data_prep.manifest import write_manifest
 from hpo_verl.errors import DataError
-from hpo_verl.runs.files import sha256_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,38 +38,6 @@ def save_policy(
             os.replace(out, temporary / "old")
         os.replace(new, out)
     return written
-
-
-def write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a manifest beside the files whose SHA-256 it lists, and return it."""
-    digests = {path.name: sha256_once(path) for path in sorted(folder.iterdir())}
-    manifest = {**facts, "files": digests}
-    (folder / name).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return manifest
-
-
-def read_manifest(folder: Path, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Read a manifest that must have certain keys besides `files`, or raise DataError."""
-    path = folder / name
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if {*keys, "files"} <= manifest.keys() and isinstance(manifest["files"], dict):
-            return manifest
-    except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror}; remove {folder}") from error
-    except (ValueError, AttributeError):
-        pass
-    raise DataError(f"{path}: is not a manifest of this package; remove {folder}")
-
-
-def check_files(folder: Path, name: str, manifest: Mapping[str, Any], remedy: str) -> None:
-    """Check that a folder holds the files of its manifest, unchanged; or name file and remedy."""
-    for file, digest in manifest["files"].items():
-        path = folder / file
-        if Path(file).name != file or not path.is_file():
-            raise DataError(f"{path}: no such file, but {name} lists it; {remedy}")
-        if sha256_once(path) != digest:
-            raise DataError(f"{path}: its sha256 is not the one in {name}; {remedy}")
 
 
 def check_no_code_in(folder: Path, key: str) -> None:

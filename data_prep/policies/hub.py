@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep import manifest
 from data_prep.command import CommandParser, check_output, commit, first_line, run, staging
-from data_prep.policies import folder
+from data_prep.policies.folder import check_no_code_in
 from hpo_verl.errors import DataError
-from hpo_verl.runs.files import remember_sha256, sha256_once
+from hpo_verl.runs.files import sha256_once
 
 MANIFEST = "fetched.json"
 # transformers reads model.safetensors or model-00001-of-....safetensors.
@@ -73,36 +74,16 @@ def fetch(out: str | Path, repo: str, revision: str) -> dict[str, Any]:
             snapshot = Path(_hub(repo, revision, names))
             for name in names:
                 _place((snapshot / name).resolve(), new / name, f"{repo} at commit {revision}")
-            folder.check_no_code_in(new, f"{repo}@{revision}")
+            check_no_code_in(new, f"{repo}@{revision}")
         facts = {"repo": repo, "revision": revision}
-        manifest = folder.write_manifest(new, MANIFEST, facts)
+        written = manifest.write_manifest(new, MANIFEST, facts)
         os.replace(new, out)
-    return manifest
+    return written
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Which commit of which model a fetched folder holds, and its files' digests; or DataError."""
-    return folder.read_manifest(directory, MANIFEST, ("repo", "revision"))
-
-
-def check(directory: str | Path) -> dict[str, Any]:
-    """Verify a policy that was fetched earlier, and return its manifest.
-
-    Raises:
-        DataError: A file is missing or not that of the commit; names it and the remedy.
-    """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    command = f"--repo {manifest['repo']} --revision {manifest['revision']} --out {directory}"
-    remedy = f"remove {directory} and fetch it anew: python -m data_prep.policies.hub {command}"
-    folder.check_files(directory, MANIFEST, manifest, remedy)
-    return manifest
-
-
-def made(directory: Path) -> None:
-    """Take over the digests of what the command has just fetched, so that nothing is read twice."""
-    for name, digest in read_manifest(directory)["files"].items():
-        remember_sha256(directory / name, digest)
+    return manifest.read_manifest(directory, MANIFEST, ("repo", "revision"))
 
 
 def _hub(repo: str, revision: str, names: Sequence[str], dry_run: bool = False) -> Any:
@@ -147,7 +128,7 @@ def _place(cached: Path, target: Path, origin: str) -> None:
     if digest != cached.name:
         raise DataError(
             f"{cached}: its content is not that of {target.name} in {origin}; "
-            "remove it and try again"
+            "move it away and try again"
         )
     try:
         os.link(cached, target)

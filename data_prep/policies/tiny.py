@@ -18,7 +18,8 @@ from typing import Any
 
 from data_prep.command import CommandParser, check_output, integer_in, progress_bar, run
 from data_prep.countdown.puzzles import PuzzleKey, puzzles_digest, read_puzzles
-from data_prep.policies.folder import check_files, read_manifest, save_policy
+from data_prep.manifest import check_files, read_manifest
+from data_prep.policies.folder import save_policy
 from hpo_verl.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -158,18 +159,16 @@ def check(directory: str | Path) -> dict[str, Any]:
     """Verify a policy that was made earlier, and return its manifest.
 
     Raises:
-        DataError: Another recipe made it, or a file is missing or changed; names it and
-            the remedy.
+        DataError: Another recipe made it, or a file is missing or changed; names it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory, MANIFEST, ("recipe_version", "task", "seed", "held_out"))
-    remedy = f"remove {directory} and make it anew: python -m data_prep.policies.tiny --out DIR"
     if manifest["recipe_version"] != RECIPE_VERSION:
         raise DataError(
             f"{directory / MANIFEST}: recipe_version is {manifest['recipe_version']}, "
-            f"not {RECIPE_VERSION}; {remedy}"
+            f"not {RECIPE_VERSION}"
         )
-    check_files(directory, MANIFEST, manifest, remedy)
+    check_files(directory, MANIFEST, manifest)
     return manifest
 
 

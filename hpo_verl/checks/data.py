@@ -36,6 +36,7 @@ def check_files(run: PlannedRun) -> Finding:
     trained = 0
     for key, path in run.data_files:
         try:
+            run.check_made(path)
             rows = _rows(key, path)
         except DataError as problem:
             anew = run.how_to_make(path, f"{key}=FILE with rows in verl's schema")

@@ -10,7 +10,7 @@ from typing import Literal
 from hpo_verl.checks import cluster, configuration, data, loaded, machine, packages, storage
 from hpo_verl.checks.finding import Finding, error, one_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.prepare import Preparation, make_missing, missing, preparations
+from hpo_verl.checks.prepare import Preparation, make_missing, missing, preparations
 from hpo_verl.errors import HpoVerlError
 
 Need = Literal["here", "own ray", "data", "policy", "verl", "cluster", "ray"]

@@ -17,7 +17,6 @@ from data_prep.policies.folder import check_no_code_in
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.memory import weight_shapes
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.prepare import check_made
 from hpo_verl.config.settings import POLICY_KEY, leaves
 from hpo_verl.errors import DataError
 
@@ -140,8 +139,8 @@ def check_model(run: PlannedRun) -> Finding:
     folder = run.policy_folder
     anew = run.how_to_make(folder, f"copy the model there, or {POLICY_KEY}=FOLDER")
     try:
+        run.check_made(folder)
         check_policy(folder, "" if run.maker(folder) else HOW_TO_FETCH)
-        check_made(run.config)
     except DataError as problem:
         return error(one_line(problem), anew)
     for text in other_faults(run.config):

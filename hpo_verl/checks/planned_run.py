@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.checks.finding import one_line
 from hpo_verl.checks.memory import ModelSize, read_model_size
+from hpo_verl.checks.prepare import Preparation, preparations
 from hpo_verl.checks.rows import Sample, read_rows
 from hpo_verl.config.cluster import join, joined_address
-from hpo_verl.config.prepare import Preparation, preparations
 from hpo_verl.config.recipes import (
     compose_recipe,
     read_overrides,
@@ -118,6 +118,11 @@ class PlannedRun:
         makers = (p for p in preparations(self.config) if path.is_relative_to(p.output))
         return next(makers, None)
 
+    def check_made(self, path: Path) -> None:
+        """Raise a DataError where a file or folder is another than the recipe makes."""
+        if (maker := self.maker(path)) and (fault := maker.look()[1]):
+            raise DataError(f"prepare.{maker.name}: {fault}")
+
     def how_to_make(self, path: Path, otherwise: str) -> str:
         """How to get a right file or folder in the place of a missing or damaged one."""
         maker = self.maker(path)
@@ -126,7 +131,9 @@ class PlannedRun:
         command = maker.shown
         if self.recipe in recipe_names():
             command = shlex.join(["hpo-verl", "prepare", self.recipe, *self.overrides])
-        return f"remove {maker.output}, then {command}" if maker.output.exists() else command
+        if maker.look() == (True, ""):
+            return command
+        return f"{otherwise}; or {maker.way_out}, then {command}"
 
     @cached_property
     def size(self) -> ModelSize | None:

@@ -13,7 +13,7 @@ from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.machine import UNKNOWN_SIZE
 from hpo_verl.checks.memory import GIB
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.prepare import preparations
+from hpo_verl.checks.prepare import preparations
 from hpo_verl.config.settings import ACTOR, POLICY_KEY, ROLLOUT, cards_a_copy
 from hpo_verl.runs.process import SHARED_MEMORY
 

@@ -21,9 +21,10 @@ import torch
 
 from data_prep.command import staging
 from data_prep.countdown.puzzles import puzzles_digest
+from data_prep.manifest import check_files, read_manifest
 from data_prep.policies import tiny as tiny_policy
 from data_prep.policies.demos import Demonstrations, encode, token_batch
-from data_prep.policies.folder import check_files, read_manifest, save_policy
+from data_prep.policies.folder import save_policy
 from data_prep.policies.training import train
 from hpo_verl.errors import DataError
 from hpo_verl.lab.policy import Policy, Prompt, Responses
@@ -76,7 +77,7 @@ def make(cell: Cell) -> float:
     with locked(lock, remedy="set HPO_VERL_CACHE to a folder", wait=True):
         try:
             manifest = read_manifest(folder, FACTS, ("versions", "success"))
-            check_files(folder, FACTS, manifest, "")
+            check_files(folder, FACTS, manifest)
             if manifest["versions"] == warm_start_versions():
                 return float(manifest["success"])
         except DataError:
@@ -152,7 +153,7 @@ def _teach(folder: Path, shown: Demonstrations) -> None:
         [optimizer],
         rate=lambda step: 1.0 - 0.95 * step / _SKILL_STEPS,
     )
-    manifest = read_manifest(folder, tiny_policy.MANIFEST, ())
+    manifest = read_manifest(folder, tiny_policy.MANIFEST)
     del manifest["files"]
     save_policy(folder, policy.model, policy.tokenizer, tiny_policy.MANIFEST, manifest)
 

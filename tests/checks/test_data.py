@@ -47,9 +47,9 @@ def test_what_is_made_by_the_recipe_comes_with_the_command(examine, tmp_path):
     assert missing.fix == f"hpo-verl prepare countdown-tiny hydra.run.dir={tmp_path / 'run'}"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1 and no more")
-    (damaged, *_) = examine(changes={"prepare.data.output": str(tmp_path / "data")})
-    assert "train.parquet is not a complete parquet file" in damaged.detail
-    assert damaged.fix.startswith(f"remove {tmp_path / 'data'}, then hpo-verl prepare ")
+    (other, *_) = examine(changes={"prepare.data.output": str(tmp_path / "data")})
+    assert other.detail.endswith("train.parquet was not made by hpo-verl prepare")
+    assert f", or move {tmp_path / 'data'} away, then hpo-verl prepare " in other.fix
 
 
 def test_a_truncated_file(examine, rows, tmp_path):

@@ -36,7 +36,8 @@ def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
     assert json.loads(file.schema_arrow.metadata[b"hpo_verl"]) == MADE
     for split in ("train", "val"):
         assert made[0][split].read_bytes() == made[1][split].read_bytes()
-    assert sorted(os.listdir(tmp_path / "a" / "deep")) == ["train.parquet", "val.parquet"]
+    names = ["prepared.json", "train.parquet", "val.parquet"]
+    assert sorted(os.listdir(tmp_path / "a" / "deep")) == names
     # An ordinary file, readable by whomever the user's umask allows.
     mask = os.umask(0)
     os.umask(mask)

@@ -24,7 +24,8 @@ def test_synthetic_rows_have_verls_schema_and_score(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     arguments = ("--source", "synthetic", "--train-size", 24, "--val-size", 16, "--seed", 5)
     assert command(*arguments, "--out", out) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["train.parquet", "val.parquet"]
+    names = ["prepared.json", "train.parquet", "val.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == names
     for split, count in (("train", 24), ("val", 16)):
         rows = rows_of(out / f"{split}.parquet")
         assert len(rows) == count

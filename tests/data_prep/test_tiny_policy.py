@@ -134,7 +134,7 @@ def test_check_names_the_damaged_or_missing_file(copy, name):
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}: its sha256 .*data_prep\.policies\.tiny --out"):
+    with pytest.raises(DataError, match=rf"{name}: its sha256 is not the one in"):
         tiny_policy.check(copy)
     (copy / name).unlink()
     with pytest.raises(DataError, match=rf"{name}: no such file"):
@@ -145,7 +145,7 @@ def test_check_names_the_damaged_or_missing_file(copy, name):
     ("change", "message"),
     [
         (lambda m: m.update(recipe_version=0), "recipe_version is 0"),
-        (lambda m: m["files"].update({"../x": "0"}), r"\.\./x: no such file"),
+        (lambda m: m["files"].update({"../x": "0"}), "is not a manifest"),
         (lambda m: m.pop("seed"), "is not a manifest"),
         (lambda m: m.update(files=3), "is not a manifest"),
     ],

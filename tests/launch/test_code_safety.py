@@ -69,8 +69,8 @@ def test_nothing_is_downloaded_as_a_whole():
 
 
 def test_temporary_files_have_names_that_nobody_can_guess():
-    """`TemporaryDirectory` has mode 0700; `mktemp` gives a name alone. The doctor asks where."""
+    """Folders have mode 0700; `mktemp` gives a name alone. The doctor asks where."""
     used = {
         name.split(".")[1].split("(")[0] for _, name, _ in CALLS if name.startswith("tempfile.")
     }
-    assert used == {"TemporaryDirectory", "TemporaryFile", "gettempdir"}
+    assert used == {"TemporaryDirectory", "TemporaryFile", "gettempdir", "mkdtemp"}

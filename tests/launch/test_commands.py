@@ -121,13 +121,13 @@ def test_prepare_makes_the_data_of_a_production_recipe_once(data):
     assert result.stdout.splitlines()[-1] == f"data: {folder}"
     assert "making data: python -m data_prep.countdown" in result.stdout
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {path.name for path in files} == {"train.parquet", "val.parquet"}
+    assert {path.name for path in files} == {"prepared.json", "train.parquet", "val.parquet"}
     again = invoke("prepare", "countdown4-7b", *overrides)
     assert (again.exit_code, again.stdout) == (0, f"data: {folder}\n")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
 
 
-def test_prepare_does_not_call_damaged_data_sound(data, tmp_path, monkeypatch, capsys):
+def test_prepare_writes_over_nothing_that_it_did_not_make(data, tmp_path, monkeypatch, capsys):
     overrides, folder = data
     # Not even before it fetches the policy.
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -139,20 +139,22 @@ def test_prepare_does_not_call_damaged_data_sound(data, tmp_path, monkeypatch, c
         main()
     assert ended.value.code == EXIT_BAD_INPUT
     error = capsys.readouterr().err
-    assert f"{folder / 'train.parquet'} is not a complete parquet file" in error
+    assert f"{folder / 'train.parquet'} was not made by hpo-verl prepare" in error
     assert (folder / "train.parquet").read_bytes() == b"PAR1 and no more"
 
 
 def test_prepare_checks_a_policy_that_it_would_make(tmp_path, monkeypatch, capsys):
     policy = tmp_path / "policy"
     policy.mkdir()
+    (policy / "mine.txt").write_text("x")
     given = [*SMALL, f"prepare.data.output={tmp_path / 'data'}", f"prepare.policy.output={policy}"]
     monkeypatch.setattr(sys, "argv", ["hpo-verl", "prepare", "countdown-tiny", *given])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == EXIT_BAD_INPUT
     error = capsys.readouterr().err
-    assert f"{policy} holds no config.json; remove {policy}, then hpo-verl prepare" in error
+    assert f"{policy} holds no config.json; " in error
+    assert f"move {policy} away, then hpo-verl prepare" in error
 
 
 @pytest.mark.parametrize(

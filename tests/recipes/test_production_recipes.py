@@ -23,7 +23,7 @@ from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.checks.configuration import check_settings
 from hpo_verl.checks.data import check_files
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.prepare import preparations
+from hpo_verl.checks.prepare import preparations
 from hpo_verl.config.recipes import (
     compose_recipe,
     group_options,
@@ -313,7 +313,7 @@ def test_the_listed_command_makes_the_data_that_the_recipe_reads(recipe, sizes, 
         )
     )
     made = next(iter(preparations(config)))
-    subprocess.run(made.command, check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(made.command(), check=True, cwd=ROOT, capture_output=True)
     assert check_files(PlannedRun(recipe, (), tmp_path, composed=config)).status == "ok"
 
 
