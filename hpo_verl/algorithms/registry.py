@@ -23,6 +23,7 @@ MODULES = (
     "w_reinforce",
     "maxrl",
     "asym_re",
+    "ngrpo",
     "topr",
     "aspo",
     "vespo",
