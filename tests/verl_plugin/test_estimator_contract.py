@@ -131,3 +131,22 @@ def test_baselines_of_remax_are_ignored_and_other_keywords_refused(name):
     assert torch.equal(estimate(name, reward_baselines=torch.zeros(10)), estimate(name))
     with pytest.raises(TypeError, match="unexpected keyword"):
         estimate(name, values=torch.zeros(10))
+
+
+@EVERY
+@pytest.mark.parametrize("by_std", [True, False])
+def test_a_weight_in_front_multiplies_the_advantages_of_each_sign(name, by_std):
+    record, plain = OUR_ESTIMATORS[name], {"norm_adv_by_std_in_grpo": by_std}
+    if record.weights_by_sign:
+        return
+    before = estimate(name, config=plain)
+    weight = {"hpo": {"alpha": 0.25, "positive_weight": 2.0}}
+    weighted = estimate(name, config=plain | weight)
+    # Powers of two: to the bit.
+    assert torch.equal(weighted, torch.where(before > 0, 2 * before, before / 4))
+    adaptive = estimate(name, config=plain | {"hpo": {"alpha_min": 0.0}})
+    of_response = (before * MASK).sum(dim=-1)
+    positives, negatives = int((of_response > 0).sum()), int((of_response < 0).sum())
+    alpha = min(positives / negatives, 1.0) if negatives else 1.0
+    expected = torch.where(before < 0, alpha * before, before)
+    torch.testing.assert_close(adaptive, expected, rtol=1e-6, atol=0)

@@ -5,13 +5,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from composed_recipes import View, merged, with_algorithm
 from estimator_calls import call
 from policy_batches import actor_config, counts_of, evaluate, make_batch
 from verl.trainer.ppo.core_algos import compute_rloo_outcome_advantage
 
-from hpo_verl.algorithms.registry import ESTIMATORS
+from hpo_verl.algorithms.registry import ALGORITHMS, ESTIMATORS
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.advantages import trainer_modes
+from hpo_verl.verl_plugin.advantages import needs, trainer_modes
+from hpo_verl.verl_plugin.validation import check_algorithm
 
 NORM = "seq-mean-token-sum-norm"
 
@@ -56,3 +58,66 @@ def test_what_verls_own_trainer_lacks_is_named(estimator, settings, message):
         call(estimator, [1.0, 0.0], ["a", "a"], config)
     assert len(trainer_modes(ESTIMATORS[estimator], config)) == 3
     assert trainer_modes(ESTIMATORS[estimator], {"hpo": {}}) == ()
+
+
+# ---------------------------------------------------------------- in front of other algorithms
+
+
+def recipe(algorithm, **section):
+    """An algorithm's recipe with changes in `algorithm`."""
+    plain = with_algorithm("countdown3-1.5b", (), "8gpu", algorithm)
+    return View(merged(plain, {"algorithm": section}))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda one: one.name)
+@pytest.mark.parametrize("weight", [{"alpha": 0.5, "positive_weight": 2.0}, {"alpha_min": 0.2}])
+def test_the_weight_goes_in_front_of_every_algorithm_or_is_refused_by_name(algorithm, weight):
+    estimator, loss = algorithm.estimator, algorithm.loss
+    name, config = estimator.name, recipe(algorithm.name, hpo=weight)
+    if estimator.advantage is None or (estimator.weights_by_sign and not estimator.weight):
+        reason = "weights by sign itself" if estimator.weights_by_sign else "ignores it"
+        with pytest.raises(ConfigError, match=f"'{name}' {reason}; use a_hpo or hpo"):
+            check_algorithm(config)
+        if name != "grpo":
+            return
+        # GRPO's advantages with the weight are HPO's.
+        of_weight = "hpo" if "alpha" in weight else "a_hpo"
+        config = recipe(algorithm.name, adv_estimator=of_weight, hpo=weight)
+    elif estimator.weight:
+        config = recipe(algorithm.name)
+    if loss.selects:
+        with pytest.raises(ConfigError, match=f"loss_mode = '{loss.name}': the weight would"):
+            check_algorithm(config)
+    elif not loss.proportional:
+        (warning,) = check_algorithm(config)
+        assert loss.caveat in warning
+    else:
+        assert check_algorithm(config) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"alpha": 2.0}, "algorithm.hpo.alpha = 2.0: must be a number in [0, 1]"),
+        ({"alpha": 0.5, "ema": 0.5}, "algorithm.hpo.alpha = 0.5: unknown setting, known are"),
+        ({"length": "rollout"}, "algorithm.hpo.length = 'rollout': unknown setting"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_weight_in_front_are_checked(section, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_algorithm(recipe("d3s", hpo=section))
+
+
+def test_what_a_weight_in_front_needs_is_needed_too():
+    d3s, hapo = ESTIMATORS["d3s"], ESTIMATORS["hapo"]
+    assert needs(d3s, {"hpo": {"ema": 0.5}}) == ("entropy", "progress", "memory")
+    assert needs(hapo, {"hpo": {"alpha": 0.5}}) == ()
+    assert needs(hapo, {"hpo": {"alpha_end": 0.5}}) == ("progress",)
+    assert needs(hapo, {"hpo": {}}) == needs(ESTIMATORS["grpo"], {}) == ()
+
+
+def test_a_loss_that_chooses_by_the_advantages_is_refused_with_a_weight_in_front():
+    config = recipe("hapo", hpo={"alpha": 0.5})
+    config["actor_rollout_ref"]["actor"]["policy_loss"] = {"loss_mode": "clip_cov"}
+    with pytest.raises(ConfigError, match=r"adv_estimator = 'hapo' with .*'clip_cov'"):
+        check_algorithm(config)
