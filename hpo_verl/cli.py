@@ -305,8 +305,8 @@ def main() -> None:
     """Entry point: one line and a documented exit code for every error made on purpose."""
     # `kill`, and Ray when it stops a job, must leave as little behind as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    complete_environment()
     try:
+        complete_environment()
         app()
     except HpoVerlError as error:
         prefix = "" if isinstance(error, TrainingStopped) else "error: "

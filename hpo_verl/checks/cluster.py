@@ -33,6 +33,7 @@ ANSWER_NAME = "answer.json"
 PROBE_SECONDS, ANSWER_SECONDS = 180.0, 120.0
 CONNECT_SECONDS = 5.0
 AUTO, LOCAL = "auto", "local"
+OPTION = "--address"
 FORMS = "auto or HOST:PORT of the head (6379), on a node of the cluster"
 HOW_TO_ANSWER = (
     "install hpo-verl in the environment of Ray's processes; where a cluster asks for a token, "
@@ -40,7 +41,9 @@ HOW_TO_ANSWER = (
 )
 
 
-def split_address(address: str, forms: str, schemes: tuple[str, ...] = ()) -> tuple[str, str, int]:
+def split_address(
+    address: str, forms: str, schemes: tuple[str, ...] = (), name: str = OPTION
+) -> tuple[str, str, int]:
     """Scheme (empty where none is given), host and port of an address.
 
     Raises:
@@ -48,36 +51,38 @@ def split_address(address: str, forms: str, schemes: tuple[str, ...] = ()) -> tu
     """
     scheme, separator, _ = address.partition("://")
     if separator and scheme not in schemes:
-        raise ConfigError(f"--address={address}: {scheme}:// is not permitted; need {forms}")
+        raise ConfigError(f"{name}={address}: {scheme}:// is not permitted; need {forms}")
     try:
         parts = urlsplit(address if separator else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError as problem:
-        raise ConfigError(f"--address={address}: {problem}; need {forms}") from problem
+        raise ConfigError(f"{name}={address}: {problem}; need {forms}") from problem
     if not host or not port or parts.path not in ("", "/") or parts.query or parts.username:
-        raise ConfigError(f"--address={address}: must be {forms}")
+        raise ConfigError(f"{name}={address}: must be {forms}")
     return parts.scheme, host, port
 
 
 def check_address(run: PlannedRun) -> list[Finding]:
-    """Whether the given address is one, and somebody listens there; nothing without one."""
-    address = run.given_address
+    """Whether the address of a cluster is one, and somebody listens there; nothing without one."""
+    given = run.given_address
+    address = run.address if given is None else given
     if address is None:
         return []
+    name = "Ray's address" if given is None else OPTION
     if address == AUTO:
         # Ray leaves the address of a cluster's node in a file of its temporary folder.
         folder = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray"
         if not os.environ.get("RAY_ADDRESS") and not (folder / "ray_current_cluster").is_file():
             raise EnvironmentCheckError(
-                f"--address={AUTO}: no Ray cluster runs on this machine; need HOST:PORT of the "
+                f"{name}={AUTO}: no Ray cluster runs on this machine; need HOST:PORT of the "
                 "head, or start one with `ray start --head`"
             )
         return [ok(f"{address} answers")]
-    _, host, port = split_address(address, FORMS)
+    _, host, port = split_address(address, FORMS, name=name)
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except OSError as problem:
-        text = f"--address={address}: nobody answers at {host} port {port} ({problem})"
+        text = f"{name}={address}: nobody answers at {host} port {port} ({problem})"
         raise EnvironmentCheckError(f"{text}; need {FORMS}") from problem
     return [ok(f"{address} answers")]
 

@@ -134,12 +134,18 @@ def check_settings(run: PlannedRun) -> Finding:
 
 
 def _check_switches(run: PlannedRun) -> None:
-    """Refuse a text where verl's own default is true or false: to Python, `no` is true."""
+    """Refuse a text where verl's own default is true or false: to Python, `no` is true.
+
+    And a value in the place of a whole section, which verl finds in a worker.
+    """
     defaults = OmegaConf.load(verl_configurations() / "_generated_ppo_trainer.yaml")
     known = dict(leaves(OmegaConf.to_container(defaults, resolve=True)))
     for key, value in leaves(OmegaConf.to_container(run.config)):
         if isinstance(value, str) and isinstance(known.get(key), bool):
             raise ConfigError(f"{key}={value!r}: must be true or false, and no text")
+        is_section = key not in known and f"{key}.0" not in known
+        if value is not None and is_section and any(k.startswith(f"{key}.") for k in known):
+            raise ConfigError(f"{key}={value!r}: is a section; set one of its keys")
 
 
 def check_older_keys(run: PlannedRun) -> Finding:

@@ -13,7 +13,7 @@ from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.prepare import Preparation, make_missing, missing, preparations
 from hpo_verl.errors import HpoVerlError
 
-Need = Literal["here", "own ray", "data", "policy", "verl", "cluster", "ray"]
+Need = Literal["here", "own ray", "data", "policy", "verl", "ray"]
 THE_OTHERS = "other checks"
 
 
@@ -27,8 +27,7 @@ class Check:
     Attributes:
         needs: `here`, it looks at this machine; `own ray`, at what a Ray of its own would have
             here; `data` and `policy`, at these files here; `verl`, it imports verl, which takes
-            seconds; `cluster`, it asks whether one answers; `ray`, it asks Ray's workers, unless
-            an error was found before.
+            seconds; `ray`, it asks Ray's workers, unless an error was found before.
         after: names of findings without which it cannot be made.
         vital: whether no other check can be made if it finds an error.
         again: whether it can say more once data and policy are there.
@@ -58,7 +57,6 @@ SCHEMA = (
 # What is quick comes first.
 CHECKS = (
     Check("python", packages.check_base, vital=True),
-    Check("address", cluster.check_address, ("cluster",), fix=f"{CORRECT}, or start the cluster"),
     Check("recipe", configuration.check_recipe, fix=f"see `hpo-verl list`, {CORRECT}", vital=True),
     Check("code", loaded.check_code, vital=True),
     Check("settings", configuration.check_settings, fix=CORRECT, vital=True),
@@ -68,6 +66,7 @@ CHECKS = (
     Check("steps", configuration.check_steps, again=True),
     Check("lengths", configuration.check_lengths),
     Check("paths", storage.check_paths),
+    Check("address", cluster.check_address, ("here",), (), f"{CORRECT}, or start the cluster"),
     Check("cards", machine.check_here, ("own ray",), (), DRIVER, again=True),
     Check("packages", packages.check_packages, ("here",)),
     Check("modules", packages.check_modules, ("here",)),
@@ -90,7 +89,7 @@ CHECKS = (
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.
-BEFORE_RAY = tuple(check for check in CHECKS if not {"cluster", "ray"} & set(check.needs))
+BEFORE_RAY = tuple(check for check in CHECKS if "ray" not in check.needs)
 ANYWHERE = tuple(check for check in BEFORE_RAY if {"verl"}.issuperset(check.needs))
 
 

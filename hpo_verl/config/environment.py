@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from hpo_verl.errors import ConfigError
+
 FOLDERS = ("HPO_VERL_CACHE", "HPO_VERL_CHECKPOINTS")
 
 
@@ -12,5 +14,7 @@ def complete_environment() -> None:
     os.environ.setdefault("HOME", os.path.expanduser("~"))
     for name in FOLDERS:
         folder = os.environ.pop(name, "")
+        if "${" in folder:
+            raise ConfigError(f"{name}={folder}: must name a folder, without ${{ in its path")
         if folder:
             os.environ[name] = os.path.abspath(os.path.expanduser(folder))

@@ -16,6 +16,8 @@ from hpo_verl.errors import ConfigError
 RUN_FOLDER_KEY = "hydra.run.dir"
 ONE_RUN = "one command is one run; start one command for each value"
 NO_SWEEP = f"hydra.mode=MULTIRUN: must be RUN; {ONE_RUN}"
+# What Hydra takes for a key, a group or a package.
+_KEY = re.compile(r"[~+]*[\w$][\w$./@:-]*")
 _LIKE_A_PATH = ("/", "./", "../", "~/")
 
 
@@ -29,11 +31,12 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
     Of more than a screenful none is listed.
     """
-    names = sorted(candidates)
+    names, word = sorted(candidates), word.lower()
     close = [name for name in names if name.endswith(f".{word}")]
     close = close or difflib.get_close_matches(word, names, cutoff=0.5)
     # Few letters look like anything, but as a part of a name they were meant.
-    close = close or sorted((n for n in names if word in n.rpartition(".")[2]), key=len)
+    within = (n for n in names if word and word in n.rpartition(".")[2])
+    close = close or sorted(within, key=len)
     if close:
         return f"did you mean {' or '.join(close[:3])}?"
     return f"available: {', '.join(names)}" if len(names) <= 50 else "nothing looks like it"
@@ -101,9 +104,11 @@ def _for_the_shell(text: str) -> str:
 def _hydra_override(text: str, groups: Mapping[str, Sequence[str]]) -> str:
     name, equals, value = text.partition("=")
     key = overridden_key(text)
-    if not equals and not text.startswith("~"):
+    if not (_KEY.fullmatch(name) and (equals or name[0] == "~")):
         fitting = [f"{group}={text}" for group, options in groups.items() if text in options]
         raise ConfigError(f"{text!r}: write {' or '.join(fitting) or 'KEY=VALUE, without blanks'}")
+    if key in groups and name[0] == "+":
+        raise ConfigError(f"{text}: the recipe has {key} already; write {key}={value}")
     if key == RUN_FOLDER_KEY and not value:
         raise ConfigError(f"{text}: must name a folder")
     is_path = key == RUN_FOLDER_KEY or value.startswith(_LIKE_A_PATH)
@@ -117,6 +122,8 @@ def _hydra_override(text: str, groups: Mapping[str, Sequence[str]]) -> str:
         as_text = f"{name}={quoted(value)}"
         if is_path:
             return as_text
+        if key in groups and override is None:
+            problem = f"no such {key}; {nearest(value, groups[key])}"
         remedy = "" if key in groups else f"; to give it as a text: {_for_the_shell(as_text)}"
         raise ConfigError(f"override {text!r}: {problem}{remedy}")
     if key in groups and not override.is_delete() and override.value() not in groups[key]:

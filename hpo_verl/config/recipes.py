@@ -127,7 +127,10 @@ def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:
 def _unknown_setting(recipe: str, overrides: Sequence[str]) -> str | None:
     """Name the override whose key does not exist, and the keys that look like it."""
     groups = [text for text in overrides if text.split("=", 1)[0].lstrip("+~") in GROUPS]
-    plain = _compose(recipe, groups)
+    try:
+        plain = _compose(recipe, groups)
+    except HydraException:
+        return None
     keys = set(leaf_keys(plain))
     for text in overrides:
         key = overridden_key(text)

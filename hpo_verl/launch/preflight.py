@@ -47,9 +47,9 @@ class Preflight(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check, then point verl's loggers and checkpoints into the run folder."""
         launched = MARKER in os.environ
-        # Before anything resolves what the recipe takes from it.
-        complete_environment()
         try:
+            # Before anything resolves what the recipe takes from it.
+            complete_environment()
             cluster.join(config)
             if not launched:
                 check(config)

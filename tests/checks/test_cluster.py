@@ -249,6 +249,13 @@ def test_what_is_no_address(address, message):
         check_address(PlannedRun("any", (), Path(), address))
 
 
+@pytest.mark.parametrize("address", ["https://10.0.0.1:8265", "ray://head:10001", "bogus", " "])
+def test_the_address_of_the_environment_is_looked_at_too(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=f"^Ray's address={address}: .* of the head"):
+        check_address(PlannedRun("countdown-tiny", ()))
+
+
 def test_nobody_answers():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,6 +11,7 @@ from hpo_verl.checks.configuration import (
     check_lengths,
     check_names,
     check_records,
+    check_settings,
     check_steps,
     is_group_relative,
 )
@@ -104,6 +105,11 @@ def test_wrong_settings_are_named(planned, changes, name, words):
     assert (finding.name, finding.status) == (name, "error")
     assert words in finding.detail
     assert finding.fix
+
+
+def test_one_logger_may_be_a_text_and_an_optional_section_may_be_left_out(planned):
+    assert check_settings(planned({"trainer.logger": "file"})).status == "ok"
+    assert check_settings(planned({"actor_rollout_ref.rollout.engine_kwargs": None})).status == "ok"
 
 
 def test_what_a_file_or_another_source_names_is_not_looked_for(planned):

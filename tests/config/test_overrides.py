@@ -120,6 +120,12 @@ def test_overrides_that_say_where_the_run_is():
         (["grpo"], "'grpo': write algo=grpo"),
         (["trainer.nnodes", "=", "1"], "write KEY=VALUE, without blanks"),
         ([""], "write KEY=VALUE"),
+        (["=5"], "'=5': write KEY=VALUE"),
+        (["'seed=5'"], "write KEY=VALUE"),
+        (["algo=GSPO"], "algo=GSPO: no such algo; did you mean gspo"),
+        (["algo=größe"], "no such algo; "),
+        (["algo="], "no such algo; available: a_hpo"),
+        (["+algo=hpo"], "the recipe has algo already; write algo=hpo"),
         (["trainer.experiment_name=a[b]"], "to give it as a text: \"trainer.experiment_name='a"),
     ],
 )
@@ -137,6 +143,7 @@ def test_a_wrong_argument_is_told_what_to_write(arguments, message):
         (["zzqq=1"], "nothing looks like it"),
         (["algorithm=grpo"], "algorithm is a section; set one of its keys, such as algorithm"),
         (["run=null"], "Config group override must be a string"),
+        (["~algo=spo"], "recipe countdown-tiny: Could not delete"),
     ],
 )
 def test_a_wrong_key_is_told_the_nearest(overrides, message):

@@ -41,6 +41,7 @@ SWITCHES = [
     ({"trainer.val_before_train": "no"}, "val_before_train='no': must be true or false"),
     ({f"{ACTOR}.use_kl_loss": "off"}, "use_kl_loss='off': must be true or false"),
     ({f"{ROLLOUT}.log_prob_use_dynamic_bsz": "yes"}, "use_dynamic_bsz='yes': must be true or"),
+    ({f"{ACTOR}.optim": 5}, "optim=5: is a section; set one of its keys"),
     ({"data.shuffle": "maybe"}, "data.shuffle='maybe': must be true or false"),
 ]
 OLDER_KEYS = [
@@ -52,7 +53,7 @@ OLDER_KEYS = [
     ({"sandbox_fusion.url": "http://x"}, "older key of reward.sandbox_fusion.url"),
 ]
 NOT_TOGETHER = [
-    ({f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"}, "permits token-mean only"),
+    ({f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"}, "permits token-mean and"),
     ({f"{ACTOR}.policy_loss.loss_mode": "kl_cov"}, "covariance"),
     ({"algorithm.hpo.alpha_min": 1.5}, "alpha_min"),
 ]

@@ -95,6 +95,17 @@ def test_folders_of_the_environment(name, given, taken, tmp_path, monkeypatch):
     assert os.environ.get(name) == (taken and taken.format(here=tmp_path))
 
 
+def test_a_folder_of_the_environment_that_configurations_cannot_hold(monkeypatch, capsys):
+    monkeypatch.setenv("HPO_VERL_CACHE", "/data/${x}")
+    monkeypatch.setattr(sys, "argv", ["hpo-verl", "list"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert capsys.readouterr().err.startswith(
+        "error: HPO_VERL_CACHE=/data/${x}: must name a folder"
+    )
+
+
 def test_a_missing_home_is_that_of_the_user(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(sys, "argv", ["hpo-verl", "--version"])
