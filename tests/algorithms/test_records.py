@@ -56,6 +56,14 @@ def test_the_recipe_selects_what_the_record_says(algorithm):
 
 
 @EVERY
+def test_the_dual_clip_is_out_of_reach_wherever_there_is_one(algorithm):
+    actor = yaml.safe_load((RECIPES / f"{algorithm.name}.yaml").read_text())["actor_rollout_ref"]
+    clips = algorithm.loss.dual_clips or algorithm.loss.name == "vanilla"
+    # YAML 1.1 takes 1.0e9 for a text; OmegaConf does not.
+    assert str(actor["actor"].get("clip_ratio_c")) == ("1.0e9" if clips else "None")
+
+
+@EVERY
 def test_the_page_of_algorithms_lists_it(algorithm):
     index = (PAGES / "algorithms.md").read_text()
     row = next(line for line in index.splitlines() if line.startswith(f"| `{algorithm.name}` |"))
