@@ -40,10 +40,11 @@ class Rollout(NamedTuple):
             a rejection has masked it, of prompts with a token left to train on.
         mask: Tokens that are trained on, `[batch, response]` bool.
         normalize_by_std: `algorithm.norm_adv_by_std_in_grpo`.
-        extras: What `Estimator.needs` names: `entropy`, nats, `[batch, response]`, of the policy
-            that sampled; `progress`, 0 at the first step and 1 at the last; `values`, one per
-            output, `[batch]` float64, from the history of its prompt; `memory`, the numbers of
-            `Advantages.memory` at the last step, empty at the first.
+        extras: What `Estimator.needs` names: `entropy` and `old_log_prob`, nats,
+            `[batch, response]`, of the policy that sampled; `progress`, 0 at the first step and 1
+            at the last; `values`, one per output, `[batch]` float64, from the history of its
+            prompt; `memory`, the numbers of `Advantages.memory` at the last step, empty at the
+            first.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.

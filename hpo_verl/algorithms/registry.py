@@ -24,6 +24,7 @@ MODULES = (
     "maxrl",
     "asym_re",
     "ngrpo",
+    "a3po",
     "topr",
     "aspo",
     "vespo",

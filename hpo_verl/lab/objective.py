@@ -225,9 +225,9 @@ def _try(objective: Objective) -> None:
     groups = torch.arange(4) if objective.estimator.history else torch.tensor([0, 0, 1, 1])
     entropy = torch.linspace(0.5, 1.0, 8).view(4, 2)
     known = {"entropy": entropy, "progress": 0.5, "values": torch.full((4,), 0.5)}
-    known["memory"] = {}
-    advantages, _ = objective.advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), groups, mask, known)
     old = torch.full((4, 2), -1.0)
+    known |= {"memory": {}, "old_log_prob": old}
+    advantages, _ = objective.advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), groups, mask, known)
     fields = objective.token_fields(entropy, mask)
     slopes, _ = objective.gradient(old - 0.01, old, advantages, mask, fields, (8, 4))
     if not bool(torch.isfinite(slopes).all()):

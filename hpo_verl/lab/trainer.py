@@ -175,7 +175,11 @@ class Trainer:
         """Take a step's optimizer steps; `progress` is 0 at the first step, 1 at the last."""
         prompts, (tokens, mask, log_probs) = rollout.prompts, rollout.responses
         groups = torch.arange(len(mask)) // self.group
-        known: dict[str, Any] = {"progress": progress, "memory": self.memory}
+        known: dict[str, Any] = {
+            "progress": progress,
+            "memory": self.memory,
+            "old_log_prob": log_probs,
+        }
         if self.history is not None:
             known["values"] = self.history.values()[rollout.questions]
         fields: dict[str, torch.Tensor] = {}

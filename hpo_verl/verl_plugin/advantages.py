@@ -32,6 +32,9 @@ _told: set[str] = set()
 
 OUR_MODES = ("hpo_sync", "hpo_colocate_async", "hpo_separate_async")
 
+TOKEN_VALUES = {"entropy": "entropy", "old_log_prob": "old_log_probs"}
+"""What an estimator may need of every token, and verl's name of its field."""
+
 
 class Estimate(NamedTuple):
     """One call of an estimator.
@@ -151,8 +154,8 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         finals.append(start + (rows if part.final is None else part.final))
         start += len(rows)
     found = dict(parts[-1].extras)
-    if "entropy" in found:
-        found["entropy"] = wide(part.extras["entropy"] for part in parts)
+    for name in found.keys() & TOKEN_VALUES.keys():
+        found[name] = wide(part.extras[name] for part in parts)
     scores = [part.scores for part in parts if part.scores is not None]
     return parts[-1]._replace(
         rewards=torch.cat([part.rewards for part in parts]),
@@ -253,15 +256,15 @@ def _extras(
     if penalizes(config):
         source = f"the scores before the penalty: trainer.v1.trainer_mode must be {modes}"
         extras.require(extras.SCORES, f"{who} with algorithm.use_kl_in_reward = True", source)
-    if "entropy" in found:
-        entropy = found["entropy"].detach()
-        if entropy.shape != mask.shape:
+    for name in found.keys() & TOKEN_VALUES.keys():
+        values = found[name].detach()
+        if values.shape != mask.shape:
             raise DataError(
-                f"entropy {tuple(entropy.shape)} must have the shape of response_mask "
+                f"{name} {tuple(values.shape)} must have the shape of response_mask "
                 f"{tuple(mask.shape)}"
             )
-        require_finite("entropy", entropy, mask)
-        found["entropy"] = entropy.to(mask.device)
+        require_finite(name, values, mask)
+        found[name] = values.to(mask.device)
     if "values" in found:
         of_prompt: Mapping[Hashable, float] = found["values"]
         for row in live.nonzero().squeeze(-1).tolist():

@@ -40,7 +40,8 @@ def advantages_of(recipe, batch):
     if estimator == "grpo":
         extra = {"norm_adv_by_std_in_grpo": section["norm_adv_by_std_in_grpo"]}
     values = dict(enumerate(batch["values"].tolist()))
-    with extras.provide(entropy=batch["entropy"], progress=batch["progress"], values=values):
+    given = {name: batch[name] for name in ("entropy", "old_log_prob", "progress")}
+    with extras.provide(**given, values=values):
         advantages, _ = get_adv_estimator_fn(estimator)(
             token_level_rewards=last * batch["rewards"][:, None],
             response_mask=mask,
@@ -85,7 +86,7 @@ def mini_batch(batch, advantages, recipe):
             "position_ids": nested([torch.arange(len(ids)) for ids in joined]),
             "loss_mask": nested([torch.cat(p) for p in zip(zeros, ones, strict=True)]),
             "response_mask": nested(ones),
-            "old_log_probs": nested(cut(batch["old_log_probs"])),
+            "old_log_probs": nested(cut(batch["old_log_prob"])),
             "advantages": nested(cut(advantages)),
         },
         non_tensor_dict={

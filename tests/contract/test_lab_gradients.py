@@ -48,7 +48,7 @@ def make_batch(policy, generator):
         "prompt_lengths": prompt_lengths.repeat_interleave(GROUP),
         "responses": responses,
         "mask": mask,
-        "old_log_probs": torch.where(mask, old, 0.0),
+        "old_log_prob": torch.where(mask, old, 0.0),
         "rewards": rewards,
         "groups": torch.arange(4).repeat_interleave(GROUP),
         "entropy": 3.0 * torch.rand(16, WIDTH, generator=generator) ** 2,
@@ -100,7 +100,7 @@ def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
     prompts = rows_of(batch["prompts"], batch["prompt_lengths"])
     log_prob = policy.log_probs(prompts, batch["responses"], mask)
     slopes, _ = objective.gradient(
-        log_prob, batch["old_log_probs"], advantages, mask, objective.token_fields(entropy, mask),
+        log_prob, batch["old_log_prob"], advantages, mask, objective.token_fields(entropy, mask),
         (int(mask.sum()), len(mask)),
     )  # fmt: skip
     log_prob.backward(slopes)

@@ -90,6 +90,7 @@ def step(monkeypatch):
             "response_mask": nested(mask.long()),
             "rm_scores": nested(scores),
             "entropy": nested(ENTROPY),
+            "old_log_probs": nested(-2.0 * ENTROPY),
         }
         fetched = []
 
@@ -281,6 +282,16 @@ def test_entropies_and_progress_are_provided_to_who_needs_them(step, number, ste
     assert torch.equal(trainer.provided["entropy"], ENTROPY * filled)
     trainer, _, _ = step(config("grpo", "vanilla"))
     assert trainer.provided == {"entropy": None, "progress": None}
+
+
+def test_old_log_probabilities_are_provided_to_who_needs_them(step):
+    trainer, metrics, fetched = step(config("a3po", "vanilla"), at=(3, 5))
+    assert fetched == [["old_log_probs"]]
+    assert metrics["hpo/a3po_positive_scale"] == 1.5
+    # Row 0, positive: of two tokens the one of higher entropy is the rarer one.
+    advantages = trainer.store["advantages"].to_padded_tensor(0.0)
+    rare = int(ENTROPY[0, :2].argmax())
+    assert advantages[0, rare] == 1.5 * advantages[0, 1 - rare] > 0
 
 
 def test_what_is_provided_is_gone_after_the_step_even_if_it_failed(step):

@@ -8,6 +8,7 @@ from estimator_calls import call, token_rewards
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import DataError
+from hpo_verl.verl_plugin.advantages import TOKEN_VALUES
 
 EVERY = pytest.mark.parametrize("name", OUR_ESTIMATORS)
 UIDS = list("aaaabbbbcc")
@@ -23,6 +24,7 @@ def provided(rows=10, width=4):
     generator = torch.Generator().manual_seed(0)
     return {
         "entropy": torch.rand(rows, width, generator=generator),
+        "old_log_prob": -torch.rand(rows, width, generator=generator),
         "progress": 0.5,
         "values": {"a": 0.3, "b": 0.6, "c": 0.5},
     }
@@ -65,7 +67,8 @@ def test_masks_of_every_type_give_the_same(name, dtype):
 @pytest.mark.parametrize("reward", [0.0, 1.0, NAN])
 def test_padding_rows_count_for_nothing(name, reward):
     given = provided()
-    given["entropy"] = torch.cat([given["entropy"], torch.full((3, 4), NAN)])
+    for field in TOKEN_VALUES:
+        given[field] = torch.cat([given[field], torch.full((3, 4), NAN)])
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.bool)])
     rewards = [*rewards_of(name), *[reward] * 3]
     padded = estimate(name, rewards, [*UIDS, *"ppp"], mask, given)
@@ -76,7 +79,8 @@ def test_padding_rows_count_for_nothing(name, reward):
 @EVERY
 def test_masked_equals_removed(name):
     given = provided()
-    given["entropy"] = torch.nn.functional.pad(given["entropy"], (0, 3), value=INF)
+    for field in TOKEN_VALUES:
+        given[field] = torch.nn.functional.pad(given[field], (0, 3), value=INF)
     wide = torch.nn.functional.pad(MASK, (0, 3))
     rewards = torch.nn.functional.pad(token_rewards(rewards_of(name)), (0, 3), value=NAN)
     assert torch.equal(estimate(name, rewards, mask=wide, given=given)[:, :4], estimate(name))
@@ -86,7 +90,8 @@ def test_masked_equals_removed(name):
 def test_the_order_of_responses_does_not_matter(name):
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     given = provided()
-    given["entropy"] = given["entropy"][order]
+    for field in TOKEN_VALUES:
+        given[field] = given[field][order]
     shuffled = estimate(
         name, token_rewards(rewards_of(name))[order], [UIDS[i] for i in order], MASK[order], given
     )

@@ -12,7 +12,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.advantages import joined, make_rollout
+from hpo_verl.verl_plugin.advantages import TOKEN_VALUES, joined, make_rollout
 from hpo_verl.verl_plugin.trainer.batches import final_outputs
 
 # SPO whitens over the batch, one response a prompt; the others compare within a prompt.
@@ -27,6 +27,7 @@ def given(rows, width=4, **more):
     generator = torch.Generator().manual_seed(0)
     return {
         "entropy": torch.rand(rows, width, generator=generator),
+        "old_log_prob": -torch.rand(rows, width, generator=torch.Generator().manual_seed(1)),
         "progress": 0.5,
         "values": dict.fromkeys("abc", 0.5),
         **more,
@@ -120,10 +121,8 @@ def test_a_rejected_response_has_no_advantage_and_a_rejected_prompt_no_weight(na
     mask[4:] = 0
     uids, rewards = list("aaaabb"), [1.0, 0.0, 0.0, 1.0]
     alone = call(name, rewards, uids[:4], mask=mask[:4], provided=given(4))
-    entropy = torch.cat([given(4)["entropy"], torch.ones(2, 4)])
-    both = call(
-        name, [*rewards, 1.0, 0.0], uids, mask=mask, provided=given(6) | {"entropy": entropy}
-    )
+    of_tokens = {field: torch.cat([given(4)[field], torch.ones(2, 4)]) for field in TOKEN_VALUES}
+    both = call(name, [*rewards, 1.0, 0.0], uids, mask=mask, provided=given(6) | of_tokens)
     assert torch.equal(both[:4], alone)
     assert (both[4:] == 0).all()
 
@@ -168,9 +167,7 @@ def parts_of(rewards, uids, size):
     earlier = deque(maxlen=len(rewards) // size - 1)
     for start in range(0, len(rewards), size):
         rows = slice(start, start + size)
-        own = {
-            name: value[rows] for name, value in given(len(rewards)).items() if name == "entropy"
-        }
+        own = {field: given(len(rewards))[field][rows] for field in TOKEN_VALUES}
         yield rewards[rows], uids[rows], earlier, own | {"progress": 0.5, "values": {}}
 
 

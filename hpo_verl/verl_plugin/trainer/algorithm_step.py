@@ -15,6 +15,7 @@ from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.advantages import (
+    TOKEN_VALUES,
     Estimate,
     group_codes,
     joined,
@@ -126,7 +127,8 @@ class AlgorithmStep(PromptHistoryTrainer):
             fields += ["rm_scores"]
             if estimator.advantage is None:
                 fields += ["token_level_rewards"]
-        if "entropy" in estimator.needs or (loss is not None and loss.token_fields):
+        fields += [field for name, field in TOKEN_VALUES.items() if name in estimator.needs]
+        if loss is not None and loss.token_fields:
             fields += ["entropy"]
         if estimator.history is not None:
             fields += self.history_fields()
@@ -167,7 +169,8 @@ class AlgorithmStep(PromptHistoryTrainer):
             self.memory = dict(estimate.result.memory)
         part = estimate.part
         if loss is not None and loss.token_fields:
-            part = part._replace(extras={"entropy": data["entropy"].to_padded_tensor(0.0)})
+            entropy = data["entropy"].to_padded_tensor(0.0)
+            part = part._replace(extras={**part.extras, "entropy": entropy})
             made = self._token_fields(loss, joined([*self._earlier, part]), data["entropy"])
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
         self._earlier.append(part)
@@ -187,8 +190,9 @@ class AlgorithmStep(PromptHistoryTrainer):
             return {}
         found = self._scores(data)
         wanted = needs(estimator, self.config.algorithm)
-        if "entropy" in estimator.needs:
-            found["entropy"] = data["entropy"].to_padded_tensor(0.0)
+        for name, field in TOKEN_VALUES.items():
+            if name in estimator.needs:
+                found[name] = data[field].to_padded_tensor(0.0)
         if "progress" in wanted:
             steps = max(self.total_training_steps - 1, 1)
             found["progress"] = min(max((self.global_steps - 1) / steps, 0.0), 1.0)
