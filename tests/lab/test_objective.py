@@ -64,6 +64,22 @@ def test_dr_grpo_does_not_divide_by_the_deviation():
     torch.testing.assert_close(advantages.flatten(), torch.tensor([0.75, -0.25, -0.25, -0.25]))
 
 
+def test_what_an_estimator_remembers_is_kept_for_the_next_step():
+    objective, memory = read("a_hpo", {"algorithm.hpo.ema": 0.75}), {"alpha": 1.0}
+    _, statistics = objective.advantages(REWARDS, GROUP, LIVE, {"memory": memory})
+    # One of four succeeds.
+    assert memory == {"alpha": statistics["alpha"]} == {"alpha": pytest.approx(0.75 + 0.25 / 3)}
+
+
+def test_a_weight_stands_in_front_of_another_estimator():
+    mask = torch.ones_like(LIVE)
+    objective = read("hapo", {"+algorithm.hpo.alpha": 0.5})
+    weighted, statistics = objective.advantages(REWARDS, GROUP, mask, {})
+    plain, _ = read("hapo").advantages(REWARDS, GROUP, mask, {})
+    assert torch.equal(weighted, torch.where(plain < 0, plain / 2, plain))
+    assert statistics["alpha"] == 0.5
+
+
 def test_token_fields_are_made_of_the_whole_batch():
     objective = read("hapo", {f"{ACTOR}.policy_loss.entropy_pivot": 0.5})
     mask = torch.ones(1, 3, dtype=torch.bool)
