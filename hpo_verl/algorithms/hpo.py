@@ -5,8 +5,9 @@
     HPO: alpha fixed;   A-HPO: alpha = clip(n+ / n-, alpha_min, 1)
 
 A_i is GRPO's group-relative advantage, r_it the token's importance ratio, n+
-and n- the numbers of responses with a positive and a negative advantage in
-the rollout batch.
+and n- the numbers of responses of the rollout batch whose score lies above and
+below their group's mean: with a positive and a negative advantage, unless a KL
+penalty in the rewards makes others.
 
 The paper fixes w, L and A-HPO's ratio of counts. It leaves open, and this
 module decides: token-level ratio, clip 0.2 / 0.2, dual clip off, counts over

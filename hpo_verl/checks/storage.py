@@ -60,6 +60,9 @@ def check_paths(run: PlannedRun) -> list[Finding]:
 def check_folders(run: PlannedRun) -> Finding:
     """Whether the folders can be made and written."""
     written = {"run folder": run.run_folder, "trainer.default_local_dir": run.checkpoint_folder}
+    for key in ("trainer.rollout_data_dir", "trainer.validation_data_dir"):
+        if folder := run.get(key):
+            written[key] = Path(folder)
     for what, folder in written.items():
         existing = nearest_existing(folder)
         if not existing.is_dir():

@@ -16,5 +16,8 @@ def complete_environment() -> None:
         folder = os.environ.pop(name, "")
         if "${" in folder:
             raise ConfigError(f"{name}={folder}: must name a folder, without ${{ in its path")
+        expanded = os.path.expanduser(folder)
+        if expanded.startswith("~"):
+            raise ConfigError(f"{name}={folder}: there is no such user")
         if folder:
-            os.environ[name] = os.path.abspath(os.path.expanduser(folder))
+            os.environ[name] = os.path.abspath(expanded)

@@ -72,11 +72,12 @@ def test_a_folder_without_permission(planned, request, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["/proc/x", "/sys/x"])
-def test_a_folder_where_no_file_can_be_made(planned, folder):
-    finding = check_folders(planned({"trainer.default_local_dir": folder}))
+@pytest.mark.parametrize("key", ["default_local_dir", "rollout_data_dir", "validation_data_dir"])
+def test_a_folder_where_no_file_can_be_made(planned, key, folder):
+    finding = check_folders(planned({f"trainer.{key}": folder}))
     assert finding.status == "error"
     place = folder.rsplit("/", 1)[0]
-    assert f"default_local_dir {folder}: {place} cannot be written to (" in finding.detail
+    assert f"{key} {folder}: {place} cannot be written to (" in finding.detail
 
 
 PATHS = {

@@ -95,15 +95,20 @@ def test_folders_of_the_environment(name, given, taken, tmp_path, monkeypatch):
     assert os.environ.get(name) == (taken and taken.format(here=tmp_path))
 
 
-def test_a_folder_of_the_environment_that_configurations_cannot_hold(monkeypatch, capsys):
-    monkeypatch.setenv("HPO_VERL_CACHE", "/data/${x}")
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [
+        ("/data/${x}", "must name a folder, without ${ in its path"),
+        ("~no-such-user/x", "there is no such user"),
+    ],
+)
+def test_a_folder_of_the_environment_that_cannot_be_used(monkeypatch, capsys, folder, problem):
+    monkeypatch.setenv("HPO_VERL_CACHE", folder)
     monkeypatch.setattr(sys, "argv", ["hpo-verl", "list"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == EXIT_BAD_INPUT
-    assert capsys.readouterr().err.startswith(
-        "error: HPO_VERL_CACHE=/data/${x}: must name a folder"
-    )
+    assert capsys.readouterr().err == f"error: HPO_VERL_CACHE={folder}: {problem}\n"
 
 
 def test_a_missing_home_is_that_of_the_user(monkeypatch):
