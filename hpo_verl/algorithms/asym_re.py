@@ -71,6 +71,6 @@ ALGORITHMS = (
             section="asym_re",
             check=base.refuse_kl_in_reward,
         ),
-        base.Loss("gpg", proportional=True),
+        base.REINFORCE,
     ),
 )

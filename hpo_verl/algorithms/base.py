@@ -207,6 +207,7 @@ class Estimator:
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
         weight: Its weight by sign, where others can have it in front.
+        compares: Whether it compares the responses to one prompt, so that it needs several.
     """
 
     name: str
@@ -219,6 +220,7 @@ class Estimator:
     check: Callable[[Mapping[str, Any]], None] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
     weight: SignWeight | None = None
+    compares: bool = True
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,9 @@ GRPO = Estimator("grpo")
 
 VANILLA = Loss("vanilla", proportional=True)
 """verl's clipped surrogate of PPO."""
+
+REINFORCE = Loss("gpg", proportional=True)
+"""verl's -A log pi, which it names after another method."""
 
 
 @dataclass(frozen=True)

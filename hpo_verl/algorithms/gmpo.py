@@ -46,6 +46,7 @@ ALGORITHMS = (
             aggregations=(base.SEQ_MEAN_TOKEN_MEAN,),
             clips=True,
             proportional=True,
+            caveat="clips a response's ratios by its sign, so it knows one advantage per response",
         ),
     ),
 )

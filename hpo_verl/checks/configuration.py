@@ -15,15 +15,15 @@ from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.packages import MODULES
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.overrides import NO_SWEEP, nearest
-from hpo_verl.config.recipes import group_options, recipes_directory, verl_configurations
+from hpo_verl.config.recipes import verl_configurations
 from hpo_verl.config.settings import ACTOR, ROLLOUT, leaves
 from hpo_verl.errors import ConfigError
 from hpo_verl.runs.checkpoints import TRACKER
 from hpo_verl.runs.quiet import quiet_imports
 
-# Estimators of verl that compare the responses to one prompt, and of which there is no recipe.
+# Estimators of verl that compare the responses to one prompt, and of which there is no record.
 GROUP_RELATIVE = (
-    *("grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo", "gpg"),
+    *("grpo_vectorized", "grpo_passk", "gdpo", "rloo_vectorized", "gpg"),
     *("reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
 )
 MINI_BATCH, REF = f"{ACTOR}.ppo_mini_batch_size", "actor_rollout_ref.ref"
@@ -244,21 +244,13 @@ def _obstacles(run: PlannedRun) -> Iterator[Finding]:
 
 
 def is_group_relative(estimator: str) -> bool:
-    """Whether an estimator compares the responses to one prompt; False where nobody knows.
-
-    The recipe of an algorithm that does not sets `rollout.n` to 1. Only a record without a recipe
-    here is asked itself, since the records load torch.
-    """
-    for name in group_options("algo"):
-        recipe = OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml")
-        if OmegaConf.select(recipe, "algorithm.adv_estimator") == estimator:
-            return OmegaConf.select(recipe, f"{ROLLOUT}.n") != 1
+    """Whether an estimator compares the responses to one prompt; False where nobody knows."""
     if estimator in GROUP_RELATIVE:
         return True
-    from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+    from hpo_verl.algorithms.registry import ESTIMATORS
 
-    record = OUR_ESTIMATORS.get(estimator)
-    return record is not None and record.history is None
+    record = ESTIMATORS.get(estimator)
+    return record is not None and record.compares and record.history is None
 
 
 def check_steps(run: PlannedRun) -> Finding:

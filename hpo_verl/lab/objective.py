@@ -32,6 +32,7 @@ from hpo_verl.verl_plugin.trainer.algorithm_step import step_statistics
 ACTOR = "actor_rollout_ref.actor"
 _READ = (
     "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.filter_groups",
+    "algorithm.gamma",
     "actor_rollout_ref.rollout.n",
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
     f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss",

@@ -153,7 +153,10 @@ def gradient_of(objective, log_prob, old, advantages, mask, rows=slice(None)):
 def test_rows_without_advantage_may_be_left_out(name):
     objective = read(name, length=5)
     log_prob, old, advantages, mask = batch()
-    assert objective.may_leave_out
+    if not objective.may_leave_out:
+        # Their advantages of 0 change the covariance of the others.
+        assert name in ("clip_cov", "kl_cov")
+        return
     slopes, sums = gradient_of(objective, log_prob, old, advantages, mask)
     useful = [0, 1, 4, 5]
     found, found_sums = gradient_of(objective, log_prob, old, advantages, mask, useful)

@@ -112,9 +112,12 @@ def check_values(config, hardware, where):
     assert not data.trust_remote_code, where
     # A group-relative advantage needs a group; SPO's is no such.
     assert (rollout.n == 1) == (config.algorithm["adv_estimator"] == "spo"), where
-    # Whatever the algorithm, a step and an update have as many responses.
+    # Whatever the algorithm, a step and an update have as many responses; OPO has one update.
     sizes = {"step": data.train_batch_size, "update": actor.ppo_mini_batch_size}
-    assert {key: size * rollout.n for key, size in sizes.items()} == config.responses, where
+    expected = dict(config.responses)
+    if config.algorithm["adv_estimator"] == "opo":
+        expected["update"] = expected["step"]
+    assert {key: size * rollout.n for key, size in sizes.items()} == expected, where
     assert data.train_batch_size % actor.ppo_mini_batch_size == 0, where
     # Ranks get equal shares of the step and of each mini-batch.
     assert actor.ppo_mini_batch_size * rollout.n % gpus == 0, where

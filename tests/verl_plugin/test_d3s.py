@@ -114,13 +114,18 @@ def test_dropped_tokens_add_nothing_and_the_kept_ones_weigh_as_before(loss_mode,
 
 
 def config(loss_mode="vanilla", mode="hpo_sync", **algorithm):
+    loss = LOSSES.get(loss_mode)
+    loss_agg_mode = (*(loss.aggregations if loss else ()), "token-mean")[0]
     return OmegaConf.create(
         {
             "algorithm": {"adv_estimator": "d3s", "d3s": {}, **algorithm},
             "actor_rollout_ref": {
                 "actor": {
                     "policy_loss": {"loss_mode": loss_mode},
-                    "loss_agg_mode": "token-mean",
+                    "loss_agg_mode": loss_agg_mode,
+                    "clip_ratio_low": 0.2,
+                    "clip_ratio_high": 0.2,
+                    "clip_ratio_c": 3.0,
                 }
             },
             "trainer": {"v1": {"trainer_mode": mode}},
