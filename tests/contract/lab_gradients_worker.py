@@ -24,7 +24,7 @@ from hpo_verl.verl_plugin.losses import ENGINE_VENDOR, loss_settings
 
 def recipe_of(name, width):
     recipe = OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml")
-    context = OmegaConf.create({"data": {"max_response_length": width}})
+    context = OmegaConf.create({"data": {"max_response_length": width, "train_batch_size": 4}})
     return OmegaConf.to_container(OmegaConf.merge(context, recipe), resolve=True)
 
 
@@ -36,7 +36,7 @@ def advantages_of(recipe, batch):
     section = recipe["algorithm"]
     estimator = section["adv_estimator"]
     groups = batch["groups"] if estimator != "spo" else torch.arange(len(mask))
-    extra = {"config": section}
+    extra = {"config": OmegaConf.create(section)}
     if estimator == "grpo":
         extra = {"norm_adv_by_std_in_grpo": section["norm_adv_by_std_in_grpo"]}
     values = dict(enumerate(batch["values"].tolist()))
@@ -77,6 +77,8 @@ def mini_batch(batch, advantages, recipe):
         name: nested(cut(make(batch["entropy"], batch["mask"], settings)))
         for name, make in loss.token_fields.items()
     }
+    # verl's own choose their tokens within a micro-batch, the lab within the mini-batch.
+    parts = 1 if loss.selects and loss.token_loss is None else 2
     return tu.get_tensordict(
         extra
         | {
@@ -93,7 +95,7 @@ def mini_batch(batch, advantages, recipe):
             "temperature": 1.0,
             "global_batch_size": len(lengths),
             "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": len(lengths) // 2,
+            "micro_batch_size_per_gpu": len(lengths) // parts,
             "use_remove_padding": False,
             "use_fused_kernels": False,
             "calculate_entropy": False,
@@ -146,6 +148,7 @@ def main(folder, port, algorithms):
         advantages = advantages_of(recipe, batch)
         with engine.train_mode():
             engine.optimizer_zero_grad()
+            torch.manual_seed(0)
             engine.forward_backward_batch(
                 mini_batch(batch, advantages, recipe),
                 partial(loss_with_statistics, config=actor_config(recipe)),

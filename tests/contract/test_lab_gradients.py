@@ -42,6 +42,7 @@ def make_batch(policy, generator):
     # Ratios on both sides of every clip; one sequence as a whole close to 1, within GSPO's.
     old = log_prob + 0.3 * torch.randn(16, WIDTH, generator=generator)
     old[5] = log_prob[5] + 1e-4
+    old[0, 1] = log_prob[0, 1] - 1.0  # a ratio of 2.7, beyond the widest clip
     old[7, 0] += 30.0  # beyond the bound of the log-ratio
     return {
         "prompts": prompts.repeat_interleave(GROUP, 0),
@@ -99,6 +100,8 @@ def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
     policy.model.zero_grad()
     prompts = rows_of(batch["prompts"], batch["prompt_lengths"])
     log_prob = policy.log_probs(prompts, batch["responses"], mask)
+    # Of the tokens that a loss chooses by chance.
+    torch.manual_seed(0)
     slopes, _ = objective.gradient(
         log_prob, batch["old_log_prob"], advantages, mask, objective.token_fields(entropy, mask),
         (int(mask.sum()), len(mask)),
