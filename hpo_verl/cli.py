@@ -88,7 +88,7 @@ def _fitted(text: str) -> str:
     return "\n".join(lines)
 
 
-_RECIPE = typer.Argument(help="Name of a recipe; see `hpo-verl list`.")
+_RECIPE = typer.Argument(help="A recipe of `hpo-verl list`, or a file of yours, ./NAME.yaml.")
 Recipe = Annotated[str, _RECIPE]
 OptionalRecipe = Annotated[str | None, _RECIPE]
 Overrides = Annotated[
@@ -115,6 +115,8 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
       hpo-verl train countdown-tiny algo=hpo algorithm.hpo.alpha=0.4 hydra.run.dir=runs/mine
 
       hpo-verl train countdown-tiny trainer.total_training_steps=300 --resume
+
+      hpo-verl train ./my-recipe.yaml
     """
     from hpo_verl.launch.outputs import shown_results
     from hpo_verl.launch.progress import TrainingProgress

@@ -17,7 +17,9 @@ from hpo_verl.checks.rows import Sample, read_rows
 from hpo_verl.config.cluster import join, joined_address
 from hpo_verl.config.recipes import (
     compose_recipe,
+    is_file_name,
     read_overrides,
+    recipe_file,
     recipe_names,
     run_folder,
     without_hydra,
@@ -54,7 +56,7 @@ class PlannedRun:
     @property
     def hydra_overrides(self) -> list[str]:
         """The overrides, with those paths quoted that Hydra would not read as text."""
-        return read_overrides(self.overrides)
+        return read_overrides(self.overrides, recipe_file(self.recipe))
 
     @cached_property
     def run_folder(self) -> Path:
@@ -129,7 +131,7 @@ class PlannedRun:
         if maker is None:
             return otherwise
         command = maker.shown
-        if self.recipe in recipe_names():
+        if is_file_name(self.recipe) or self.recipe in recipe_names():
             command = shlex.join(["hpo-verl", "prepare", self.recipe, *self.overrides])
         if maker.look() == (True, ""):
             return command

@@ -13,7 +13,9 @@ from hydra.errors import HydraException
 
 from hpo_verl.errors import ConfigError
 
-RUN_FOLDER_KEY = "hydra.run.dir"
+RUN_FOLDER_KEY, SEARCH_KEY = "hydra.run.dir", "hydra.searchpath"
+OWN_GROUPS = "groups of your own lie beside your recipe's file, which is given as ./NAME.yaml"
+_HYDRA_FOLDERS = ("cd", "cp", "cn", "config-dir", "config-path", "config-name")
 ONE_RUN = "one command is one run; start one command for each value"
 NO_SWEEP = f"hydra.mode=MULTIRUN: must be RUN; {ONE_RUN}"
 # What Hydra takes for a key, a group or a package.
@@ -94,6 +96,8 @@ def _dashes(text: str, following: str = "VALUE") -> str:
     name, _, value = text.lstrip("-").partition("=")
     if name in ("m", "multirun"):
         return f"{text}: {ONE_RUN}"
+    if name in _HYDRA_FOLDERS:
+        return f"{text}: {OWN_GROUPS}"
     return f"{text}: a setting is written KEY=VALUE, as in {name}={value or following}"
 
 
@@ -109,6 +113,8 @@ def _hydra_override(text: str, groups: Mapping[str, Sequence[str]]) -> str:
         raise ConfigError(f"{text!r}: write {' or '.join(fitting) or 'KEY=VALUE, without blanks'}")
     if key in groups and name[0] == "+":
         raise ConfigError(f"{text}: the recipe has {key} already; write {key}={value}")
+    if key == SEARCH_KEY:
+        raise ConfigError(f"{text}: {OWN_GROUPS}")
     if key == RUN_FOLDER_KEY and not value:
         raise ConfigError(f"{text}: must name a folder")
     is_path = key == RUN_FOLDER_KEY or value.startswith(_LIKE_A_PATH)

@@ -29,6 +29,7 @@ from hpo_verl.config.overrides import (
     setting,
     without_run_folder,
 )
+from hpo_verl.config.recipes import from_anywhere
 from hpo_verl.errors import EXIT_BAD_INPUT, ConfigError, EnvironmentCheckError, TrainingFailed
 from hpo_verl.installed import LOWEST_RAY
 from hpo_verl.launch.resume import FLAG
@@ -136,7 +137,15 @@ def submit(
     client = connect(address)
     nodes = living_nodes(address)
     raise_first_error([machine.check_cards(planned, nodes), machine.check_cpus(planned, nodes)])
-    command = ["python", "-m", "hpo_verl", "train", recipe, *without_run_folder(overrides)]
+    # A file is read on the cluster, from a disk that it shares as it does the data's.
+    command = [
+        "python",
+        "-m",
+        "hpo_verl",
+        "train",
+        from_anywhere(recipe),
+        *without_run_folder(overrides),
+    ]
     command += [setting(RUN_FOLDER_KEY, str(folder)), *([FLAG] if resume else [])]
     try:
         job = client.submit_job(

@@ -25,7 +25,7 @@ from hpo_verl.config.overrides import (
     setting,
     without_run_folder,
 )
-from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.config.recipes import hydra_arguments, recipe_file
 from hpo_verl.config.redaction import secret_mask
 from hpo_verl.errors import TrainingFailed, TrainingStopped
 from hpo_verl.launch import outputs
@@ -142,7 +142,7 @@ def train(
             place_checkpoints(config, folder)
             start = begin(config, folder, sys.argv, resume, announce)
             arguments = [
-                *("--config-dir", str(recipes_directory()), "--config-name", recipe),
+                *hydra_arguments(recipe),
                 *without_run_folder(overrides),
                 setting(RUN_FOLDER_KEY, str(folder)),
                 setting("++ray_kwargs.ray_init._temp_dir", str(child.temporary)),
@@ -160,7 +160,8 @@ def train(
             metrics.read_new()
             seconds = time.monotonic() - started
             summary = outputs.write_summary(folder, config, metrics, seconds)
-            title = f"{outputs.algorithm_name(config)} on {recipe}, seed {summary['seed']}"
+            name, seed = outputs.algorithm_name(config), summary["seed"]
+            title = f"{name} on {recipe_file(recipe).stem}, seed {seed}"
             outputs.draw_curve(folder, metrics, title)
             outputs.make_policy(folder, announce)
             return folder
