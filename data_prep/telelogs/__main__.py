@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.command import CommandParser, check_output, commit, integer_in, progress_bar, run
+from data_prep.examples import Example, choose
 from data_prep.splits import Row, verl_row, write_splits
 from data_prep.telelogs.prompt import render, tiny_prompt
 from data_prep.telelogs.simulator import simulate
 from data_prep.telelogs.sources import (
-    Example,
     check_outside_repositories,
-    choose,
-    read_examples,
+    read_file,
     read_hub,
 )
 from hpo_verl.rewards.telelogs import CAUSES
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"read at commit {revision} (--revision takes it)", file=sys.stderr)
         else:
             files = {"train": options.source, "val": options.val_source}
-            read = {split: read_examples(file) for split, file in files.items() if file}
+            read = {split: read_file(file) for split, file in files.items() if file}
         examples = choose(read, sizes, options.seed)
         counts = {split: len(rows) for split, rows in examples.items()}
     data_source = SYNTHETIC if synthetic else REAL

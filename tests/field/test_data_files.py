@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.telelogs.sources import read_examples
+from data_prep.telelogs.sources import read_file
 from hpo_verl.checks.rows import read_rows
 from hpo_verl.errors import DataError
 
@@ -55,7 +55,7 @@ REFUSED = [
 @pytest.mark.parametrize(("row", "name", "content", "count"), READ)
 def test_files_that_are_read(tmp_path, row, name, content, count):
     (tmp_path / name).write_bytes(content)
-    examples = read_examples(tmp_path / name)
+    examples = read_file(tmp_path / name)
     assert len(examples) == count
     assert {example.answer for example in examples} <= {f"C{i}" for i in range(1, 9)}
     assert not examples[0].question.startswith("\ufeff")
@@ -65,7 +65,7 @@ def test_files_that_are_read(tmp_path, row, name, content, count):
 def test_files_that_are_refused_in_one_line(tmp_path, row, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
-        read_examples(tmp_path / name)
+        read_file(tmp_path / name)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
