@@ -1,1 +1,1 @@
-"""Policies to train: the tiny one, and those of the hub."""
+"""Policies to train: the tiny one, SmolLM2 of a package, and those of the hub."""

@@ -40,6 +40,13 @@ def save_policy(
     return written
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template of a tokenizer writes after an answer."""
+    answer = "An answer."
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False)).rpartition(answer)[2]
+
+
 def check_no_code_in(folder: Path, key: str) -> None:
     """Refuse a model folder that brings code of its own.
 
