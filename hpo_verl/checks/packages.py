@@ -28,6 +28,7 @@ from hpo_verl.installed import (
     installed,
     is_permitted_verl,
 )
+from hpo_verl.rewards.third_party import REQUIREMENTS
 from hpo_verl.runs.quiet import quiet_imports
 
 PERMITTED_PYTHON = ">=3.10,<3.13"
@@ -54,6 +55,11 @@ ATTENTION = f"{MODEL}.override_config.attn_implementation"
 # Key -> value -> modules that verl 0.9.1 imports for it, long after the start; with what pip
 # installs where that has another name. vLLM and what every run imports have their versions checked.
 MODULES: dict[str, dict[Any, tuple[str, ...]]] = {
+    "prepare.data.module": {"data_prep.reasoning_gym": ("reasoning_gym",)},
+    "reward.custom_reward_function.path": {
+        "pkg://hpo_verl.rewards.reasoning_gym": ("reasoning_gym",),
+        "pkg://hpo_verl.rewards.math_answer": ("math_verify",),
+    },
     "trainer.logger": {
         **{name: (name,) for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio")},
         "tensorboard": ("tensorboard",),
@@ -91,6 +97,7 @@ MODULES: dict[str, dict[Any, tuple[str, ...]]] = {
 }
 # What pip installs, where it is not the module's name with hyphens.
 PACKAGES = {
+    **REQUIREMENTS,
     "cupy": "'verl[cupy-cu130]'",
     "flash_attn": "--constraint constraints-gpu.txt '.[gpu]'",
     "flash_attn_interface": "flash-attn-3",

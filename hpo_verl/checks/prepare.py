@@ -220,6 +220,11 @@ def preparations(config: DictConfig) -> Iterator[Preparation]:
             for key, value in (entry.get("arguments") or {}).items()
             if value is not None
         }
+        if not all(map(_holds_something, needed)):
+            try:
+                getattr(importlib.import_module(entry.module), "check_arguments", dict)(arguments)
+            except ConfigError as problem:
+                raise ConfigError(f"prepare.{name}: {problem}") from problem
         folder = Path(output).expanduser()
         yield Preparation(name, entry.module, folder, arguments, tuple(needed))
 

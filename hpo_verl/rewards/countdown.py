@@ -18,17 +18,17 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hpo_verl.errors import DataError
 from hpo_verl.rewards.expression import normalise, read_expression, read_integer
 from hpo_verl.rewards.result import (
     MAX_RESPONSE_CHARACTERS,
     RewardResult,
     bad_ground_truth,
+    last_answer,
+    require_text,
     reward_result,
     unique_keys,
 )
 
-OPEN, CLOSE = "<answer>", "</answer>"
 # An answer longer than this is not read: room for blanks around an expression.
 _MAX_ANSWER_CHARACTERS = 1_000
 
@@ -60,13 +60,10 @@ def compute_score(
         DataError: The ground truth is malformed, or the response is not text.
     """
     target, numbers = _read_ground_truth(ground_truth, data_source)
-    if not isinstance(solution_str, str):
-        raise DataError(
-            f"{data_source}: solution_str is {type(solution_str).__name__}; text is needed"
-        )
+    require_text(data_source, solution_str)
     if len(solution_str) > MAX_RESPONSE_CHARACTERS:
         return reward_result("too_long", well_formed=False)
-    answer = _last_answer(solution_str)
+    answer = last_answer(solution_str)
     if answer is None:
         return reward_result("no_answer", well_formed=False)
     if len(answer) > _MAX_ANSWER_CHARACTERS:
@@ -85,15 +82,6 @@ def compute_score(
     if claimed != target:
         return reward_result("wrong_equation", well_formed=True)
     return reward_result("correct", well_formed=True)
-
-
-def _last_answer(response: str) -> str | None:
-    """Return what stands between the last opening tag that is closed and its closing tag."""
-    start = response.rfind(OPEN, 0, max(0, response.rfind(CLOSE)))
-    if start < 0:
-        return None
-    start += len(OPEN)
-    return response[start : response.index(CLOSE, start)]
 
 
 def _read_ground_truth(

@@ -29,6 +29,8 @@ from typing import Any
 
 PACKAGE_PREFIX, FILE_PREFIX = "pkg://", "file://"
 ERROR_CHARACTERS = 500
+# A function beside the reward that imports what it scores with.
+LOADER = "load_scorer"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -158,6 +160,8 @@ def main(descriptor: str, path: str, name: str) -> None:
     connection = Connection(int(descriptor))
     try:
         function = load_function(path, name)
+        # What a reward imports when it first scores would count as the first response's time.
+        getattr(sys.modules.get(getattr(function, "__module__", "")), LOADER, lambda: None)()
     except BaseException as error:
         connection.send(({}, describe_loading(error, path)))
         return

@@ -13,17 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpo_verl.errors import DataError
 from hpo_verl.rewards.result import (
-    MAX_RESPONSE_CHARACTERS,
     RewardResult,
     bad_ground_truth,
+    last_box,
+    require_text,
     reward_result,
 )
 
 CAUSES = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8")
 
-_BOX = "\\boxed{"
 _TEXT = "\\text{"
 # Room for every accepted form with blanks around it; a longer box holds prose.
 _MAX_BOX_CHARACTERS = 64
@@ -56,38 +55,16 @@ def compute_score(
     """
     if not isinstance(ground_truth, str) or ground_truth not in CAUSES:
         raise bad_ground_truth(data_source, ground_truth, "C1 to C8")
-    if not isinstance(solution_str, str):
-        raise DataError(
-            f"{data_source}: solution_str is {type(solution_str).__name__}; text is needed"
-        )
-    content, reason = _last_box(solution_str)
+    require_text(data_source, solution_str)
+    content, reason = last_box(solution_str, _MAX_BOX_CHARACTERS)
     if content is None:
+        reason = "not_a_cause" if reason == "long_box" else reason
         return reward_result(reason, well_formed=False)
     cause = _read_cause(content)
     if cause is None:
         return reward_result("not_a_cause", well_formed=False)
     strict = content in (cause, f"{{{cause}}}")
     return reward_result("correct" if cause == ground_truth else "wrong_cause", well_formed=strict)
-
-
-def _last_box(response: str) -> tuple[str | None, str]:
-    """Return what the last box holds, or None and the reason why there is nothing to read."""
-    if len(response) > MAX_RESPONSE_CHARACTERS:
-        return None, "too_long"
-    start = response.rfind(_BOX)
-    if start < 0:
-        return None, "no_box"
-    start += len(_BOX)
-    depth = 1
-    for index in range(start, min(len(response), start + _MAX_BOX_CHARACTERS)):
-        if response[index] == "{":
-            depth += 1
-        elif response[index] == "}":
-            depth -= 1
-            if depth == 0:
-                return response[start:index], ""
-    cut_off = len(response) - start <= _MAX_BOX_CHARACTERS
-    return None, "unclosed_box" if cut_off else "not_a_cause"
 
 
 def _read_cause(content: str) -> str | None:

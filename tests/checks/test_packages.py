@@ -159,6 +159,7 @@ BUILT_IN = {
     f"{packages.ROLLOUT}.name": {"hf", "vllm"},
     "trainer.logger": {"console", "file"},
 }
+REWARD, REWARDS = "reward.custom_reward_function.path", "pkg://hpo_verl.rewards"
 GPU = {"recipe": "countdown3-1.5b", "hardware": "1gpu"}
 
 
@@ -185,6 +186,8 @@ def absent(monkeypatch):
         (f"{packages.MODEL}.use_liger", True, "liger_kernel", "liger-kernel"),
         (f"{packages.ROLLOUT}.trace.backend", "weave", "weave", "weave"),
         ("actor_rollout_ref.actor.optim.optimizer_impl", "torchao.optim", "torchao", "torchao"),
+        (REWARD, f"{REWARDS}.math_answer", "math_verify", "math-verify==0.9.0"),
+        (REWARD, f"{REWARDS}.reasoning_gym", "reasoning_gym", "reasoning-gym==0.1.25"),
     ],
 )
 def test_a_value_whose_module_is_missing(planned, absent, key, value, module, package):
