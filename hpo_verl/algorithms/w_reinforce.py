@@ -95,6 +95,7 @@ def _algorithm(name: str, weighted: str, settings: type[WReinforceSettings]) -> 
             settings,
             section=SECTION,
             weights_by_sign=True,
+            compares=False,
             check=base.refuse_kl_in_reward,
         ),
     )

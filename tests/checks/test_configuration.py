@@ -53,7 +53,7 @@ def test_every_estimator_is_known_to_compare_responses_or_not():
             OmegaConf.create({"algorithm": {"adv_estimator": "any"}})
         )
     }
-    without = {"gae", "reinforce_plus_plus", "remax", "spo"}
+    without = {"gae", "reinforce_plus_plus", "remax", "spo", "psr", "nsr", "w_reinforce"}
     known = names["algorithm.adv_estimator"]
     assert {name for name in known if not is_group_relative(name)} == without
     assert not is_group_relative("somebodys_own")

@@ -1,3 +1,4 @@
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,7 @@ def test_the_trainer_replaces_the_sums_of_the_update_by_their_means():
 
     mode = type("Mode", (trainers.AlgorithmStep, Parent), {"parent_mode": "sync"})
     trainer, metrics = mode.__new__(mode), {}
+    trainer.parameter_sync_step, trainer.local_trigger_step, trainer._counts = 1, 0, Counter()
     actor = {"ppo_mini_batch_size": 2, "ppo_epochs": 2}
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 3}}})
     batch = SimpleNamespace(keys=["key"] * 24)

@@ -21,6 +21,7 @@ CONFIG = {
             "clip_ratio": 0.2,
             "clip_ratio_low": 0.2,
             "clip_ratio_high": 0.2,
+            "clip_ratio_c": 3.0,
         }
     },
     "trainer": {"v1": {"trainer_mode": "hpo_sync"}},
