@@ -80,6 +80,7 @@ def test_a_task_without_a_single_answer(tmp_path):
         (["--config", '{"seed": 2}'], "chain_sum has no setting 'seed'"),
         (["--config", '{"max_terms": 1}'], "config: chain_sum refuses it: max_terms must be >="),
         (["--config", '{"max_terms": "x"}'], "config: chain_sum refuses it: '>='"),
+        (["--name", "codeio"], "codeio makes its questions by running programs"),
         (["--name", "composite"], "config: composite refuses it: Must specify at least one"),
         (["--train-size", "0"], "argument --train-size: '0' is not an integer from 1 to 1000000"),
         (
