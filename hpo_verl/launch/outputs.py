@@ -33,6 +33,8 @@ STEPS_KEY = "trainer.total_training_steps"
 SUMMARY_NAME, CURVE_NAME, POLICY_NAME = "summary.json", "curve.png", "policy"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY = "#666666"
+SIGNS = (("positive", GREEN), ("negative", ORANGE))
 
 
 def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
@@ -44,6 +46,9 @@ def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterat
     known = [f"{rate:.1%} {when}" for when, rate in rates.items() if rate is not None]
     if known:
         yield f"success on held-out prompts{of}: {', '.join(known)}"
+    if chances := summary["pass_at_k"]:
+        shown = ", ".join(f"pass@{k} {chance:.1%}" for k, chance in chances.items())
+        yield f"by the last validation: {shown}"
     yield f"picture: {folder / CURVE_NAME}"
     if (folder / POLICY_NAME).is_dir():
         yield f"policy:  {folder / POLICY_NAME}"
@@ -74,6 +79,8 @@ def write_summary(
         "seconds": round(seconds, 1),
         "success_before": success[0] if success and steps[0] == 0 else None,
         "success_after": success[-1] if success and steps[-1] > 0 else None,
+        # Of the last validation; none where it had one response a prompt.
+        "pass_at_k": {str(k): chances[-1] for k, (_, chances) in metrics.pass_at_k().items()},
         "validated_on": metrics.sources(),
         "versions": package_versions(),
         "seed": OmegaConf.select(config, "seed"),
@@ -83,29 +90,57 @@ def write_summary(
 
 
 def draw_curve(folder: Path, metrics: MetricsFile, title: str) -> Path:
-    """Draw `curve.png`: success rate, alpha and the signs of the advantages over steps."""
+    """Draw `curve.png`: over steps, success and what explains it, as far as it was measured.
+
+    That is pass@k, alpha, the signs of the advantages, length by sign, and entropy.
+    """
     # Half a second that no run needs before its end.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True)
-    top.plot(*metrics.series("hpo/solve_rate"), color=BLUE, alpha=0.5, label="training batch")
     held_out = f"held-out prompts{measured(metrics.sources())}"
-    top.plot(*metrics.success(), color=BLUE, marker="o", label=held_out)
-    top.set_ylabel("success rate")
-    top.set_title(title, parse_math=False)
-    middle.plot(*metrics.series("hpo/alpha"), color=PURPLE, label="alpha")
-    middle.set_ylabel("alpha")
-    middle.set_ylim(-0.05, 1.05)
-    for sign, colour in (("positive", GREEN), ("negative", ORANGE)):
-        steps, share = metrics.series(f"hpo/{sign}_fraction")
-        bottom.plot(steps, share, color=colour, label=f"{sign} advantages")
-    bottom.set_ylabel("share of responses")
-    bottom.set_xlabel("step")
-    for axes in (top, middle, bottom):
+    chances = [
+        (f"pass@{k}", series, GREY, {"linestyle": style})
+        for (k, series), style in zip(
+            ((k, series) for k, series in metrics.pass_at_k().items() if k > 1),
+            ("--", ":"),
+            strict=False,
+        )
+    ]
+    panels = {
+        "success rate": [
+            ("training batch", metrics.series("hpo/solve_rate"), BLUE, {"alpha": 0.5}),
+            (held_out, metrics.success(), BLUE, {"marker": "o"}),
+            *chances,
+        ],
+        "alpha": [("alpha", metrics.series("hpo/alpha"), PURPLE, {})],
+        "share of responses": [
+            (f"{sign} advantages", metrics.series(f"hpo/{sign}_fraction"), colour, {})
+            for sign, colour in SIGNS
+        ],
+        "tokens": [
+            (f"{sign} advantages", metrics.series(f"hpo/response_length_{sign}"), colour, {})
+            for sign, colour in SIGNS
+        ],
+        "entropy": [("of a token", metrics.series("actor/entropy"), PURPLE, {})],
+    }
+    known = {
+        label: lines
+        for label, lines in panels.items()
+        if any(steps for _, (steps, _), _, _ in lines) or label == "success rate"
+    }
+    figure = Figure(figsize=(7, 1 + 2 * len(known)), layout="constrained")
+    rows = figure.subplots(len(known), 1, sharex=True, squeeze=False).flatten()
+    for axes, (label, lines) in zip(rows, known.items(), strict=True):
+        for name, series, colour, style in lines:
+            axes.plot(*series, color=colour, label=name, **style)
         for text in axes.legend(loc="best", frameon=False).get_texts():
             text.set_parse_math(False)
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
+        if label == "alpha":
+            axes.set_ylim(-0.05, 1.05)
+    rows[0].set_title(title, parse_math=False)
+    rows[-1].set_xlabel("step")
     path, picture = folder / CURVE_NAME, io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")

@@ -32,6 +32,7 @@ def logger_paths(folder: Path) -> dict[str, str]:
         # W&B makes a folder `wandb` in it.
         "WANDB_DIR": str(folder),
         "SWANLAB_LOG_DIR": str(folder / "swanlog"),
+        "TRACKIO_DIR": str(folder / "trackio"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }
     return {name: os.environ.get(name) or place for name, place in places.items()}

@@ -23,8 +23,16 @@ SEED_KEYS = frozenset({"seed", "data_loader_seed"})
 PLACES = ("ray_kwargs", "trainer.default_local_dir", "trainer.logger")
 SETTINGS_SHOWN = 3
 NOT_MEASURED = "-"
-SHOWN = {"steps": ".0f", "before": ".1%", "after": ".1%", "s/step": ".1f"}
-"""Numbers of a run, and how they are printed."""
+SHOWN = {
+    "steps": ".0f",
+    "before": ".1%",
+    "after": ".1%",
+    "pass@4": ".1%",
+    "pass@8": ".1%",
+    "s/step": ".1f",
+}
+"""Numbers of a run, and how they are printed; pass@k only where a run has one."""
+OPTIONAL = ("pass@4", "pass@8")
 
 
 class Run(NamedTuple):
@@ -33,8 +41,9 @@ class Run(NamedTuple):
     Attributes:
         name: Task and model, or verl's experiment name; the algorithm; and what success is, if not
             the accuracy on the only data source.
-        numbers: `steps`; success on held-out prompts `before` and `after` training, fractions;
-            `s/step`, the median of verl's `timing_s/step`. NaN where not measured.
+        numbers: `steps`; success on held-out prompts `before` and `after` training, and `pass@4`
+            and `pass@8` of the last validation, fractions; `s/step`, the median of verl's
+            `timing_s/step`. NaN where not measured.
         curve: Success by step.
         settings: Dotted key -> value of the configuration without seeds and places.
     """
@@ -67,7 +76,14 @@ def read_run(folder: Path) -> Run:
         recipe = "-".join(names.values()) or str(config.trainer.experiment_name)
         # The median: the first step is slower than the others.
         seconds = pd.Series(metrics.series("timing_s/step")[1], dtype=float).median()
-        values = [summary["steps"], summary["success_before"], summary["success_after"], seconds]
+        chances = {f"pass@{k}": found[-1] for k, (_, found) in metrics.pass_at_k().items()}
+        values = [
+            summary["steps"],
+            summary["success_before"],
+            summary["success_after"],
+            *(chances.get(name) for name in OPTIONAL),
+            seconds,
+        ]
         steps, success = metrics.success()
         seed = None if summary["seed"] is None else int(summary["seed"])
         return Run(
@@ -166,8 +182,13 @@ def runs_table(groups: Mapping[str, Sequence[Run]], columns: int = 0) -> str:
     parts = ["success on held-out prompts; interquartile mean [95 % bootstrap interval over seeds]"]
     for label, runs in groups.items():
         values = pd.DataFrame([run.numbers for run in runs])
+        shown = {
+            name: template
+            for name, template in SHOWN.items()
+            if name not in OPTIONAL or values[name].notna().any()
+        }
         table = pd.DataFrame(
-            {name: [_shown(v, template) for v in values[name]] for name, template in SHOWN.items()},
+            {name: [_shown(v, template) for v in values[name]] for name, template in shown.items()},
             index=[f"seed {run.seed}" for run in runs],
         )
         if len(runs) > 1:
@@ -176,7 +197,7 @@ def runs_table(groups: Mapping[str, Sequence[Run]], columns: int = 0) -> str:
                 NOT_MEASURED
                 if values[name].isna().any()
                 else interval(values[name]).shown(template)
-                for name, template in SHOWN.items()
+                for name, template in shown.items()
             ]
         parts.append(f"{label}\n{table.to_string(line_width=columns or None)}")
     return "\n\n".join(parts)

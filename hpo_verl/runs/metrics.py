@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 _PREFIX = "val-core/"
+_PASS_AT_K = re.compile(r"val-core/.*/(?:acc|reward)/pass@(\d{1,9})")
 # verl validates by a reward's `acc` where there is one, else by its score.
 _REWARD_OF = "reward of "
 
@@ -46,6 +48,21 @@ class MetricsFile:
         found = [(step, _validated(data)) for step, data in self.rows]
         validated = [(step, list(values.values())) for step, values in found if values]
         return [step for step, _ in validated], [sum(v) / len(v) for _, v in validated]
+
+    def pass_at_k(self) -> dict[int, tuple[list[int], list[float]]]:
+        """By k, steps and pass@k (fraction) of the validations; over data sources, their mean."""
+        series: dict[int, tuple[list[int], list[float]]] = {}
+        for step, data in self.rows:
+            found: dict[int, list[float]] = {}
+            for key, value in data.items():
+                name = _PASS_AT_K.fullmatch(key)
+                if name:
+                    found.setdefault(int(name[1]), []).append(value)
+            for k, values in found.items():
+                steps, means = series.setdefault(k, ([], []))
+                steps.append(step)
+                means.append(sum(values) / len(values))
+        return dict(sorted(series.items()))
 
     def sources(self) -> list[str]:
         """Data sources of the validations; `reward of SOURCE` where the reward has no `acc`."""

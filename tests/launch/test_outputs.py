@@ -77,6 +77,17 @@ def test_success_is_the_mean_over_all_sources(rows, success, sources):
     assert file.sources() == sources
 
 
+def test_pass_at_k_is_the_mean_over_sources():
+    rows = [
+        (0, {"val-core/a/acc/pass@8": 0.2, "val-core/b/c/reward/pass@8": 0.4}),
+        (1, {"val-core/a/acc/pass@80": 1.0, "val-aux/a/acc/pass@8": 1.0, "pass@8": 1.0}),
+        (2, {"val-core/a/acc/pass@1": 0.1, "val-core/a/acc/pass@8": 0.5}),
+    ]
+    found = MetricsFile(Path("none"), rows).pass_at_k()
+    assert found == {1: ([2], [0.1]), 8: ([0, 2], [pytest.approx(0.3), 0.5]), 80: ([1], [1.0])}
+    assert list(found) == [1, 8, 80]
+
+
 def test_one_validation_at_the_end_counts(tmp_path):
     rows = [(2, {"val-core/a/acc/mean@1": 0.25, "val-core/b/acc/mean@1": 0.75})]
     metrics = MetricsFile(tmp_path / "none", rows)
@@ -114,6 +125,7 @@ def test_summary(tmp_path, metrics):
         "seconds": 12.3,
         "success_before": 0.05,
         "success_after": 0.25,
+        "pass_at_k": {},
         "validated_on": ["countdown"],
         "seed": 3,
     }
@@ -148,6 +160,20 @@ def test_curve_is_a_picture(tmp_path, metrics):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_curve_has_a_panel_for_all_that_was_measured(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    measures = ("hpo/response_length_positive", "actor/entropy", "val-core/a/acc/pass@4")
+    for rows in ([(0, {SUCCESS: 0.5})], [(1, dict.fromkeys(measures, 0.5))]):
+        draw_curve(tmp_path, MetricsFile(tmp_path, rows), "title")
+    labels = [[axes.get_ylabel() for axes in figure.axes] for figure in drawn]
+    assert labels == [["success rate"], ["success rate", "tokens", "entropy"]]
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn[1].axes[0].lines}
+    assert lines["pass@4"] == [0.5]
+
+
 def test_what_the_user_is_told(tmp_path, metrics):
     write_summary(tmp_path, settings(), metrics, seconds=1)
     overrides = ["seed=3", "hydra.run.dir=old", "tasks=[a, b]", "trainer.total_training_steps=2"]
@@ -159,6 +185,10 @@ def test_what_the_user_is_told(tmp_path, metrics):
         "trainer.total_training_steps=10",
     ]
     (tmp_path / "policy").mkdir()
+    passes = [(2, {"val-core/a/acc/pass@1": 0.25, "val-core/a/acc/pass@8": 0.5})]
+    write_summary(tmp_path, settings(), MetricsFile(tmp_path / "none", passes), seconds=1)
+    told = list(shown_results(tmp_path, "countdown-tiny", []))
+    assert told[0] == "by the last validation: pass@1 25.0%, pass@8 50.0%"
     write_summary(tmp_path, settings(), MetricsFile(tmp_path / "none"), seconds=1)
     told = list(shown_results(tmp_path, "countdown-tiny", []))
     assert told[:2] == [f"picture: {tmp_path}/curve.png", f"policy:  {tmp_path}/policy"]

@@ -31,12 +31,15 @@ def test_loggers_write_into_the_run_folder_unless_the_user_says_where(monkeypatc
         "TENSORBOARD_DIR": "/runs/a&b/tensorboard",
         "WANDB_DIR": "/runs/a&b",
         "SWANLAB_LOG_DIR": "/runs/a&b/swanlog",
+        "TRACKIO_DIR": "/runs/a&b/trackio",
         "MLFLOW_TRACKING_URI": "sqlite:////runs/a&b/mlflow.db",
     }
     # The launcher reads the metrics, so they stay where it looks.
     fixed = {"VERL_FILE_LOGGER_PATH": "/runs/a&b/metrics.jsonl"}
     reads = (Path(find_spec("verl").origin).parent / "utils" / "tracking.py").read_text()
-    assert all(f'"{name}"' in reads for name in (fixed | places).keys() - {"WANDB_DIR"})
+    assert all(
+        f'"{name}"' in reads for name in (fixed | places).keys() - {"WANDB_DIR", "TRACKIO_DIR"}
+    )
     for given, taken in ((None, places), ("", places), ("/x", dict.fromkeys(places, "/x"))):
         for name in fixed | places:
             monkeypatch.delenv(name, raising=False)

@@ -275,7 +275,7 @@ def test_one_seed_reaches_data_order_and_sampling():
     ] == [7] * 5
 
 
-@pytest.mark.parametrize("backend", ["wandb", "mlflow"])
+@pytest.mark.parametrize("backend", ["wandb", "mlflow", "trackio"])
 def test_one_override_changes_the_logger(backend):
     from verl.utils.tracking import Tracking
 

@@ -1,6 +1,7 @@
 """Runs are read, grouped by their seed alone, averaged and drawn; what is no run is named."""
 
 import json
+import math
 import warnings
 
 import pandas as pd
@@ -56,6 +57,8 @@ def test_a_run_is_read(tmp_path):
     run = read_run(write_run(tmp_path / "a", seed=7))
     assert (run.name, run.seed) == ("tiny a_hpo", 7)
     # Of the seconds the median: the first step of a run is slower than the others.
+    passes = {name: run.numbers.pop(name) for name in ("pass@4", "pass@8")}
+    assert all(map(math.isnan, passes.values()))
     assert run.numbers == {"steps": 3, "before": 0.1, "after": 0.3, "s/step": 4.0}
     assert run.curve.to_dict() == {0: 0.1, 3: 0.3}
 
@@ -98,6 +101,15 @@ def test_table_has_runs_means_and_intervals(tmp_path):
     mean = next(line for line in lines if line.startswith("3 seeds"))
     assert "10.0% [10.0%, 10.0%]" in mean
     assert "30.0% [20.0%, 40.0%]" in mean
+
+
+def test_pass_at_k_is_shown_where_it_was_measured(tmp_path):
+    folder = write_run(tmp_path / "a")
+    row = {"step": 3, "data": {SUCCESS: 0.3, "val-core/countdown/acc/pass@4": 0.75}}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    lines = runs_table(group_runs(read_runs([folder]))).splitlines()
+    assert lines[-2].split() == ["steps", "before", "after", "pass@4", "s/step"]
+    assert lines[-1].split() == ["seed", "0", "3", "10.0%", "30.0%", "75.0%", "-"]
 
 
 def test_two_seeds_have_a_mean_and_no_interval(tmp_path):

@@ -8,6 +8,7 @@
   saving fails, and belongs to the user.
 - The same settings give the same numbers, on any number of ranks (`batches`).
 - Too many rewards that fail end the run (`rollout.reward_guard`).
+- A validation of several responses a prompt gives pass@k (`pass_at_k`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from hpo_verl.runs.files import write_atomically
 from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
 from hpo_verl.verl_plugin.rollout.reward_guard import check_rewards, is_guarded
 from hpo_verl.verl_plugin.trainer.batches import columns_for_workers, deal_mini_batches, sort_rows
+from hpo_verl.verl_plugin.trainer.pass_at_k import pass_at_k_metrics
 
 METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
 ASYNC_KEY = "actor_rollout_ref.actor.checkpoint.async_save"
@@ -267,6 +269,22 @@ class LifeCycle:
         """Here verl is about to validate."""
         self._say_in_step("validating")
         super().on_validate_begin()  # type: ignore[misc]
+
+    def _val_metrics_update(
+        self,
+        data_sources: Any,
+        sample_uids: Any,
+        reward_extra_infos_dict: Any,
+        sample_turns: Any,
+        expected_acc_counts: Any = None,
+    ) -> dict[str, float]:
+        """Add pass@k to the metrics of a validation."""
+        metrics = super()._val_metrics_update(  # type: ignore[misc]
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts
+        )
+        return metrics | pass_at_k_metrics(
+            data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts
+        )
 
     # ------------------------------------------------------------------ checkpoint
 
