@@ -86,6 +86,11 @@ def read_model_size(folder: Path) -> ModelSize:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        # A shared matrix is stored once; config.json may leave its default out.
+        tied = config.get("tie_word_embeddings", OUTPUT_EMBEDDING not in shapes)
+        if tied:
+            # The files of Qwen3-0.6B hold it twice all the same.
+            shapes.pop(OUTPUT_EMBEDDING, None)
         return ModelSize(
             parameters=sum(map(math.prod, shapes.values())),
             hidden_size=hidden,
@@ -94,8 +99,7 @@ def read_model_size(folder: Path) -> ModelSize:
             key_value_heads=config.get("num_key_value_heads") or heads,
             head_size=config.get("head_dim") or hidden // heads,
             vocabulary=config["vocab_size"],
-            # A shared matrix is stored once; config.json may leave its default out.
-            tied=OUTPUT_EMBEDDING not in shapes,
+            tied=bool(tied),
         )
     except KeyError as error:
         raise DataError(f"{path}: has no {error.args[0]}") from error

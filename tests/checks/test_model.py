@@ -52,6 +52,15 @@ def test_its_size_is_read_from_the_headers(policy):
     assert size.layer_parameters == (size.parameters - matrices) / size.layers
 
 
+def test_a_shared_matrix_that_is_stored_twice_counts_once(policy):
+    whole = read_model_size(policy)
+    edit(policy / "config.json", tie_word_embeddings=True)
+    size = read_model_size(policy)
+    assert size.tied
+    assert size.parameters == whole.parameters - size.vocabulary * size.hidden_size
+    assert size.layer_parameters == whole.layer_parameters
+
+
 @pytest.mark.parametrize("damage", ["{}", "[]", "no json"])
 def test_a_configuration_without_dimensions(policy, damage):
     (policy / "config.json").write_text(damage)
