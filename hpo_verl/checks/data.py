@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,9 @@ from hpo_verl.rewards.guarded_function import VERLS_FUNCTION, GuardedFunction, g
 from hpo_verl.rewards.scoring_process import shape
 from hpo_verl.runs.quiet import quiet_imports
 
+# verl reads data with `datasets`, which takes these for a pattern or a chain of places.
+_PATTERN = re.compile(r"[*?]|\[.*\]|::")
+NO_PATTERN = "must hold no *, ?, [ ] or :: in its path, which datasets takes for a pattern"
 WRONG_RESPONSE = "I do not know."
 # Rewards that are slow are tried on fewer rows: no further row is begun after this time.
 SCORING_SECONDS = 5.0
@@ -59,10 +63,17 @@ def check_files(run: PlannedRun) -> Finding:
     return ok(shown)
 
 
+def is_pattern(path: Path) -> bool:
+    """Whether verl would take a data file's path for a pattern, and not find the file."""
+    return bool(_PATTERN.search(str(path.absolute())))
+
+
 def _rows(key: str, path: Path) -> int:
     """Number of rows of a file; a DataError where it cannot be trained on."""
     if not path.is_file():
         raise DataError(f"{key}: {path} does not exist")
+    if is_pattern(path):
+        raise DataError(f"{key}: {path} {NO_PATTERN}")
     try:
         table = pq.ParquetFile(path)
     except Exception as problem:

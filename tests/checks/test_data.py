@@ -5,6 +5,7 @@ import copy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.data_files import resolve_pattern
 from findings import only
 
 from hpo_verl.checks.rows import read_rows
@@ -58,6 +59,20 @@ def test_a_truncated_file(examine, rows, tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     (finding, *_) = examine(changes={"data.train_files": str(file)})
     assert "train.parquet is not a complete parquet file" in finding.detail
+
+
+@pytest.mark.parametrize("name", ["[t]", "*", "?", "a::b"])
+def test_a_path_that_verl_takes_for_a_pattern_is_refused(name, examine, rows, tmp_path):
+    for folder in ("x", name):
+        file = tmp_path / folder / "train.parquet"
+        file.parent.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    # The reader of verl, so that the refusal goes when its reason does.
+    with pytest.raises((FileNotFoundError, AssertionError)):
+        assert resolve_pattern(str(file), "") == [str(file)]
+    (finding, *_) = examine(changes={"data.train_files": str(file)})
+    assert finding.status == "error"
+    assert f"{file} must hold no *, ?, [ ] or :: in its path" in finding.detail
 
 
 def test_a_missing_column(examine, rows):
