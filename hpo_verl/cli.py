@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -156,6 +157,25 @@ def submit(
 
     announce, write = partial(print, flush=True), partial(print, end="", flush=True)
     run(recipe, overrides or [], address, wait, announce, write, resume)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
+) -> None:
+    """Write a small task of your own, to be changed: a recipe, a reward and ten rows.
+
+    It runs at once on a CPU.
+
+    Examples:
+      hpo-verl init my-task
+
+      hpo-verl train my-task/recipe.yaml
+    """
+    from hpo_verl.launch.new_task import make_task
+
+    files = make_task(folder)
+    print(*files, f"next: hpo-verl train {shlex.quote(str(files[0]))}", sep="\n")
 
 
 @app.command()

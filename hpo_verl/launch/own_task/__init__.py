@@ -1,0 +1,1 @@
+"""What `hpo-verl init` writes into a folder of the user's."""
