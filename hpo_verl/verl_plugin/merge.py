@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +19,9 @@ from verl.model_merger.base_model_merger import ModelMergerConfig
 from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
 from hpo_verl.errors import DataError
+
+# Where verl's merger puts a LoRA adapter, beside weights that were never trained.
+ADAPTER = "lora_adapter"
 
 
 @contextlib.contextmanager
@@ -53,8 +59,30 @@ def needed_bytes(shards: list[Path]) -> tuple[int, int]:
     return merged, sizes[0] + max(sum(sizes), 2 * merged)
 
 
+def _add_adapter(folder: Path) -> None:
+    """Replace the weights of a folder by their sum with its adapter, which is removed."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = folder / ADAPTER
+    if not json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]:
+        raise DataError("lora_train_meta.json does not tell the adapter's lora_alpha")
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    whole: Any = PeftModel.from_pretrained(base, str(adapter))
+    whole.merge_and_unload().save_pretrained(folder / "whole")
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    for file in (folder / "whole").glob("model*.safetensors*"):
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / "whole")
+    shutil.rmtree(adapter)
+
+
 def merge(checkpoint: Path, target: Path) -> None:
-    """Write the model of an `actor` checkpoint folder to an empty one in Hugging Face's format."""
+    """Write the model of an `actor` checkpoint folder to an empty one in Hugging Face's format.
+
+    A LoRA adapter is added into the weights, so that the folder loads as any other.
+    """
     config = ModelMergerConfig(
         operation="merge",
         backend="fsdp",
@@ -65,6 +93,8 @@ def merge(checkpoint: Path, target: Path) -> None:
     try:
         with _quiet():
             FSDPModelMerger(config).merge_and_save()
+            if (target / ADAPTER).is_dir():
+                _add_adapter(target)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{checkpoint}: verl's model merger failed: {reason}") from error
