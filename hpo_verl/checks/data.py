@@ -288,7 +288,7 @@ def check_prompts(run: PlannedRun) -> Finding:
         with quiet_imports():
             from hpo_verl.verl_plugin.validation import prompt_counter
 
-            count = prompt_counter(run.config, str(folder))
+            count = prompt_counter(run.config, run.tokenizer)
         longest, place = max((count(prompt), place) for prompt, place in prompts)
     except Exception as problem:
         return error(

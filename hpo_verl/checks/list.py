@@ -85,7 +85,8 @@ CHECKS = (
     Check("names", configuration.check_names, ("verl",), ("plugin",)),
     Check("algorithm", configuration.check_algorithm, ("verl",), ("names",), TOGETHER),
     Check("verl's checks", configuration.check_with_verl, ("verl",), ("names",), CORRECT),
-    Check("prompts", data.check_prompts, ("data", "policy", "verl"), ("schema",)),
+    Check("tokenizer", loaded.check_tokenizer, ("policy", "verl"), ("model", "remote code")),
+    Check("prompts", data.check_prompts, ("data", "policy", "verl"), ("schema", "tokenizer")),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.

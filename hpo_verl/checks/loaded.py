@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.policies.folder import check_no_code_in
+from data_prep.policies.folder import check_no_code_in, turn_end
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.memory import weight_shapes
 from hpo_verl.checks.planned_run import PlannedRun
@@ -206,6 +206,52 @@ def check_positions(run: PlannedRun) -> Finding:
         lengths = "data.max_prompt_length + data.max_response_length"
         return error(f"{lengths} = {run.longest}: the model has {limit}", "shorter lengths")
     return ok(f"{run.longest} of {limit}")
+
+
+def check_tokenizer(run: PlannedRun) -> Finding:
+    """Whether the policy's tokenizer writes chats, and knows a token that ends a response."""
+    folder = run.policy_folder
+    if not folder.is_dir():
+        return skipped("the recipe's tokenizer cannot be read here")
+    where, fix = f"the tokenizer of {folder}", "a tokenizer with a chat template"
+    try:
+        tokenizer = run.tokenizer
+    except Exception as problem:
+        return error(f"{where} cannot be read: {one_line(problem)}", fix)
+    if not tokenizer.chat_template:
+        fix = f"{fix}, or actor_rollout_ref.model.custom_chat_template"
+        return error(f"{where} has no chat template", fix)
+    if tokenizer.eos_token is None:
+        # verl pads with it where no other token is named.
+        text = f"{where} names no token that ends a response (eos_token)"
+        return error(text, f"eos_token in {folder}/tokenizer_config.json")
+    ends = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(_stated_ends(folder))]
+    shown = " or ".join(dict.fromkeys(map(repr, ends)))
+    try:
+        after = turn_end(tokenizer)
+    except Exception:
+        # A template may refuse such a chat; the check of the prompts tries the run's own.
+        after = ""
+    if after.strip() and not any(str(end) in after for end in ends):
+        return warning(
+            f"{where}: {shown} ends a response, but the chat template ends an answer with "
+            f"{after!r}: a policy trained on such chats never ends one",
+            f"eos_token in {folder}/tokenizer_config.json and eos_token_id in "
+            f"generation_config.json, unless the policy was trained without chats",
+        )
+    return ok(f"{shown} ends a response, {tokenizer.pad_token!r} pads")
+
+
+def _stated_ends(folder: Path) -> list[int]:
+    """Ids of the tokens that end a response besides the tokenizer's, as transformers reads them."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            stated = json.loads((folder / name).read_text()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        found = stated if isinstance(stated, list) else [stated]
+        return [token for token in found if isinstance(token, int)]
+    return []
 
 
 def check_model_code(run: PlannedRun) -> Finding:

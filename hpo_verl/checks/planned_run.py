@@ -147,6 +147,14 @@ class PlannedRun:
             return None
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer as verl reads it; whatever its library raises passes through."""
+        with quiet_imports():
+            from hpo_verl.verl_plugin.validation import read_tokenizer
+
+            return read_tokenizer(self.config, str(self.policy_folder))
+
+    @cached_property
     def rows(self) -> dict[Path, Sample]:
         """The data files' rows, all of them in verl's schema, and some kept of each file."""
         return {path: read_rows(key, path) for key, path in self.data_files}

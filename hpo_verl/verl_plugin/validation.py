@@ -215,18 +215,21 @@ def check_with_verl(config: DictConfig) -> None:
         raise ConfigError(f"verl refuses the configuration: {_innermost(error)}") from error
 
 
-def prompt_counter(config: DictConfig, model: str) -> Callable[[Any], int]:
-    """A function that counts the tokens of a prompt as verl's agent loops make them.
-
-    The tokenizer is read from the folder of the model, unless the configuration names another.
-    """
+def read_tokenizer(config: DictConfig, model: str) -> Any:
+    """The tokenizer as verl's workers read it: from the folder of the model, or another's."""
     from verl.utils import hf_tokenizer
-    from verl.utils.tokenizer import normalize_token_ids
 
     settings = config.actor_rollout_ref.model
     tokenizer = hf_tokenizer(settings.get("tokenizer_path") or model, trust_remote_code=False)
     if settings.get("custom_chat_template"):
         tokenizer.chat_template = settings.custom_chat_template
+    return tokenizer
+
+
+def prompt_counter(config: DictConfig, tokenizer: Any) -> Callable[[Any], int]:
+    """A function that counts the tokens of a prompt as verl's agent loops make them."""
+    from verl.utils.tokenizer import normalize_token_ids
+
     options: Any = OmegaConf.to_container(
         config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}), resolve=True
     )

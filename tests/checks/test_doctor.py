@@ -64,6 +64,7 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
             "model",
             "remote code",
             "positions",
+            "tokenizer",
             "data files",
             "schema",
             "reward",

@@ -133,3 +133,76 @@ def test_a_name_on_the_hub(examine):
     finding = only(examine({PATH: HUB}, recipe="countdown3-1.5b", hardware="8gpu"), "model")
     assert finding.status == "error"
     assert f"{PATH}: {HUB} is not a folder; a model of the hub is fetched at a" in finding.detail
+
+
+@pytest.fixture
+def tokenizer(planned, policy):
+    """A function: changes of the tokenizer's configuration -> the finding about it."""
+
+    def run(changes=None, settings=None):
+        path = policy / "tokenizer_config.json"
+        content = json.loads(path.read_text())
+        for key, value in (settings or {}).items():
+            content.pop(key, None)
+            if value is not None:
+                content[key] = value
+        path.write_text(json.dumps(content))
+        wanted = [check for check in CHECKS if check.name == "tokenizer"]
+        changed = planned({PATH: str(policy), **(changes or {})})
+        return only(list(run_checks(changed, wanted)), "tokenizer")
+
+    return run
+
+
+def test_the_small_policys_tokenizer_is_right(tokenizer):
+    finding = tokenizer()
+    assert finding.status == "ok"
+    assert finding.detail == "'<|im_end|>' ends a response, '<|endoftext|>' pads"
+
+
+def test_a_tokenizer_without_a_chat_template(tokenizer, policy):
+    (policy / "chat_template.jinja").unlink()
+    finding = tokenizer()
+    assert finding.status == "error"
+    assert finding.detail == f"the tokenizer of {policy} has no chat template"
+    own = {"actor_rollout_ref.model.custom_chat_template": "{{ messages[-1].content }}"}
+    assert tokenizer(own).status == "ok"
+
+
+def test_a_tokenizer_that_cannot_be_read(tokenizer, policy):
+    (policy / "tokenizer.json").write_text("{")
+    assert tokenizer().status == "error"
+
+
+@pytest.fixture
+def no_defaults(policy):
+    """Settings of a tokenizer without names of its own; Qwen2's has some."""
+    edit(policy / "config.json", model_type="llama")
+    return {"tokenizer_class": "TokenizersBackend"}
+
+
+def test_a_tokenizer_without_a_token_that_ends(tokenizer, no_defaults):
+    finding = tokenizer(settings={**no_defaults, "eos_token": None})
+    assert finding.status == "error"
+    assert "names no token that ends a response (eos_token)" in finding.detail
+
+
+def test_where_no_token_is_named_the_end_pads(tokenizer, no_defaults):
+    finding = tokenizer(settings={**no_defaults, "pad_token": None})
+    assert finding.status == "ok"
+    assert finding.detail.endswith("'<|im_end|>' pads")
+
+
+def test_an_end_that_no_answer_has(tokenizer, policy):
+    path = policy / "generation_config.json"
+    ends = json.loads(path.read_text())["eos_token_id"]
+    edit(path, eos_token_id=None)
+    finding = tokenizer(settings={"eos_token": "<|im_start|>"})
+    assert finding.status == "warning"
+    expected = (
+        "'<|im_start|>' ends a response, but the chat template ends an answer with '<|im_end|>"
+    )
+    assert expected in finding.detail
+    # Llama's has several: one of them is enough.
+    edit(path, eos_token_id=[0, ends])
+    assert tokenizer().status == "ok"
