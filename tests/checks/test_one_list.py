@@ -217,7 +217,8 @@ def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case)
     assert not (files / "run").exists()
 
 
-QUICK = ("recipe", "targets", "code", "settings", "learning", "steps", "lengths", "modules")
+# `learning` asks the algorithm's record, which loads torch.
+QUICK = ("recipe", "targets", "code", "settings", "steps", "lengths", "modules")
 
 
 # The last one is found after the data, the reward and the policy have been looked at.
