@@ -52,12 +52,15 @@ def test_run_folder_holds_everything(trained):
         "seconds",
         "success_before",
         "success_after",
+        "pass_at_k",
         "validated_on",
         "versions",
         "seed",
     }
     assert (summary["algorithm"], summary["steps"], summary["seed"]) == ("a_hpo", STEPS, 0)
     assert 0 <= summary["success_before"] <= 1
+    # One response a prompt is validated.
+    assert summary["pass_at_k"] == {}
     assert summary["versions"]["verl"] == "0.9.1"
 
 
