@@ -104,15 +104,16 @@ def _convert(out: Path, gguf: Path, source: str) -> dict[str, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         for key, token in ((EOS, eos), (PAD, pad)):
             if token not in range(len(tokenizer)):
                 raise DataError(f"{gguf}: {key} is {token}, which is no token of its vocabulary")
         _set_right(tokenizer, eos, pad)
         _check_end(gguf, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     except DataError:
         raise
     # A damaged file ends in whatever error its next user has.

@@ -67,7 +67,7 @@ def _add_adapter(folder: Path) -> None:
     adapter = folder / ADAPTER
     if not json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]:
         raise DataError("lora_train_meta.json does not tell the adapter's lora_alpha")
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
     whole: Any = PeftModel.from_pretrained(base, str(adapter))
     whole.merge_and_unload().save_pretrained(folder / "whole")
     for file in folder.glob("model*.safetensors*"):

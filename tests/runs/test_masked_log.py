@@ -122,10 +122,12 @@ def test_train_masks_what_environment_and_settings_say(tmp_path, monkeypatch):
     def stand_in(arguments, variables, mask):
         raise Seen(mask("correct-horse, the-token-of-mine"))
 
-    planned = PlannedRun("any", (), tmp_path / "run", composed=OmegaConf.create(settings))
+    planned = PlannedRun(
+        "countdown-tiny", (), tmp_path / "run", composed=OmegaConf.create(settings)
+    )
     monkeypatch.setattr(train, "PlannedRun", lambda *_: planned)
     monkeypatch.setattr(train, "check_quickly", lambda _: [])
     monkeypatch.setattr(train, "ChildProcess", stand_in)
     monkeypatch.setenv("HF_TOKEN", "the-token-of-mine")
     with pytest.raises(Seen, match=r"^\*\*\*, \*\*\*$"):
-        train.train("any", [f"hydra.run.dir={tmp_path}/run"], print, lambda *_: None)
+        train.train("countdown-tiny", [f"hydra.run.dir={tmp_path}/run"], print, lambda *_: None)
