@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hpo_verl.checks import cluster, configuration, data, loaded, machine, packages, storage
+from hpo_verl.checks import cluster, configuration, data, loaded, machine, packages, storage, values
 from hpo_verl.checks.finding import Finding, error, one_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.prepare import Preparation, make_missing, missing, preparations
@@ -59,8 +59,8 @@ CHECKS = (
     Check("python", packages.check_base, vital=True),
     Check("recipe", configuration.check_recipe, fix=f"see `hpo-verl list`, {CORRECT}", vital=True),
     Check("code", loaded.check_code, vital=True),
-    Check("settings", configuration.check_settings, fix=CORRECT, vital=True),
-    Check("older keys", configuration.check_older_keys),
+    Check("settings", values.check_settings, fix=CORRECT, vital=True),
+    Check("older keys", values.check_older_keys),
     Check("learning", configuration.check_learnable),
     Check("records", configuration.check_records),
     Check("steps", configuration.check_steps, again=True),

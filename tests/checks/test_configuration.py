@@ -11,11 +11,11 @@ from hpo_verl.checks.configuration import (
     check_lengths,
     check_names,
     check_records,
-    check_settings,
     check_steps,
     is_group_relative,
 )
 from hpo_verl.checks.list import CHECKS, run_checks
+from hpo_verl.checks.values import check_settings
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"

@@ -20,10 +20,10 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
-from hpo_verl.checks.configuration import check_settings
 from hpo_verl.checks.data import check_files
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.prepare import preparations
+from hpo_verl.checks.values import check_settings
 from hpo_verl.config.recipes import (
     compose_recipe,
     group_options,
