@@ -24,7 +24,7 @@ import torch
 from hpo_verl.algorithms import base
 from hpo_verl.core.ratios import response_log_ratio
 from hpo_verl.core.settings import require_flag, require_number
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, weighted_log_prob
 
 PATH = "actor_rollout_ref.actor.policy_loss"
 
@@ -65,8 +65,8 @@ def topr_loss(batch: base.TokenBatch, settings: TOPRSettings) -> TokenLoss:
         rho.clamp(settings.negative_low, settings.negative_high),
         rho.clamp(settings.positive_low, settings.positive_high),
     )
-    slopes = -weight * batch.advantages
-    return TokenLoss(slopes * (batch.old_log_prob + batch.log_ratio), slopes)
+    log_prob = batch.old_log_prob + batch.log_ratio
+    return weighted_log_prob(weight, batch.advantages, log_prob)
 
 
 ALGORITHMS = (

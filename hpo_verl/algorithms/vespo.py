@@ -23,7 +23,7 @@ import torch
 from hpo_verl.algorithms import base
 from hpo_verl.core.ratios import response_log_ratio
 from hpo_verl.core.settings import require_number
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, weighted_log_prob
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def vespo_loss(batch: base.TokenBatch, settings: VESPOSettings) -> TokenLoss:
         (settings.k_neg * log_w + settings.lambda_neg * below).exp(),
         (settings.k_pos * log_w + settings.lambda_pos * below).exp(),
     )
-    slopes = -phi * batch.advantages
-    return TokenLoss(slopes * (batch.old_log_prob + batch.log_ratio), slopes)
+    log_prob = batch.old_log_prob + batch.log_ratio
+    return weighted_log_prob(phi, batch.advantages, log_prob)
 
 
 ALGORITHMS = (

@@ -64,6 +64,20 @@ def clipped_surrogate(
     return TokenLoss(values, slopes)
 
 
+def weighted_log_prob(
+    weights: torch.Tensor, advantages: torch.Tensor, log_prob: torch.Tensor
+) -> TokenLoss:
+    """REINFORCE with a weight that has no gradient: l_t = -w A_t log pi, with the slope -w A_t.
+
+    Args:
+        weights: `[batch, response]`, or `[batch, 1]` for one a response.
+        advantages: `[batch, response]`.
+        log_prob: log pi_theta, nats, `[batch, response]`.
+    """
+    slopes = -weights * advantages
+    return TokenLoss(slopes * log_prob, slopes)
+
+
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
