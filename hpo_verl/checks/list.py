@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hpo_verl.checks import cluster, configuration, data, loaded, machine, packages, storage, values
+from hpo_verl.checks import (
+    cluster,
+    configuration,
+    data,
+    keys,
+    loaded,
+    machine,
+    packages,
+    storage,
+    values,
+)
 from hpo_verl.checks.finding import Finding, error, one_line, raise_first_error, skipped
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.prepare import Preparation, make_missing, missing, preparations
@@ -60,6 +70,7 @@ CHECKS = (
     Check("recipe", configuration.check_recipe, fix=f"see `hpo-verl list`, {CORRECT}", vital=True),
     Check("code", loaded.check_code, vital=True),
     Check("settings", values.check_settings, fix=CORRECT, vital=True),
+    Check("keys", keys.check_keys),
     Check("older keys", values.check_older_keys),
     Check("learning", configuration.check_learnable),
     Check("records", configuration.check_records),

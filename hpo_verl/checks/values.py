@@ -11,7 +11,7 @@ from omegaconf import ListConfig, OmegaConf
 from hpo_verl.checks.finding import Finding, error, ok
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.overrides import NO_SWEEP
-from hpo_verl.config.recipes import verl_configurations
+from hpo_verl.config.recipes import verl_defaults
 from hpo_verl.config.settings import ACTOR, ROLLOUT, leaves
 from hpo_verl.errors import ConfigError
 
@@ -119,8 +119,7 @@ def _check_switches(run: PlannedRun) -> None:
 
     And a value in the place of a whole section, which verl finds in a worker.
     """
-    defaults = OmegaConf.load(verl_configurations() / "_generated_ppo_trainer.yaml")
-    known = dict(leaves(OmegaConf.to_container(defaults, resolve=True)))
+    known = dict(leaves(OmegaConf.to_container(verl_defaults(), resolve=True)))
     for key, value in leaves(OmegaConf.to_container(run.config)):
         if isinstance(value, str) and isinstance(known.get(key), bool):
             raise ConfigError(f"{key}={value!r}: must be true or false, and no text")

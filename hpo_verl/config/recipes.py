@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def verl_configurations() -> Path:
     if found is None or found.origin is None:
         raise EnvironmentCheckError("verl is not installed")
     return Path(found.origin).parent / "trainer" / "config"
+
+
+@cache
+def verl_defaults() -> DictConfig:
+    """What verl composes without a recipe; not to be changed."""
+    defaults = OmegaConf.load(verl_configurations() / "_generated_ppo_trainer.yaml")
+    assert isinstance(defaults, DictConfig)  # noqa: S101 - for the type checker
+    return defaults
 
 
 def recipe_names() -> list[str]:

@@ -57,6 +57,7 @@ def test_a_sound_run_asks_ray_last_and_writes_nothing(doctor, monkeypatch, tmp_p
         *("recipe", "targets", "code", "settings", "names", "algorithm", "verl's checks"),
         *(
             "learning",
+            "keys",
             "older keys",
             "records",
             "steps",
