@@ -1,64 +1,50 @@
 """Batched generation with transformers, repeatable bit for bit.
 
 A floating-point matrix product can round differently when its shape changes. Every forward pass
-here therefore has one of a few fixed shapes: rows are padded to `block_rows` and prompts to a
-multiple of `PROMPT_MULTIPLE`, which depends on the row alone; and one thread computes it, since
-several share its rows out by position. With noise that is seeded per request, a response then
-depends only on the weights, its own prompt and its own seed. Blocks run side by side instead.
+here therefore has one of a few fixed shapes, whatever it holds: `block_rows` tokens that continue
+responses, or twice as many of short prompts; a longer prompt is read alone. Attention is computed
+for each sequence by itself, and one thread computes a pass, since several share its rows out by
+position. With noise that is seeded per request, a response then depends only on the weights, its
+own prompt and its own seed. Passes of several threads run side by side instead.
+
+A response that ends makes room for the next one, and responses to one prompt share its reading.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel
 
 from hpo_verl.core.settings import require_number
 from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.cpu import attention
+from hpo_verl.verl_plugin.cpu.sampling import sample_tokens
 
-PROMPT_MULTIPLE = 8
+# Below so many parameters the calls of a pass cost more than its arithmetic.
+SMALL_MODEL = 10_000_000
+# Rows of a pass of a larger model; with 256 a token takes nearly as long (docs/pages/rollout).
+ROWS = 32
+# Vector instructions take so many rows at once; a pass of fewer rounds them in another way.
+ROW_MULTIPLE = 16
+# Responses enter when this share of a block is free, so that their prompts are read together.
+_FREE_SHARE = 8
 
 
-def sample_tokens(
-    logits: torch.Tensor,
-    uniforms: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int = -1,
-    top_p: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row by inverting the cumulative distribution at a given uniform.
+def rows_of_a_pass(model: PreTrainedModel, at_once: int, repeatable: bool = True) -> int:
+    """Rows of a forward pass, where at most `at_once` responses are wanted at once.
 
-    The draw depends on nothing but its own row of logits, `[batch, vocabulary]`, and its uniform in
-    [0, 1), so neither the order nor the company of requests changes a sample. A temperature of 0
-    means greedy; `top_k` below 1 keeps the whole vocabulary; `top_p` works within the top-k.
-
-    Returns:
-        Tokens `[batch]`, and their log-probabilities `[batch]` in nats, float32, under the
-        distribution that they were drawn from (greedy: at temperature 1, unrestricted).
+    The same for every batch of a model: few enough to be full, and enough to be fast.
     """
-    scaled: Any = logits.double() / (temperature or 1.0)
-    if temperature == 0:
-        token = logits.argmax(dim=-1)
-        log_prob = scaled.log_softmax(dim=-1)
-    else:
-        no_tokens_before: Any = None
-        if top_k >= 1:
-            scaled = TopKLogitsWarper(top_k)(no_tokens_before, scaled)
-        if top_p < 1:
-            scaled = TopPLogitsWarper(top_p)(no_tokens_before, scaled)
-        log_prob = scaled.log_softmax(dim=-1)
-        probability = log_prob.exp()
-        cumulative = probability.cumsum(dim=-1)
-        target = uniforms.double() * cumulative[:, -1]
-        drawn = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
-        # Rounding may carry the target up to the last cumulative value.
-        last_possible = logits.shape[-1] - 1 - (probability > 0).flip(-1).int().argmax(dim=-1)
-        token = torch.minimum(drawn, last_possible)
-    return token, log_prob.gather(-1, token[:, None]).squeeze(-1).float()
+    if not repeatable or model.num_parameters() < SMALL_MODEL:
+        return at_once
+    return min(at_once, ROWS)
 
 
 @dataclass(frozen=True)
@@ -84,15 +70,6 @@ class GenerationRequest:
         """Temperature, top-k and top-p."""
         return self.temperature, self.top_k, self.top_p
 
-    @property
-    def padded_prompt_length(self) -> int:
-        """Prompt length rounded up to a multiple of `PROMPT_MULTIPLE` (tokens).
-
-        At least one place stays padding: transformers takes another attention
-        kernel for a block without any, and would round differently.
-        """
-        return (len(self.prompt_ids) // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
-
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -104,7 +81,17 @@ class GenerationResult:
 
 
 class BatchGenerator:
-    """Continues prompts with a KV cache, in blocks of equal shape, `num_threads` at a time."""
+    """Continues prompts with a cache of keys and values, `num_threads` blocks at a time.
+
+    Args:
+        model: A causal model whose layers all attend to everything before a token.
+        eos_token_ids: Tokens that end a response.
+        pad_token_id: Stands in rows that hold nothing.
+        block_rows: Responses that are continued at once by a thread; to a multiple of 16, up.
+        num_threads: Blocks that are computed side by side.
+        repeatable: Whether every pass has the same shape. Without it a pass holds no empty row,
+            and a response may depend on its company in its last bits, and so in its tokens.
+    """
 
     def __init__(
         self,
@@ -113,13 +100,17 @@ class BatchGenerator:
         pad_token_id: int,
         block_rows: int,
         num_threads: int = 1,
+        repeatable: bool = True,
     ) -> None:
         torch.set_num_threads(1)
         self.model = model
-        self.eos_token_ids = torch.tensor(sorted(set(eos_token_ids)))
+        self.eos_token_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long)
         self.pad_token_id = pad_token_id
-        self.block_rows = block_rows
+        self.block_rows = -(-block_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+        self.repeatable = repeatable
+        self.num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="generation")
+        attention.use(model)
 
     def generate(
         self,
@@ -127,82 +118,197 @@ class BatchGenerator:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[GenerationResult]:
         """Continue every request, in their order, until `should_stop`, asked before every token."""
-        alike: dict[tuple[int, tuple[float, int, float]], list[int]] = {}
-        for position, request in enumerate(requests):
-            alike.setdefault((request.padded_prompt_length, request.sampling), []).append(position)
-        blocks = [
-            positions[start : start + self.block_rows]
-            for _, positions in sorted(alike.items())
-            for start in range(0, len(positions), self.block_rows)
-        ]
-        answers = self._threads.map(
-            lambda block: self._generate_block([requests[i] for i in block], should_stop),
-            blocks,
+        results = [GenerationResult([], [], request.max_tokens == 0) for request in requests]
+        # Equal lengths stand together, since their attention is computed together.
+        order = sorted(
+            (position for position, request in enumerate(requests) if request.max_tokens),
+            key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids),
         )
-        results: dict[int, GenerationResult] = {}
-        for block, block_answers in zip(blocks, answers, strict=True):
-            results.update(zip(block, block_answers, strict=True))
-        return [results[position] for position in range(len(requests))]
+        waiting = deque(order)
+        places = self.block_rows
+        if not self.repeatable:
+            places = min(places, -(-len(order) // self.num_threads))
+        workers = min(self.num_threads, -(-len(order) // max(1, places)))
+        blocks = [_Block(self, requests, results, waiting, places) for _ in range(workers)]
+        for _ in self._threads.map(lambda block: block.run(should_stop), blocks):
+            pass
+        return results
+
+    def forward(
+        self, network: Any, tokens: torch.Tensor, positions: torch.Tensor, rows: int, sequences: Any
+    ) -> Any:
+        """Run the model, or a part, on tokens that stand side by side, padded to a number of rows.
+
+        `sequences` computes the attention.
+        """
+        padded = torch.full((1, rows), self.pad_token_id)
+        at = torch.zeros((1, rows), dtype=torch.long)
+        padded[0, : len(tokens)] = tokens
+        at[0, : len(tokens)] = positions
+        return network(
+            input_ids=padded,
+            position_ids=at,
+            # Of four dimensions, it is passed on to attention, which has no use for it.
+            attention_mask=torch.zeros(1, 1, 1, 1),
+            use_cache=False,
+            sequences=sequences,
+        )
+
+
+class _Block:
+    """Responses that one thread continues together; more come from `waiting` as some end."""
+
+    def __init__(
+        self,
+        generator: BatchGenerator,
+        requests: Sequence[GenerationRequest],
+        results: list[GenerationResult],
+        waiting: deque[int],
+        places: int,
+    ) -> None:
+        self._generator = generator
+        self._requests = requests
+        self._results = results
+        self._waiting = waiting
+        wanted = [requests[position] for position in waiting]
+        places = min(places, len(wanted))
+        self._free = list(range(places))
+        self._cache = attention.Cache(
+            places, max(len(request.prompt_ids) + request.max_tokens for request in wanted)
+        )
+        # Of each place: the position of its request, or -1; its last token and how many came
+        # before it; and the response so far.
+        self._request = torch.full((places,), -1)
+        self._last = torch.zeros(places, dtype=torch.long)
+        self._before = torch.zeros(places, dtype=torch.long)
+        self._made = torch.zeros(places, dtype=torch.long)
+        self._limit = torch.zeros(places, dtype=torch.long)
+        longest = max(request.max_tokens for request in wanted)
+        self._tokens = torch.zeros((places, longest), dtype=torch.long)
+        self._log_probs = torch.zeros((places, longest))
+        self._uniforms = torch.zeros((places, longest), dtype=torch.float64)
+        # The live places in order of length, and those of equal settings as part of the order.
+        self._live = torch.empty(0, dtype=torch.long)
+        self._settings: list[tuple[tuple[float, int, float], torch.Tensor]] = []
+        # The last prompts that were read, and where.
+        self._read: dict[tuple[int, ...], tuple[attention.Prompts, int]] = {}
 
     @torch.inference_mode()
-    def _generate_block(
-        self,
-        requests: Sequence[GenerationRequest],
-        should_stop: Callable[[], bool],
-    ) -> list[GenerationResult]:
-        rows, live = self.block_rows, len(requests)
-        padded_prompt_length = requests[0].padded_prompt_length
-        max_tokens = max(request.max_tokens for request in requests)
-        input_ids = torch.full((rows, padded_prompt_length), self.pad_token_id)
-        attention_mask = torch.zeros((rows, padded_prompt_length + max_tokens), dtype=torch.long)
-        uniforms = torch.zeros((rows, max_tokens), dtype=torch.float64)
-        limit = torch.zeros(rows, dtype=torch.long)
-        # Rows beyond the live ones repeat a valid prompt pattern: one attended token.
-        attention_mask[live:, padded_prompt_length - 1] = 1
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Continue requests until none waits."""
+        while not should_stop():
+            places = len(self._request)
+            if len(self._free) >= -(-places // _FREE_SHARE) or not len(self._live):
+                self._admit()
+            if not len(self._live):
+                return
+            self._step()
+        self._finish(self._live, finished=False)
+
+    def _admit(self) -> None:
+        """Fill free places."""
+        entering: list[int] = []
+        while len(entering) < len(self._free):
+            try:
+                entering.append(self._waiting.popleft())
+            except IndexError:
+                break
+        if not entering:
+            return
+        self._read_prompts(entering)
         generator = torch.Generator()
-        for row, request in enumerate(requests):
-            length = len(request.prompt_ids)
-            input_ids[row, padded_prompt_length - length :] = torch.tensor(request.prompt_ids)
-            attention_mask[row, padded_prompt_length - length : padded_prompt_length] = 1
+        copies: dict[int, tuple[attention.Prompts, list[int], list[int]]] = {}
+        for position, place in zip(entering, sorted(self._free), strict=False):
+            request = self._requests[position]
+            self._free.remove(place)
+            self._request[place] = position
+            self._last[place] = request.prompt_ids[-1]
+            self._before[place] = len(request.prompt_ids) - 1
+            self._made[place] = 0
+            self._limit[place] = request.max_tokens
             generator.manual_seed(request.seed)
-            uniforms[row, : request.max_tokens] = torch.rand(
+            self._uniforms[place, : request.max_tokens] = torch.rand(
                 request.max_tokens, dtype=torch.float64, generator=generator
             )
-            limit[row] = request.max_tokens
+            if len(request.prompt_ids) > 1:
+                group, index = self._read[request.prompt_ids[:-1]]
+                _, to, which = copies.setdefault(id(group), (group, [], []))
+                to.append(place)
+                which.append(index)
+        for group, to, which in copies.values():
+            self._cache.fill(torch.tensor(to), group, torch.tensor(which))
+        # Of all that were read, only the last can be wanted again.
+        last = self._requests[entering[-1]].prompt_ids[:-1]
+        self._read = {last: self._read[last]} if last else {}
+        self._arrange()
 
-        tokens = torch.full((rows, max_tokens), self.pad_token_id)
-        log_probs = torch.zeros((rows, max_tokens))
-        length = torch.zeros(rows, dtype=torch.long)
-        done = limit == 0
-        cache = None
-        position_ids = (attention_mask[:, :padded_prompt_length].cumsum(-1) - 1).clamp(min=0)
-        for step in range(max_tokens):
-            if bool(done.all()) or should_stop():
-                break
-            seen = padded_prompt_length + step
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask[:, :seen],
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+    def _read_prompts(self, entering: Sequence[int]) -> None:
+        """Read each prompt once, but for its last token, from which the response starts."""
+        new = {self._requests[position].prompt_ids[:-1]: None for position in entering}
+        prompts = [prompt for prompt in new if prompt and prompt not in self._read]
+        most = 2 * self._generator.block_rows
+        while prompts:
+            count, tokens = 1, len(prompts[0])
+            while count < len(prompts) and tokens + len(prompts[count]) <= most:
+                tokens += len(prompts[count])
+                count += 1
+            together, prompts = prompts[:count], prompts[count:]
+            groups = [
+                attention.Prompts(length, list(alike)) for length, alike in groupby(together, len)
+            ]
+            self._generator.forward(
+                self._generator.model.base_model,
+                torch.tensor([token for prompt in together for token in prompt]),
+                torch.cat([torch.arange(len(prompt)) for prompt in together]),
+                max(tokens, most) if self._generator.repeatable else tokens,
+                attention.PromptPass(groups),
             )
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float()
-            token, log_prob = sample_tokens(logits, uniforms[:, step], *requests[0].sampling)
-            tokens[:, step] = torch.where(done, self.pad_token_id, token)
-            log_probs[:, step] = log_prob
-            length += ~done
-            done |= torch.isin(token, self.eos_token_ids) | (length >= limit)
-            attention_mask[:, seen] = 1
-            input_ids = tokens[:, step : step + 1]
-            position_ids = position_ids[:, -1:] + 1
-        return [
-            GenerationResult(
-                token_ids=tokens[row, : length[row]].tolist(),
-                log_probs=log_probs[row, : length[row]].tolist(),
-                finished=bool(done[row]),
+            for group in groups:
+                self._read.update((p, (group, i)) for i, p in enumerate(group.prompts))
+
+    def _arrange(self) -> None:
+        """Put the live places in order."""
+        live = (self._request >= 0).nonzero().squeeze(-1)
+        self._live = live[self._before[live].argsort(stable=True)]
+        rows: dict[tuple[float, int, float], list[int]] = {}
+        for row, position in enumerate(self._request[self._live].tolist()):
+            rows.setdefault(self._requests[position].sampling, []).append(row)
+        self._settings = [(settings, torch.tensor(those)) for settings, those in rows.items()]
+
+    def _step(self) -> None:
+        """Add a token to every live response."""
+        live, generator = self._live, self._generator
+        before, made = self._before[live], self._made[live]
+        self._cache.begin(live, before)
+        rows = generator.block_rows if generator.repeatable else len(live)
+        output = generator.forward(generator.model, self._last[live], before, rows, self._cache)
+        uniforms = self._uniforms[live, made]
+        for settings, those in self._settings:
+            logits = output.logits[0, those].float()
+            token, log_prob = sample_tokens(logits, uniforms[those], *settings)
+            at = (live[those], made[those])
+            self._tokens[at] = self._last[at[0]] = token
+            self._log_probs[at] = log_prob
+        self._before[live] += 1
+        self._made[live] += 1
+        ended = torch.isin(self._last[live], generator.eos_token_ids)
+        ended |= made + 1 >= self._limit[live]
+        if bool(ended.any()):
+            self._finish(live[ended], finished=True)
+            self._arrange()
+
+    def _finish(self, places: torch.Tensor, *, finished: bool) -> None:
+        """Write down the responses of places, and free these."""
+        for place, position, made in zip(
+            places.tolist(),
+            self._request[places].tolist(),
+            self._made[places].tolist(),
+            strict=True,
+        ):
+            self._results[position] = GenerationResult(
+                self._tokens[place, :made].tolist(),
+                self._log_probs[place, :made].tolist(),
+                finished,
             )
-            for row in range(live)
-        ]
+            self._free.append(place)
+        self._request[places] = -1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_verl.verl_plugin.cpu.generation import sample_tokens
+from hpo_verl.verl_plugin.cpu.sampling import sample_tokens
 
 
 def logits_of(*probabilities):
