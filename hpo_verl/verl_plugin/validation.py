@@ -180,14 +180,16 @@ def check_trainer_mode(config: DictConfig) -> None:
 
 
 def check_guards(config: DictConfig) -> None:
-    """Check the settings of the guards; a bad one raises a ConfigError."""
+    """Check the settings of the guards and of the rollout `hf`; a bad one raises a ConfigError."""
     from hpo_verl.verl_plugin.engine.step_guard import step_guard_settings
+    from hpo_verl.verl_plugin.rollout.hf_settings import hf_settings
     from hpo_verl.verl_plugin.rollout.reward_guard import guard_settings
     from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout
 
     guard_settings(config)
     step_guard_settings(config)
     weight_update_timeout(config["actor_rollout_ref"]["rollout"])
+    hf_settings(config["actor_rollout_ref"]["rollout"])
 
 
 def check_with_verl(config: DictConfig) -> None:

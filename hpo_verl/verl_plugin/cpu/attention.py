@@ -135,15 +135,12 @@ class Cache:
         heads = key.shape[1]
         entry = keys[0, 0].nbytes + values[0, 0].nbytes
         for part, places, length in self._groups:
-            alone = isinstance(places, torch.Tensor) and length * entry > COPIED_BYTES
-            pieces = (
-                [
+            pieces: list[tuple[slice, slice | torch.Tensor]] = [(part, places)]
+            if isinstance(places, torch.Tensor) and length * entry > COPIED_BYTES:
+                pieces = [
                     (slice(at, at + 1), slice(place, place + 1))
                     for at, place in enumerate(places.tolist(), part.start)
                 ]
-                if alone
-                else [(part, places)]
-            )
             for piece, where in pieces:
                 # The heads that share a key stand where the tokens of a query would.
                 answer = scaled_dot_product_attention(
@@ -183,8 +180,8 @@ def _attention(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ConfigError(f"rollout hf: attention with {name} is not supported")
-    by_token = (every[0].transpose(0, 1) for every in (query, key, value))
-    return sequences.attend(module.layer_idx, *by_token, scaling)[None], None
+    q, k, v = (every[0].transpose(0, 1) for every in (query, key, value))
+    return sequences.attend(module.layer_idx, q, k, v, scaling)[None], None
 
 
 AttentionInterface.register(NAME, _attention)

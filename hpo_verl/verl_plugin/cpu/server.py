@@ -25,6 +25,7 @@ from verl.workers.rollout.utils import ensure_async_iterator
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
+from hpo_verl.verl_plugin.rollout.hf_settings import hf_settings
 from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout, within
 
 # How long the server waits for further requests before it starts a batch.
@@ -78,8 +79,7 @@ class HFServer:
         self.model_config: HFModelConfig = omega_conf_to_dataclass(
             model_config, dataclass_type=HFModelConfig
         )
-        if options := (self.config.engine_kwargs or {}).get("hf"):
-            raise ConfigError(f"rollout.engine_kwargs.hf.{next(iter(options))}: unknown key")
+        settings = hf_settings(self.config)
         self.model = AutoModelForCausalLM.from_pretrained(
             str(self.model_config.local_path),
             dtype=torch.float32,
@@ -95,6 +95,7 @@ class HFServer:
             pad_token_id=tokenizer.pad_token_id,
             block_rows=self.config.max_num_seqs,
             num_threads=max(1, (os.cpu_count() or 1) // replicas),
+            repeatable=settings.repeatable,
         )
         self._global_steps: int | None = None
         self._requests: Coalescer[GenerationRequest, TokenOutput] = Coalescer(

@@ -1,10 +1,20 @@
 """Generation: against a plain forward pass, and bit for bit whatever the company."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.cpu import attention
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
 
 VOCABULARY, EOS, PAD = 40, 3, 0
@@ -92,6 +102,88 @@ def test_a_response_does_not_depend_on_order_company_or_threads(model):
     assert make_generator(model, num_threads=2).generate(requests) == reference
     for row in (0, 7, 49):
         assert make_generator(model).generate([requests[row]]) == [reference[row]]
+
+
+def test_a_response_does_not_depend_on_who_shares_its_prompt_or_takes_its_place(model):
+    shared = make_requests(3, max_tokens=25)
+    requests = [replace(r, seed=seed) for seed in range(20) for r in shared]
+    together = make_generator(model).generate(requests)
+    assert len({len(result.token_ids) for result in together}) > 5
+    for row in range(0, 60, 7):
+        assert make_generator(model).generate([requests[row]]) == [together[row]]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_shared_prompt_is_read_once_by_a_thread(model, monkeypatch, threads):
+    read = []
+    attend = attention.PromptPass.attend
+
+    def recorded(self, layer, *args):
+        read.extend(prompt for group in self.groups for prompt in group.prompts if layer == 0)
+        return attend(self, layer, *args)
+
+    generator = make_generator(model, num_threads=threads)
+    monkeypatch.setattr(attention.PromptPass, "attend", recorded)
+    (request,) = make_requests(1)
+    generator.generate([replace(request, seed=seed) for seed in range(100)])
+    assert set(read) == {request.prompt_ids[:-1]}
+    assert len(read) <= threads
+
+
+def test_attention_side_by_side_and_one_by_one_gives_the_same_bits(model, monkeypatch):
+    requests = make_requests(50, max_tokens=20)
+    reference = make_generator(model).generate(requests)
+    monkeypatch.setattr(attention, "COPIED_BYTES", 0)
+    assert make_generator(model).generate(requests) == reference
+
+
+def test_prompts_longer_than_a_pass_are_read_alone(model):
+    generator = torch.Generator().manual_seed(3)
+    requests = [
+        GenerationRequest(
+            tuple(torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()), 0, 8
+        )
+        for length in (33, 34, 50, 34)
+    ]
+    together = make_generator(model).generate(requests)
+    assert [make_generator(model).generate([request])[0] for request in requests] == together
+
+
+def test_without_the_promise_a_pass_holds_no_empty_row(model):
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    requests = make_requests(6)
+    generator = make_generator(model, repeatable=False)
+    rows.clear()
+    dense = generator.generate(requests)
+    hook.remove()
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] == 6
+    for one, other in zip(dense, make_generator(model).generate(requests), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+
+
+def test_other_attention_is_refused_by_name():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 20}
+    with pytest.raises(ConfigError, match=r"model type gemma2: .*sliding_attention"):
+        make_generator(
+            Gemma2ForCausalLM(
+                Gemma2Config(
+                    **sizes,
+                    intermediate_size=16,
+                    head_dim=8,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                )
+            )
+        )
+    with pytest.raises(ConfigError, match="model type bloom: its attention"):
+        make_generator(
+            BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2))
+        )
 
 
 def test_requests_have_settings_of_their_own(model):

@@ -84,6 +84,27 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(observed, probability, atol=4 * 0.00245, rtol=0)
 
 
+def test_a_large_vocabulary_in_float32_is_drawn_as_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 150_001, generator=generator)
+    uniforms = torch.rand(64, 4, dtype=torch.float64, generator=generator)
+    exact = logits.double().softmax(-1)
+    ends = exact.cumsum(-1)
+    for uniform in uniforms:
+        token, log_prob = sample_tokens(logits, uniform)
+        end = ends.gather(-1, token[:, None]).squeeze(-1)
+        probability = exact.gather(-1, token[:, None]).squeeze(-1)
+        assert bool((uniform <= end + 1e-6).all())
+        assert bool((uniform >= end - probability - 1e-6).all())
+        torch.testing.assert_close(log_prob.double(), probability.log(), atol=1e-5, rtol=0)
+
+
+def test_logits_that_are_no_numbers_draw_a_token_of_the_vocabulary():
+    token, log_prob = sample_tokens(torch.full((1, 40), torch.nan), torch.tensor([0.5]))
+    assert 0 <= token.item() < 40
+    assert log_prob.isnan()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     logits=st.lists(st.floats(-30, 30), min_size=1, max_size=12),

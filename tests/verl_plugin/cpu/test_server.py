@@ -11,6 +11,7 @@ from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator
 from hpo_verl.verl_plugin.cpu.server import HFServer, request_from_sampling_params
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
+from hpo_verl.verl_plugin.rollout.hf_settings import hf_settings
 
 CONFIG = OmegaConf.create(
     {"seed": 0, "max_model_len": None, "prompt_length": 16, "response_length": 8}
@@ -161,6 +162,20 @@ def test_what_is_no_text_is_refused(kind):
 def test_unsupported_sampling_parameters(params, message):
     with pytest.raises(ConfigError, match=message):
         request_from_sampling_params([1], params, "a", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"repeatable": 1}, r"hf\.repeatable = 1: must be true or false"),
+        ({"speed": 9}, r"hf\.speed = 9: unknown setting, known are repeatable"),
+    ],
+)
+def test_settings_are_checked(hf, message):
+    assert hf_settings({"engine_kwargs": {"hf": {"repeatable": False}}}).repeatable is False
+    assert hf_settings({}).repeatable is True
+    with pytest.raises(ConfigError, match=message):
+        hf_settings({"engine_kwargs": {"hf": hf}})
 
 
 def test_limits_and_seeds():
