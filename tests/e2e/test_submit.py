@@ -117,16 +117,17 @@ def test_a_workers_error_comes_last_with_the_log(submit, cluster, tmp_path):
     job = submit(
         *SHORTEST,
         f"hydra.run.dir={folder}",
-        "+actor_rollout_ref.rollout.engine_kwargs.hf.speed=9",
+        "trainer.guard.max_not_finite_in_a_row=1",
+        "+ray_kwargs.ray_init.runtime_env.env_vars.SPOILED_UPDATES=1-1",
     )
     _, errors = job.communicate()
     assert job.returncode == 1, errors
     *_, error, path = errors.strip().splitlines()
-    assert "ConfigError" in error
-    assert "rollout.engine_kwargs.hf.speed: unknown key" in error
+    assert "NotFiniteError" in error
+    assert "the last: micro-batch 0: log_prob: 1 of " in error
     assert path == f"full output: {folder}/train.log"
     # The workers had the uploaded code, not a copy that happens to be installed.
-    raised = [line for line in (folder / "train.log").open() if "cpu/server.py" in line]
+    raised = [line for line in (folder / "train.log").open() if "engine/step_guard.py" in line]
     assert raised
     assert all("/runtime_resources/working_dir_files/" in line for line in raised)
     wait_until_idle(cluster)
