@@ -22,6 +22,8 @@ NAME = "hpo_verl_sequences"
 # Keys of sequences that lie apart in the cache are copied side by side up to this size (bytes of
 # one sequence); above it, a call for each costs less.
 COPIED_BYTES = 32_768
+# Greatest distance of two ways to compute logits, as a share of their norm; bfloat16 keeps 8 bits.
+CLOSE = 0.02
 # What some models add to attention, and this one does not compute.
 _UNKNOWN = ("softcap", "s_aux", "sliding_window")
 
@@ -214,7 +216,7 @@ def use(model: PreTrainedModel) -> None:
                 sequences=PromptPass([group]),
             ).logits
             plain = model(input_ids=tokens, use_cache=False).logits
-        works = len(group.layers) and torch.allclose(packed, plain, rtol=1e-2, atol=1e-2)
+        works = len(group.layers) and bool((packed - plain).norm() <= CLOSE * plain.norm())
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         works = False
     if not works:

@@ -82,7 +82,7 @@ class HFServer:
         settings = hf_settings(self.config)
         self.model = AutoModelForCausalLM.from_pretrained(
             str(self.model_config.local_path),
-            dtype=torch.float32,
+            dtype=getattr(torch, self.config.dtype),
             attn_implementation="sdpa",
             use_safetensors=True,
         ).eval()

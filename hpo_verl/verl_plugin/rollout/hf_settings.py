@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo_verl.core.settings import parse_settings, require_flag
+from hpo_verl.errors import ConfigError
 
 KEY = "actor_rollout_ref.rollout.engine_kwargs.hf"
+DTYPES = ("float32", "bfloat16")
+"""What `rollout.dtype` may be; logits are made float32 before a token is drawn."""
 
 
 @dataclass(frozen=True)
@@ -26,5 +29,10 @@ class HFSettings:
 
 
 def hf_settings(rollout: Any) -> HFSettings:
-    """Read the settings of a rollout's section."""
+    """Read the settings of a rollout's section, and check its `dtype` where it is `hf`."""
+    if rollout["name"] == "hf" and rollout["dtype"] not in DTYPES:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.dtype = {rollout['dtype']!r}: the rollout hf computes in "
+            + " or ".join(DTYPES)
+        )
     return parse_settings(HFSettings, (rollout.get("engine_kwargs") or {}).get("hf"), KEY)

@@ -22,6 +22,15 @@ VOCABULARY, EOS, PAD = 40, 3, 0
 
 @pytest.fixture(scope="module")
 def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def either(request):
+    return make_model().to(getattr(torch, request.param))
+
+
+def make_model():
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -66,6 +75,20 @@ def test_log_probs_equal_those_of_one_forward_pass_without_cache_or_padding(mode
         torch.testing.assert_close(torch.tensor(result.log_probs), expected, atol=2e-5, rtol=2e-5)
 
 
+def test_bfloat16_draws_by_float32_log_probs_of_its_own_logits():
+    half = make_model().to(torch.bfloat16)
+    (request,) = make_requests(1)
+    (result,) = make_generator(half, eos=()).generate([request])
+    ids = torch.tensor([[*request.prompt_ids, *result.token_ids]])
+    with torch.inference_mode():
+        log_prob = half(ids).logits.float().log_softmax(-1)[0, len(request.prompt_ids) - 1 : -1]
+    expected = log_prob.gather(-1, torch.tensor(result.token_ids)[:, None]).squeeze(-1)
+    given = torch.tensor(result.log_probs)
+    # Two orders of sums differ by a few units in the last of 8 bits of logits up to 8.
+    torch.testing.assert_close(given, expected, atol=0.15, rtol=0)
+    assert bool((given != given.bfloat16()).any())
+
+
 def test_greedy_equals_transformers_own(model):
     request = make_requests(1, temperature=0.0)[0]
     (result,) = make_generator(model).generate([request])
@@ -93,24 +116,24 @@ def test_zero_tokens_is_an_empty_response(model):
     assert (result.token_ids, result.log_probs, result.finished) == ([], [], True)
 
 
-def test_a_response_does_not_depend_on_order_company_or_threads(model):
+def test_a_response_does_not_depend_on_order_company_or_threads(either):
     requests = make_requests(50, max_tokens=20)
-    reference = make_generator(model).generate(requests)
+    reference = make_generator(either).generate(requests)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(2)).tolist()
-    shuffled = make_generator(model).generate([requests[row] for row in order])
+    shuffled = make_generator(either).generate([requests[row] for row in order])
     assert [reference[row] for row in order] == shuffled
-    assert make_generator(model, num_threads=2).generate(requests) == reference
+    assert make_generator(either, num_threads=2).generate(requests) == reference
     for row in (0, 7, 49):
-        assert make_generator(model).generate([requests[row]]) == [reference[row]]
+        assert make_generator(either).generate([requests[row]]) == [reference[row]]
 
 
-def test_a_response_does_not_depend_on_who_shares_its_prompt_or_takes_its_place(model):
+def test_a_response_does_not_depend_on_who_shares_its_prompt_or_takes_its_place(either):
     shared = make_requests(3, max_tokens=25)
     requests = [replace(r, seed=seed) for seed in range(20) for r in shared]
-    together = make_generator(model).generate(requests)
+    together = make_generator(either).generate(requests)
     assert len({len(result.token_ids) for result in together}) > 5
     for row in range(0, 60, 7):
-        assert make_generator(model).generate([requests[row]]) == [together[row]]
+        assert make_generator(either).generate([requests[row]]) == [together[row]]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -130,14 +153,14 @@ def test_a_shared_prompt_is_read_once_by_a_thread(model, monkeypatch, threads):
     assert len(read) <= threads
 
 
-def test_attention_side_by_side_and_one_by_one_gives_the_same_bits(model, monkeypatch):
+def test_attention_side_by_side_and_one_by_one_gives_the_same_bits(either, monkeypatch):
     requests = make_requests(50, max_tokens=20)
-    reference = make_generator(model).generate(requests)
+    reference = make_generator(either).generate(requests)
     monkeypatch.setattr(attention, "COPIED_BYTES", 0)
-    assert make_generator(model).generate(requests) == reference
+    assert make_generator(either).generate(requests) == reference
 
 
-def test_prompts_longer_than_a_pass_are_read_alone(model):
+def test_prompts_longer_than_a_pass_are_read_alone(either):
     generator = torch.Generator().manual_seed(3)
     requests = [
         GenerationRequest(
@@ -145,8 +168,8 @@ def test_prompts_longer_than_a_pass_are_read_alone(model):
         )
         for length in (33, 34, 50, 34)
     ]
-    together = make_generator(model).generate(requests)
-    assert [make_generator(model).generate([request])[0] for request in requests] == together
+    together = make_generator(either).generate(requests)
+    assert [make_generator(either).generate([request])[0] for request in requests] == together
 
 
 def test_without_the_promise_a_pass_holds_no_empty_row(model):

@@ -11,7 +11,7 @@ from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator
 from hpo_verl.verl_plugin.cpu.server import HFServer, request_from_sampling_params
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
-from hpo_verl.verl_plugin.rollout.hf_settings import hf_settings
+from hpo_verl.verl_plugin.rollout.hf_settings import HFSettings, hf_settings
 
 CONFIG = OmegaConf.create(
     {"seed": 0, "max_model_len": None, "prompt_length": 16, "response_length": 8}
@@ -172,10 +172,19 @@ def test_unsupported_sampling_parameters(params, message):
     ],
 )
 def test_settings_are_checked(hf, message):
-    assert hf_settings({"engine_kwargs": {"hf": {"repeatable": False}}}).repeatable is False
-    assert hf_settings({}).repeatable is True
+    rollout = {"name": "hf", "dtype": "bfloat16"}
+    assert hf_settings({**rollout, "engine_kwargs": {"hf": {"repeatable": False}}}) == HFSettings(
+        repeatable=False
+    )
+    assert hf_settings(rollout).repeatable is True
     with pytest.raises(ConfigError, match=message):
-        hf_settings({"engine_kwargs": {"hf": hf}})
+        hf_settings({**rollout, "engine_kwargs": {"hf": hf}})
+
+
+def test_only_the_rollout_hf_is_bound_to_two_types():
+    with pytest.raises(ConfigError, match=r"rollout\.dtype = 'half': .* in float32 or bfloat16$"):
+        hf_settings({"name": "hf", "dtype": "half"})
+    hf_settings({"name": "vllm", "dtype": "half"})
 
 
 def test_limits_and_seeds():
