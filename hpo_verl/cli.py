@@ -107,7 +107,19 @@ Resume = Annotated[
 
 
 @app.command(cls=WithOverrides, context_settings={"ignore_unknown_options": True})
-def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    show_samples: Annotated[
+        bool,
+        typer.Option(
+            "--show-samples",
+            help="Show some responses of each validation with their rewards; the run's folder has "
+            "them in samples/ anyway.",
+        ),
+    ] = False,
+) -> None:
     """Train a policy as a recipe says; make its data and tiny policy if they are missing.
 
     Examples:
@@ -117,7 +129,7 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
 
       hpo-verl train countdown-tiny trainer.total_training_steps=300 --resume
 
-      hpo-verl train ./my-recipe.yaml
+      hpo-verl train ./my-recipe.yaml --show-samples
     """
     from hpo_verl.launch.outputs import shown_results
     from hpo_verl.launch.progress import TrainingProgress
@@ -126,7 +138,7 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False) -
     # Settings hold brackets, which are no markup.
     console = Console(highlight=False, soft_wrap=True, markup=False)
     arguments = overrides or []
-    progress = TrainingProgress(console)
+    progress = TrainingProgress(console, show_samples)
     with progress:
         folder = run(recipe, arguments, console.print, progress.show, resume)
     for line in shown_results(folder, recipe, arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.status import Status
 
 from hpo_verl.runs.metrics import MetricsFile, has_validation, measured
+from hpo_verl.runs.samples import samples_file
 
 # At least one line in this time.
 LINE_SECONDS = 60.0
@@ -50,10 +52,14 @@ class ProgressBound:
 
 
 class TrainingProgress(Status):
-    """A line for each validation and each minute; on a terminal also what the run is doing."""
+    """A line for each validation and each minute; on a terminal also what the run is doing.
 
-    def __init__(self, console: Console) -> None:
+    With `samples`, also some responses of each validation.
+    """
+
+    def __init__(self, console: Console, samples: bool = False) -> None:
         super().__init__("checking", console=console)
+        self._samples = samples
         self._started = self._printed = time.monotonic()
         self._stage = ""
 
@@ -63,6 +69,8 @@ class TrainingProgress(Status):
         for step, data in new:
             if step in (0, 1, total) or has_validation(data) or self._line_is_due():
                 self._print(f"step {step}/{total or '?'}  {_summary(data, metrics)}")
+            if self._samples and has_validation(data):
+                self._print_samples(samples_file(metrics.path.parent, step))
         if (stage != self._stage and not metrics.rows) or self._line_is_due():
             self._print(stage)
         if stage != self._stage:
@@ -75,6 +83,14 @@ class TrainingProgress(Status):
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
         self.console.print(f"{text}  {self._printed - self._started:.0f} s", markup=False)
+
+    def _print_samples(self, file: Path) -> None:
+        if not file.is_file():
+            return
+        # A terminal may know fewer letters than a model.
+        encoding = self.console.encoding
+        text = file.read_bytes().decode().encode(encoding, "backslashreplace").decode(encoding)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _summary(data: Mapping[str, float], metrics: MetricsFile) -> str:

@@ -33,6 +33,9 @@ SIGNATURES = {
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob": "self batch metrics",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_advantage": "self batch metrics",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._update_actor": "self batch metrics",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._maybe_log_val_generations": (
+        "self inputs outputs scores"
+    ),
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._val_metrics_update": (
         "self data_sources sample_uids reward_extra_infos_dict sample_turns expected_acc_counts="
     ),

@@ -8,7 +8,8 @@
   saving fails, and belongs to the user.
 - The same settings give the same numbers, on any number of ranks (`batches`).
 - Too many rewards that fail end the run (`rollout.reward_guard`).
-- A validation of several responses a prompt gives pass@k (`pass_at_k`).
+- A validation of several responses a prompt gives pass@k (`pass_at_k`), and each leaves some of
+  its responses in the run's folder.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from hpo_verl.errors import ConfigError, EnvironmentCheckError
 from hpo_verl.runs import checkpoints
 from hpo_verl.runs.files import write_atomically
+from hpo_verl.runs.samples import SAMPLES, samples_file, samples_text
 from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
 from hpo_verl.verl_plugin.rollout.reward_guard import check_rewards, is_guarded
 from hpo_verl.verl_plugin.trainer.batches import columns_for_workers, deal_mini_batches, sort_rows
@@ -285,6 +287,20 @@ class LifeCycle:
         return metrics | pass_at_k_metrics(
             data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts
         )
+
+    def _maybe_log_val_generations(
+        self, inputs: list[str], outputs: list[str], scores: list[float]
+    ) -> None:
+        """Write some of a validation's responses into the run's folder, always to equal prompts."""
+        super()._maybe_log_val_generations(inputs, outputs, scores)  # type: ignore[misc]
+        rows = sorted(zip(inputs, outputs, scores, strict=True), key=lambda row: row[0])
+        if not rows:
+            return
+        count = max(SAMPLES, self.config.trainer.log_val_generations)
+        rows = rows[:: max(1, len(rows) // count)]
+        file = samples_file(self._folder, self.global_steps)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, samples_text(self.global_steps, rows[:count], scores))
 
     # ------------------------------------------------------------------ checkpoint
 
