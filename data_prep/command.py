@@ -26,6 +26,12 @@ class CommandParser(argparse.ArgumentParser):
         """Print the message and leave with exit code 2."""
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see --help)\n")
 
+    @property
+    def names(self) -> list[str]:
+        """Its options as recipes name them, without those that no recipe gives."""
+        options = [action.dest for action in self._actions if action.option_strings]
+        return [name for name in options if name not in ("help", "out")]
+
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`, print an error of bad input as one line, and return the exit code."""

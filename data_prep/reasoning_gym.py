@@ -50,7 +50,7 @@ _PROMPT = "default"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    options = vars(_parser().parse_args(argv))
+    options = vars(make_parser().parse_args(argv))
     out, sizes = options.pop("out"), {s: options[f"{s}_size"] for s in ("train", "val")}
     check_output(out)
     gym = load_scorer()
@@ -194,7 +194,8 @@ def _check(where: str, truth: dict[str, Any], solution: str) -> None:
         raise DataError(f"{where}: an answer without sense (?) scores 1")
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
+    """The command's arguments."""
     parser = CommandParser(
         prog="python -m data_prep.reasoning_gym",
         description=(__doc__ or "").strip(),

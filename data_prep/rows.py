@@ -20,7 +20,7 @@ from data_prep.splits import Row, verl_row, write_splits
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(argv)
     file = options.file or options.source
     if not file or (options.file and options.source):
@@ -55,7 +55,8 @@ def _verl_rows(
         yield verl_row(data_source, prompt, "own", example.answer, extra_info)
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
+    """The command's arguments."""
     parser = CommandParser(
         prog="python -m data_prep.rows",
         description=(__doc__ or "").strip(),

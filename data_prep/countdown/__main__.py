@@ -25,7 +25,7 @@ DATA_SOURCE = "countdown"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    options = vars(_parser().parse_args(argv))
+    options = vars(make_parser().parse_args(argv))
     out, train_size = options.pop("out"), options["train_size"]
     ranges = Ranges(**{field.name: options[field.name] for field in fields(Ranges)})
     check_output(out)
@@ -61,7 +61,8 @@ def _rows(puzzles: Sequence[Puzzle], split: str, prompt: str) -> Iterator[Row]:
         yield verl_row(DATA_SOURCE, messages, "math", truth, extra_info)
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
+    """The command's arguments."""
     parser = CommandParser(
         prog="python -m data_prep.countdown",
         description="Write train.parquet and val.parquet of the Countdown task in verl's schema: "

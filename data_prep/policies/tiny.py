@@ -57,12 +57,7 @@ SCHEDULES = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    parser = CommandParser(description="Make the tiny policy on a CPU.")
-    parser.add_argument("--out", required=True, type=Path, help="folder to make")
-    parser.add_argument("--task", choices=tuple(SCHEDULES), default="countdown")
-    parser.add_argument("--seed", type=integer_in(0, MAX_SEED), default=0)
-    shown = "parquet file of Countdown puzzles never to be shown"
-    parser.add_argument("--held-out", type=Path, help=shown)
+    parser = make_parser()
     options = parser.parse_args(argv)
     if options.held_out and options.task != "countdown":
         parser.error("--held-out needs --task countdown")
@@ -78,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"seed {options.seed}"
         + (f", {manifest['held_out']['puzzles']} puzzles held out" if options.held_out else "")
     )
+
+
+def make_parser() -> CommandParser:
+    """The command's arguments."""
+    parser = CommandParser(description="Make the tiny policy on a CPU.")
+    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--task", choices=tuple(SCHEDULES), default="countdown")
+    parser.add_argument("--seed", type=integer_in(0, MAX_SEED), default=0)
+    shown = "parquet file of Countdown puzzles never to be shown"
+    parser.add_argument("--held-out", type=Path, help=shown)
+    return parser
 
 
 def make_policy(

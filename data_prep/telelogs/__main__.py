@@ -36,7 +36,7 @@ SPLITS = ("train", "val")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(argv)
     synthetic, hub = options.source == "synthetic", options.source == "hub"
     if options.prompt == "tiny" and not synthetic:
@@ -113,7 +113,8 @@ def _verl_rows(examples: Iterable[Example], split: str, data_source: str) -> Ite
         yield verl_row(data_source, prompt, "root_cause_analysis", example.answer, extra_info)
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
+    """The command's arguments."""
     parser = CommandParser(
         prog="python -m data_prep.telelogs",
         description=(__doc__ or "").strip(),

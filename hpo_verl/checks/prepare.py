@@ -215,18 +215,37 @@ def preparations(config: DictConfig) -> Iterator[Preparation]:
             raise ConfigError(
                 f"prepare.{name}.module={entry.module}: only modules below {PERMITTED_PREFIX[:-1]}"
             )
-        arguments = {
-            f"--{key.replace('_', '-')}": str(value)
+        given = {
+            key: str(value)
             for key, value in (entry.get("arguments") or {}).items()
             if value is not None
         }
+        arguments = {f"--{key.replace('_', '-')}": value for key, value in given.items()}
         if not all(map(_holds_something, needed)):
-            try:
-                getattr(importlib.import_module(entry.module), "check_arguments", dict)(arguments)
-            except ConfigError as problem:
-                raise ConfigError(f"prepare.{name}: {problem}") from problem
+            _check_arguments(name, entry.module, given, arguments)
         folder = Path(output).expanduser()
         yield Preparation(name, entry.module, folder, arguments, tuple(needed))
+
+
+def _check_arguments(
+    name: str, module: str, given: Mapping[str, str], arguments: Mapping[str, str]
+) -> None:
+    """Refuse a module that does not exist, or arguments that it does not take."""
+    try:
+        command = found = importlib.import_module(module)
+        if hasattr(found, "__path__"):
+            command = importlib.import_module(f"{module}.__main__")
+        names = command.make_parser().names
+    except (ModuleNotFoundError, AttributeError) as problem:
+        raise ConfigError(f"prepare.{name}.module={module}: there is no such command") from problem
+    for key, value in given.items():
+        if key not in names:
+            text = f"{module} takes no such argument; available: {', '.join(names)}"
+            raise ConfigError(f"prepare.{name}.arguments.{key}={value}: {text}")
+    try:
+        getattr(found, "check_arguments", dict)(arguments)
+    except ConfigError as problem:
+        raise ConfigError(f"prepare.{name}: {problem}") from problem
 
 
 def _lies_in(value: object, folder: str) -> TypeGuard[str]:

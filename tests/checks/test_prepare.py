@@ -12,8 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_prep.policies import tiny as tiny_policy
+from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.prepare import make_missing, missing, preparations
 from hpo_verl.child import module_arguments
+from hpo_verl.config.recipes import group_options
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.runs.files import file_sha256
 
@@ -226,3 +228,32 @@ def test_only_modules_of_data_prep(tmp_path):
 
 def test_recipes_without_preparations_need_none():
     assert list(preparations(OmegaConf.create({}))) == []
+
+
+@pytest.mark.parametrize("task", ["countdown_tiny", "telelogs_tiny", "countdown3"])
+def test_every_model_goes_with_a_task_and_gets_what_its_command_knows(task, monkeypatch, tmp_path):
+    for name in ("HPO_VERL_CACHE", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    recipe = "countdown3-1.5b" if task == "countdown3" else "countdown-tiny"
+    for model in group_options("model"):
+        if (recipe, model) != ("countdown3-1.5b", "tiny"):
+            run = PlannedRun(recipe, (f"model={model}", f"task={task}"))
+            made = {one.name: one for one in preparations(run.config)}
+            assert made.keys() == {"data", "policy"}
+            given = {text for text in made["policy"].command() if text.startswith("--")}
+            tiny = {"--task", "--held-out"} if task == "countdown_tiny" else {"--task"}
+            assert given & {"--task", "--held-out"} == (tiny if model == "tiny" else set())
+
+
+def test_an_argument_or_a_command_that_does_not_exist_is_refused(tmp_path):
+    config = recipe(tmp_path / "data", **SMALL, prompts="tiny")
+    with pytest.raises(ConfigError) as refused:
+        list(preparations(config))
+    assert str(refused.value).startswith(
+        "prepare.data.arguments.prompts=tiny: data_prep.countdown takes no such argument; "
+        "available: prompt, train_size, "
+    )
+    for module in ("data_prep.rowz", "data_prep.splits"):
+        config.prepare.data.module = module
+        with pytest.raises(ConfigError, match=f"prepare.data.module={module}: there is no such"):
+            list(preparations(config))
