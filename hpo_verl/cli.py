@@ -175,7 +175,7 @@ def submit(
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
 ) -> None:
-    """Write a small task of your own, to be changed: a recipe, a reward and ten rows.
+    """Write a small task of your own, to be changed: a recipe, a reward, ten rows and a script.
 
     It runs at once on a CPU.
 

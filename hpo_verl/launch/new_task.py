@@ -11,12 +11,12 @@ from hpo_verl.checks.data import NO_PATTERN, is_pattern
 from hpo_verl.errors import ConfigError, DataError
 
 TEMPLATES = Path(__file__).with_name("own_task")
-RECIPE_NAME, REWARD_NAME, ROWS_NAME = "recipe.yaml", "reward.py", "rows.jsonl"
+NAMES = ("recipe.yaml", "reward.py", "rows.jsonl", "run.py")
 _PLACE = "FOLDER"
 
 
 def make_task(folder: Path) -> list[Path]:
-    """Write recipe, reward and rows into a new or an empty folder; return their paths.
+    """Write recipe, reward, rows and script into a new or an empty folder; return their paths.
 
     Raises:
         ConfigError: the recipe could not hold the folder's name.
@@ -31,13 +31,12 @@ def make_task(folder: Path) -> list[Path]:
     check_output(target)
     if target.is_dir() and any(target.iterdir()):
         raise DataError(f"{folder} is not empty; name a new or an empty folder")
-    names = (RECIPE_NAME, REWARD_NAME, ROWS_NAME)
     with staging(target) as temporary:
-        for name in names:
+        for name in NAMES:
             text = (TEMPLATES / name).read_text(encoding="utf-8")
             # What JSON quotes, YAML reads as it was.
             text = text.replace(f": {_PLACE}\n", f": {json.dumps(place, ensure_ascii=False)}\n")
             (temporary / name).write_text(text, encoding="utf-8")
-        for name in names:
+        for name in NAMES:
             os.replace(temporary / name, target / name)
-    return [folder / name for name in names]
+    return [folder / name for name in NAMES]

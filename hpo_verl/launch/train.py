@@ -19,6 +19,7 @@ from hpo_verl.checks.list import check_quickly, make_and_check
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.child import module_arguments
 from hpo_verl.config import cluster
+from hpo_verl.config.environment import complete_environment
 from hpo_verl.config.overrides import (
     RUN_FOLDER_KEY,
     names_run_folder,
@@ -102,8 +103,8 @@ def stopped_message(recipe: str, overrides: Sequence[str], config: DictConfig, f
 def train(
     recipe: str,
     overrides: Sequence[str],
-    announce: Callable[[str], None],
-    on_poll: Callable[[DictConfig, MetricsFile, str], None],
+    announce: Callable[[str], None] = print,
+    on_poll: Callable[[DictConfig, MetricsFile, str], None] = lambda config, metrics, doing: None,
     resume: bool = False,
 ) -> Path:
     """Train as a recipe says, and collect what the run leaves; return its folder.
@@ -118,6 +119,7 @@ def train(
             made no progress for longer than permitted.
         TrainingStopped: Ctrl-C or SIGTERM ended the run, with a checkpoint.
     """
+    complete_environment()
     planned = PlannedRun(recipe, tuple(overrides))
     remarks = check_quickly(planned)
     overrides, folder = planned.hydra_overrides, planned.run_folder

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from data_prep import rows
 from data_prep.command import run
 from hpo_verl.checks.finding import raise_first_error
-from hpo_verl.checks.list import ANYWHERE, run_checks
+from hpo_verl.checks.list import ANYWHERE, BEFORE_RAY, run_checks
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.cli import app
 from hpo_verl.launch.new_task import TEMPLATES
@@ -40,14 +41,15 @@ def follow(command):
 
 def test_the_page_shows_the_files_that_init_writes():
     shown = dict(re.findall(r'```\w+ title="my-task/(\S+)"\n(.*?)```', PAGE.read_text(), re.DOTALL))
-    assert shown.keys() == {"rows.jsonl", "reward.py", "real.yaml"}
+    assert shown.keys() == {"rows.jsonl", "reward.py", "run.py", "real.yaml"}
     assert (TEMPLATES / "rows.jsonl").read_text().startswith(shown["rows.jsonl"])
+    assert (TEMPLATES / "run.py").read_text() == shown["run.py"]
     assert (TEMPLATES / "reward.py").read_text().endswith(f"\n{shown['reward.py']}")
 
 
 def test_the_commands_in_their_order(commands, tmp_path):
     assert [command[1] for command in commands] == [
-        *("init", "-m", "prepare", "doctor", "train", "train", "report"),
+        *("init", "-m", "prepare", "doctor", "train", "train", "report", "my-task/run.py"),
     ]
     for command in commands[:2]:
         follow(command)
@@ -64,6 +66,23 @@ def test_the_commands_in_their_order(commands, tmp_path):
         planned = PlannedRun(command[2], tuple(overrides))
         assert raise_first_error(run_checks(planned, (c for c in ANYWHERE if not c.needs))) != []
         assert planned.run_folder.parent == tmp_path / "my-task" / "runs"
+
+
+def test_the_script_makes_rows_and_trains_on_them(commands, tmp_path, monkeypatch, capsys):
+    def train(recipe, overrides):
+        planned = PlannedRun(recipe, tuple(overrides))
+        raise_first_error(
+            run_checks(planned, (c for c in BEFORE_RAY if c.needs in ((), ("data",))))
+        )
+        assert [sample.rows for sample in planned.rows.values()] == [170, 40]
+        summary = {"success_before": 0.125, "success_after": 0.5}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        return tmp_path
+
+    monkeypatch.setattr("hpo_verl.launch.train.train", train)
+    follow(commands[0])
+    runpy.run_path(commands[-1][1], run_name="__main__")
+    assert capsys.readouterr().out.endswith(f"12.5% before, 50.0% after: {tmp_path}\n")
 
 
 def test_the_recipe_of_a_real_model_is_one(commands, tmp_path):

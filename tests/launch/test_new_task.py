@@ -14,7 +14,7 @@ from hpo_verl.cli import app, main
 from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.rewards.guarded_function import GuardedFunction, RewardGuardSettings
 
-FILES = {"recipe.yaml", "reward.py", "rows.jsonl"}
+FILES = {"recipe.yaml", "reward.py", "rows.jsonl", "run.py"}
 
 
 def invoke(*arguments):
@@ -35,7 +35,7 @@ def refusal(monkeypatch, capsys, folder):
 def test_the_recipe_names_its_own_files_wherever_the_folder_lies(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("init", name)
-    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 4)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 5)
     folder = tmp_path / name
     assert {path.name for path in folder.iterdir()} == FILES
     monkeypatch.chdir("/")
