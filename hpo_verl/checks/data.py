@@ -132,6 +132,8 @@ class Scored(NamedTuple):
     # Those names with what the value was; without None, which verl leaves out.
     kinds: frozenset[tuple[str, str]] = frozenset()
     problem: str = ""
+    # File and row.
+    place: str = ""
 
 
 def check_reward(run: PlannedRun) -> Finding:
@@ -158,15 +160,15 @@ def check_reward(run: PlannedRun) -> Finding:
         scored = list(_score(run, function, options))
     finally:
         function.close()
-    failures = {row: one.problem for row, one in enumerate(scored, start=1) if one.problem}
+    failures = {one.place: one.problem for one in scored if one.problem}
     if failures:
         row, problem = next(iter(failures.items()))
         guarded = run.get("reward.reward_manager.name") == "guarded"
         if len(failures) > (guard.max_error_fraction if guarded else 0) * len(scored):
             # Without the number of rows, which the clock decides.
-            return error(f"{shown}: fails on sampled row {row}: {problem}", fix)
+            return error(f"{shown}: fails on {row}: {problem}", fix)
         share = f"{len(failures)} of {len(scored)} sampled rows"
-        return warning(f"{shown}: fails on {share}, first on row {row}: {problem}", fix)
+        return warning(f"{shown}: fails on {share}, first on {row}: {problem}", fix)
     if len(frozenset().union(*(one.keys for one in scored))) > 1:
         return error(f"{shown}: the keys it returns differ from row to row", fix)
     if problem := _not_validated(run, frozenset().union(*(one.kinds for one in scored))):
@@ -222,10 +224,14 @@ def _named_function(run: PlannedRun) -> tuple[str, str, dict[str, Any]]:
 def _score(
     run: PlannedRun, function: GuardedFunction, options: Mapping[str, Any]
 ) -> Iterator[Scored]:
-    rows = [row for sample in run.rows.values() for row in sample.spread.values()]
+    rows = [
+        (f"{path.name} row {position + 1}", row)
+        for path, sample in run.rows.items()
+        for position, row in sample.spread.items()
+    ]
     rows = rows[:: max(1, len(rows) // SAMPLE_ROWS)][:SAMPLE_ROWS]
     deadline = time.monotonic() + SCORING_SECONDS
-    for number, row in enumerate(rows):
+    for number, (place, row) in enumerate(rows):
         if number > 0 and time.monotonic() > deadline:
             return
         # A wrong response alone first: where it hangs, the others would too.
@@ -233,7 +239,7 @@ def _score(
         texts = [] if answers[0][1] else list(right_responses(row))
         answers += function.score([_call(row, text, options) for text in texts])
         if problem := next((problem for _, problem in answers if problem), ""):
-            yield Scored(problem=problem)
+            yield Scored(problem=problem, place=place)
             continue
         keys = frozenset(frozenset(result) for result, _ in answers)
         kinds = frozenset(
@@ -284,17 +290,20 @@ def check_prompts(run: PlannedRun) -> Finding:
         for path, sample in run.rows.items()
         for position, row in {**sample.spread, **sample.longest}.items()
     ]
+    place, counts = "them", dict[str, int]()
     try:
         with quiet_imports():
             from hpo_verl.verl_plugin.validation import prompt_counter
 
             count = prompt_counter(run.config, run.tokenizer)
-        longest, place = max((count(prompt), place) for prompt, place in prompts)
+        for prompt, place in prompts:
+            counts[place] = count(prompt)
     except Exception as problem:
         return error(
-            f"the tokenizer of {folder} cannot encode them: {one_line(problem)}",
+            f"the tokenizer of {folder} cannot encode {place}: {one_line(problem)}",
             "a tokenizer with a chat template, or actor_rollout_ref.model.custom_chat_template",
         )
+    longest, place = max((tokens, name) for name, tokens in counts.items())
     text = f"{longest} tokens in {place}, of {len(prompts)} prompts (the longest by letters)"
     fix = f"data.max_prompt_length={longest} or more"
     if longest <= limit:

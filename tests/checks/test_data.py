@@ -231,3 +231,14 @@ def test_a_tokenizer_that_is_not_there(examine, tmp_path):
     (tmp_path / "empty").mkdir()
     broken = only(examine(tokenizer=tmp_path / "empty"), "prompts")
     assert (broken.status, "cannot encode" in broken.detail) == ("error", True)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(examine, rows):
+    refusing = "{{ raise_exception('no tools here') if messages[0]['role'] == 'tool' else 'a' }}"
+    rows[7]["prompt"][0]["role"] = "tool"
+    finding = only(
+        examine(rows, {"actor_rollout_ref.model.custom_chat_template": refusing}), "prompts"
+    )
+    assert finding.status == "error"
+    # Of a file of 240 rows, 100 and those with the longest prompts are tried.
+    assert "cannot encode train.parquet row 8: no tools here" in finding.detail

@@ -124,12 +124,12 @@ ON_THIS_MACHINE = [
     (
         [f"{REWARD}.path={{files}}/rewards.py", f"{REWARD}.name=nan"],
         "reward",
-        "fails on sampled row 1: ValueError: the reward is nan",
+        "fails on train.parquet row 1: ValueError: the reward is nan",
     ),
     (
         [f"{REWARD}.path={{files}}/rewards.py", f"{REWARD}.name=fails"],
         "reward",
-        "fails on sampled row 1: KeyError: 'target'",
+        "fails on train.parquet row 1: KeyError: 'target'",
     ),
     (
         [

@@ -18,6 +18,17 @@ def infinite(**row):
 def text(**row):
     return "1.0"
 
+def nothing(**row):
+    pass
+
+def numpy(**row):
+    import numpy
+    return {"score": numpy.float32(0.5), "acc": numpy.bool_(True), "parts": numpy.arange(2)}
+
+def array(**row):
+    import numpy
+    return numpy.zeros(1)
+
 def uneven(solution_str, **row):
     return {"score": 0.0} if "know" in solution_str else {"score": 1.0, "acc": 1.0}
 
@@ -51,8 +62,11 @@ async def later(solution_str, extra_info, bonus, **row):
 @pytest.mark.parametrize(
     ("name", "status", "detail"),
     [
-        ("fails", "error", "fails on sampled row 1: KeyError: 'target'"),
-        ("infinite", "error", "fails on sampled row 1: ValueError: the reward is inf"),
+        ("fails", "error", "fails on train.parquet row 1: KeyError: 'target'"),
+        ("infinite", "error", "fails on train.parquet row 1: ValueError: the reward is inf"),
+        ("nothing", "error", "TypeError: the reward is of type NoneType, not a number"),
+        ("numpy", "warning", "in 100 of 100 rows the known answer scores no better"),
+        ("array", "error", "train.parquet row 1: TypeError: the reward is of type ndarray, not a"),
         ("text", "error", "TypeError: the reward is of type str, not a number"),
         ("uneven", "error", "the keys it returns differ from row to row"),
         ("texts", "error", "'pred' is a text in some rows and a number in others"),
@@ -126,9 +140,9 @@ def often(extra_info, **row):
     ("name", "manager", "status", "detail"),
     [
         ("hangs", "guarded", "error", "the reward did not return within 0.5 s"),
-        ("rare", "guarded", "warning", "sampled rows, first on row "),
-        ("rare", "naive", "error", "fails on sampled row "),
-        ("often", "guarded", "error", "fails on sampled row "),
+        ("rare", "guarded", "warning", "sampled rows, first on train.parquet row "),
+        ("rare", "naive", "error", "fails on train.parquet row "),
+        ("often", "guarded", "error", "fails on train.parquet row "),
     ],
 )
 def test_a_reward_that_fails_now_and_then(examine, tmp_path, name, manager, status, detail):
