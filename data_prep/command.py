@@ -18,13 +18,18 @@ from rich.progress import Progress
 
 from hpo_verl.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, DataError, HpoVerlError
 
+# The environment variable by which `hpo-verl` asks for it.
+ERRORS_ON_STDOUT = "HPO_VERL_ERRORS_ON_STDOUT"
+ERROR = "error: "
+
 
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `error: ...`, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with exit code 2."""
-        self.exit(EXIT_BAD_INPUT, f"error: {message} (see --help)\n")
+        _complain(f"{message} (see --help)")
+        self.exit(EXIT_BAD_INPUT)
 
     @property
     def names(self) -> list[str]:
@@ -33,12 +38,18 @@ class CommandParser(argparse.ArgumentParser):
         return [name for name in options if name not in ("help", "out")]
 
 
+def _complain(text: str) -> None:
+    """Say an error; on stdout where another command reads it there, and says it itself."""
+    stream = sys.stdout if os.environ.get(ERRORS_ON_STDOUT) else sys.stderr
+    print(f"{ERROR}{text}", file=stream)
+
+
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`, print an error of bad input as one line, and return the exit code."""
     try:
         main(argv)
     except HpoVerlError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)

@@ -109,12 +109,29 @@ def _known() -> dict[str, Any]:
                 content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
                 content.pop("defaults", None)
                 _add(known, content)
+                # What only another group reads, such as `warm_start` of a task.
+                for name in _references(content):
+                    _add_name(known, name)
     for name in (*OPEN, *READ_BY_VERL):
         node, (*parts, last) = known, name.split(".")
         for part in parts:
             node = node.setdefault(part, {})
         node[last] = None
     return known
+
+
+def _references(content: Any) -> Iterator[str]:
+    """Keys that values refer to."""
+    for _, value in leaves(content):
+        if isinstance(value, str):
+            yield from _REFERENCE.findall(value)
+
+
+def _add_name(known: dict[str, Any], name: str) -> None:
+    content: Any = None
+    for part in reversed(name.split(".")):
+        content = {part: content}
+    _add(known, content)
 
 
 def _open(node: dict[str, Any]) -> None:
@@ -148,10 +165,9 @@ def _unknown(
 def _is_read(run: PlannedRun, name: str) -> bool:
     """Whether something refers to a key, or the class that verl makes of its section has it."""
     whole: Any = OmegaConf.to_container(run.whole, resolve=False)
-    for _, value in leaves(whole):
-        for found in _REFERENCE.findall(value) if isinstance(value, str) else ():
-            if f"{found}.".startswith(f"{name}.") or f"{name}.".startswith(f"{found}."):
-                return True
+    for found in _references(whole):
+        if f"{found}.".startswith(f"{name}.") or f"{name}.".startswith(f"{found}."):
+            return True
     section, _, key = name.rpartition(".")
     if section == "algorithm":
         from hpo_verl.algorithms.registry import OUR_ESTIMATORS

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 
-from data_prep.command import check_output, staging
+from data_prep.command import ERROR, ERRORS_ON_STDOUT, check_output, staging
 from data_prep.manifest import PREPARED, file_faults, read_manifest
 from hpo_verl.child import module_arguments
 from hpo_verl.config.settings import leaves
@@ -144,12 +144,21 @@ class Preparation:
                 remember_sha256(output / name, digest)
 
     def _run(self, out: Path, announce: Callable[[str], None]) -> None:
-        done = subprocess.run(self.command(out), check=False, stdout=subprocess.PIPE)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            self.command(out),
+            check=False,
+            stdout=subprocess.PIPE,
+            env={**os.environ, ERRORS_ON_STDOUT: "1"},
+        )
+        lines = (
+            done.stdout.decode(errors="replace").replace(str(out), str(self.output)).splitlines()
+        )
         if done.returncode != 0:
-            text = f"prepare.{self.name}: exit code {done.returncode} from {self.shown}"
-            raise DataError(text)
-        for line in done.stdout.decode(errors="replace").splitlines():
-            announce(line.replace(str(out), str(self.output)))
+            said = lines[-1] if lines and lines[-1].startswith(ERROR) else ""
+            problem = said.removeprefix(ERROR) or f"exit code {done.returncode}"
+            raise DataError(f"prepare.{self.name}: {problem}, from {self.shown}")
+        for line in lines:
+            announce(line)
 
     def _clear(self, output: Path, announce: Callable[[str], None]) -> None:
         """Remove what was made before; what breaks off may be the user's own, and is kept."""
@@ -202,10 +211,12 @@ def _by_content(arguments: Mapping[str, str]) -> dict[str, str]:
 def preparations(config: DictConfig) -> Iterator[Preparation]:
     """The commands that a composed recipe lists, and whose output it names elsewhere.
 
-    A recipe that was given another policy or other data does not need those it lists.
+    A recipe that was given another policy or other data does not need those it lists. The policy,
+    which may read what others make and takes longest, is last.
     """
     whole = dict(leaves(OmegaConf.to_container(config, resolve=True)))
-    for name, entry in (OmegaConf.select(config, "prepare") or {}).items():
+    listed = (OmegaConf.select(config, "prepare") or {}).items()
+    for name, entry in sorted(listed, key=lambda one: one[0] == "policy"):
         output = str(entry.output)
         others = (value for key, value in whole.items() if key != f"prepare.{name}.output")
         needed = {Path(value).expanduser(): None for value in others if _lies_in(value, output)}

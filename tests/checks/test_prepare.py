@@ -194,10 +194,21 @@ def test_a_file_counts_by_its_content_and_a_policy_by_its_version(data, tmp_path
     assert "was made with recipe_version 1, now " in look(policy_recipe(policy))[1]
 
 
-def test_a_failing_command_is_named(tmp_path):
+def test_what_a_failing_command_says_is_the_only_message(tmp_path, capfd):
     config = recipe(tmp_path / "data", train_size=0)
-    with pytest.raises(DataError, match=r"prepare\.data: exit code 2 from python -m"):
+    with pytest.raises(DataError) as failed:
         make_missing(config, lambda text: None)
+    assert str(failed.value).startswith(
+        "prepare.data: argument --train-size: '0' is not an integer from 1 to 5000000 (see --help)"
+        ", from python -m data_prep.countdown --out "
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "3 4", "answer": "4"}\n{"question": "5 6"}\n')
+    config.prepare.data.update(module="data_prep.rows", arguments={"source": str(rows)})
+    with pytest.raises(DataError) as failed:
+        make_missing(config, lambda text: None)
+    assert str(failed.value).startswith(f"prepare.data: {rows}: row 2, column 'answer': is missing")
+    assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "data").exists()
 
 
