@@ -250,7 +250,7 @@ def test_every_model_goes_with_a_task_and_gets_what_its_command_knows(task, monk
         if (recipe, model) != ("countdown3-1.5b", "tiny"):
             run = PlannedRun(recipe, (f"model={model}", f"task={task}"))
             made = {one.name: one for one in preparations(run.config)}
-            assert made.keys() == {"data", "policy"}
+            assert list(made) == ["data", "policy"]
             given = {text for text in made["policy"].command() if text.startswith("--")}
             tiny = {"--task", "--held-out"} if task == "countdown_tiny" else {"--task"}
             assert given & {"--task", "--held-out"} == (tiny if model == "tiny" else set())
