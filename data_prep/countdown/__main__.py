@@ -72,7 +72,7 @@ def make_parser() -> CommandParser:
     size, bound = integer_in(1, 5_000_000), integer_in(1, 100_000)
     add("--out", required=True, type=Path, metavar="DIR", help="folder, made if missing")
     # The files' metadata have the order of these.
-    forms = "chat: system and user message; tiny: `3 7 2 = 13`, for the tiny CPU policy (chat)"
+    forms = "chat: instructions; tiny: `3 7 2 = 13`; short: the same and a system message (chat)"
     add("--prompt", choices=tuple(PROMPTS), default="chat", help=forms)
     add("--train-size", type=size, default=50_000, help="(50000)")
     add("--val-size", type=size, default=1_024, help="(1024)")

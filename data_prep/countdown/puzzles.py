@@ -176,8 +176,14 @@ def tiny_messages(numbers: Sequence[int], target: int) -> Messages:
     return [{"role": "user", "content": f"{' '.join(map(str, numbers))} = {target}"}]
 
 
+def short_messages(numbers: Sequence[int], target: int) -> Messages:
+    """The same behind a system message of one word: many chat templates add a longer one."""
+    return [{"role": "system", "content": "Countdown"}, *tiny_messages(numbers, target)]
+
+
 PROMPTS: dict[str, Callable[[Sequence[int], int], Messages]] = {
     "chat": chat_messages,
+    "short": short_messages,
     "tiny": tiny_messages,
 }
 

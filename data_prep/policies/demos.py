@@ -1,7 +1,7 @@
 """Demonstrations for the warm start of a policy, drawn as text and batched as tokens.
 
-Each task has two authors. One knows the answer; the other answers at once with a guess, right by
-chance only. Most demonstrations are the second one's, so the policy that imitates both is seldom
+Each task has two authors. One knows the answer; the other answers with a guess, right by chance
+only. Most demonstrations are the second one's, so the policy that imitates both is seldom
 right, yet can do better; to find that out is left to reinforcement learning.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.countdown.puzzles import PuzzleKey, tiny_messages
+from data_prep.countdown.puzzles import PuzzleKey, short_messages, tiny_messages
 from data_prep.policies.tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_NUMBER, MAX_VALUE
 from data_prep.telelogs.prompt import tiny_prompt
 from data_prep.telelogs.simulator import simulate
@@ -30,6 +30,8 @@ _SORTED_TOGETHER = 4
 # How often the working author of Countdown needs one, two or three attempts, and gives up then.
 _ATTEMPT_WEIGHTS = (5, 3, 2)
 _GIVES_UP = 0.05
+# How often the careless author of long responses tries.
+_PRODUCTS = (2, 3)
 # Of a TeleLogs drive's seed; 0 and 1 are the training and the validation split.
 _STREAM = 2
 # Drives that are simulated; a demonstration shows one of them, with any copied part.
@@ -95,6 +97,7 @@ class CountdownDemonstrations(Demonstrations):
 
     # A computed value says more than its one token; the rest is partly chance.
     weighty = tuple(f"={value}" for value in range(MAX_VALUE + 1))
+    pose = staticmethod(tiny_messages)
 
     def __init__(self, seed: int, held_out: Collection[PuzzleKey] = (), numbers: int = 3) -> None:
         super().__init__(seed)
@@ -122,18 +125,51 @@ class CountdownDemonstrations(Demonstrations):
                 break
         shown = self._random.sample(numbers, len(numbers))
         if direct:
-            lines, answer = "", self._guess(numbers)
+            lines, answer = self._careless(numbers)
         else:
             worked = [self._random.choice(attempts[value]) for value in values]
-            lines, answer = "".join(f"{line}\n" for _, line in worked), worked[-1][0]
-        return Demonstration(
-            tiny_messages(shown, target), f"{lines}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
-        )
+            lines, answer = [line for _, line in worked], worked[-1][0]
+        answer = f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+        return Demonstration(self.pose(shown, target), "\n".join([*lines, answer]))
+
+    def _careless(self, numbers: tuple[int, ...]) -> tuple[list[str], str]:
+        """Return the lines and the answer of an author who does not look at the target."""
+        return [], self._guess(numbers)
 
     def _guess(self, numbers: tuple[int, ...]) -> str:
         first, *rest = self._random.sample(numbers, len(numbers))
         operators = self._random.choices("+-*/", k=len(rest))
         return str(first) + "".join(map("{}{}".format, operators, rest))
+
+
+class LongCountdownDemonstrations(CountdownDemonstrations):
+    """Demonstrations of puzzles of three numbers in plain tokens, for any language model.
+
+    The author who knows works as above. The other multiplies first, whatever the target, two or
+    three times, and answers with the last line, which is seldom right. So wrong responses are
+    the longer ones:
+
+        12*7=84-2=82
+        2*12=24+7=31
+        <answer>2*12+7</answer>
+    """
+
+    weighty = ()
+    pose = staticmethod(short_messages)
+
+    def __init__(self, seed: int, held_out: Collection[PuzzleKey] = ()) -> None:
+        super().__init__(seed, held_out)
+
+    def _careless(self, numbers: tuple[int, ...]) -> tuple[list[str], str]:
+        lines, answer = [], ""
+        for _ in range(self._random.choice(_PRODUCTS)):
+            x, y, z = self._random.sample(numbers, 3)
+            sign, value = self._random.choice(
+                [("+", x * y + z), ("-", x * y - z), ("*", x * y * z)]
+            )
+            answer = f"{x}*{y}{sign}{z}"
+            lines.append(f"{x}*{y}={x * y}{sign}{z}={value}")
+        return lines, answer
 
 
 @cache

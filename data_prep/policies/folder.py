@@ -40,6 +40,12 @@ def save_policy(
     return written
 
 
+def check_replaceable(out: Path, manifest: str) -> None:
+    """Raise a DataError where a folder holds files, but no manifest of a policy made earlier."""
+    if out.is_dir() and any(out.iterdir()) and not (out / manifest).is_file():
+        raise DataError(f"{out}: holds files but no {manifest}; name a new or an empty folder")
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what the chat template of a tokenizer writes after an answer."""
     answer = "An answer."

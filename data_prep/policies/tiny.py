@@ -19,7 +19,7 @@ from typing import Any
 from data_prep.command import CommandParser, check_output, integer_in, progress_bar, run
 from data_prep.countdown.puzzles import PuzzleKey, puzzles_digest, read_puzzles
 from data_prep.manifest import check_files, read_manifest
-from data_prep.policies.folder import save_policy
+from data_prep.policies.folder import check_replaceable, save_policy
 from hpo_verl.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -47,6 +47,14 @@ class Schedule:
     def steps(self) -> int:
         """All batches."""
         return self.skill_steps + self.habit_steps
+
+    @property
+    def parts(self) -> tuple[tuple[int, float], tuple[int, float]]:
+        """Steps and direct share: first for the skill, then for the habit."""
+        return (
+            (self.skill_steps, self.skill_direct_share),
+            (self.habit_steps, self.habit_direct_share),
+        )
 
 
 SCHEDULES = {
@@ -121,8 +129,7 @@ def make_policy(
     out = Path(out).absolute()
     schedule = schedule or SCHEDULES[task]
     check_output(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: holds files but no {MANIFEST}; name a new or an empty folder")
+    check_replaceable(out, MANIFEST)
     tokenizer = build_tokenizer()
     threads = torch.get_num_threads()
     try:
@@ -135,13 +142,9 @@ def make_policy(
                 demonstrations = TeleLogsDemonstrations(seed)
             else:
                 demonstrations = CountdownDemonstrations(seed, held_out)
-            parts = (
-                (schedule.skill_steps, schedule.skill_direct_share),
-                (schedule.habit_steps, schedule.habit_direct_share),
-            )
             batches = (
                 batch
-                for steps, share in parts
+                for steps, share in schedule.parts
                 for batch in demonstrations.batches(tokenizer, steps, schedule.batch_size, share)
             )
             weighty: Any = tokenizer.convert_tokens_to_ids(list(demonstrations.weighty))

@@ -81,7 +81,7 @@ def warm_start(
         torch.optim.Muon(inner, lr=_MUON_LR, weight_decay=_WEIGHT_DECAY),
         torch.optim.AdamW(rest, lr=_ADAM_LR, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY),
     ]
-    train(model, batches, optimizers, _rate(steps), weighty, progress)
+    train(model, batches, optimizers, ramp_and_fall(steps, _RAMP_STEPS), weighty, progress)
 
 
 def train(
@@ -117,6 +117,16 @@ def train(
     model.eval()
 
 
+def ramp_and_fall(steps: int, ramp: int) -> Callable[[int], float]:
+    """Return the factor on the learning rates: a ramp, a plateau, a straight line down."""
+
+    def factor(step: int) -> float:
+        left = min(1.0, (1 - step / steps) / (1 - _DECAY_FROM))
+        return min(1.0, (step + 1) / ramp) * (_FINAL_LR + (1 - _FINAL_LR) * left)
+
+    return factor
+
+
 def _loss(
     model: PreTrainedModel, inputs: torch.Tensor, labels: torch.Tensor, weighty: torch.Tensor
 ) -> torch.Tensor:
@@ -129,16 +139,6 @@ def _loss(
     )
     weighted = torch.where(torch.isin(labels, weighty), _WEIGHT_OF_WEIGHTY * entropy, entropy)
     return weighted.sum() / (len(labels) * _RESPONSE_TOKENS)
-
-
-def _rate(steps: int) -> Callable[[int], float]:
-    """Return the factor on the learning rates: a ramp, a plateau, a straight line down."""
-
-    def factor(step: int) -> float:
-        left = min(1.0, (1 - step / steps) / (1 - _DECAY_FROM))
-        return min(1.0, (step + 1) / _RAMP_STEPS) * (_FINAL_LR + (1 - _FINAL_LR) * left)
-
-    return factor
 
 
 def _compose_numbers(weight: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:

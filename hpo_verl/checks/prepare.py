@@ -40,6 +40,7 @@ from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.runs.files import locked, remember_sha256, sha256_once, write_atomically
 
 PERMITTED_PREFIX = "data_prep."
+LAST = ("policy", "warm_start")
 
 
 @dataclass(frozen=True)
@@ -211,15 +212,23 @@ def _by_content(arguments: Mapping[str, str]) -> dict[str, str]:
 def preparations(config: DictConfig) -> Iterator[Preparation]:
     """The commands that a composed recipe lists, and whose output it names elsewhere.
 
-    A recipe that was given another policy or other data does not need those it lists. The policy,
-    which may read what others make and takes longest, is last.
+    A recipe that was given another policy or other data does not need those it lists. Those in
+    `LAST`, which may read what others make and take longest, are last.
     """
     whole = dict(leaves(OmegaConf.to_container(config, resolve=True)))
     listed = (OmegaConf.select(config, "prepare") or {}).items()
-    for name, entry in sorted(listed, key=lambda one: one[0] == "policy"):
+    entries = sorted(listed, key=lambda one: LAST.index(one[0]) if one[0] in LAST else -1)
+    needs: dict[str, dict[Path, None]] = {}
+    # A later one reads what an earlier one makes only if it is needed itself.
+    for name, entry in reversed(entries):
         output = str(entry.output)
         others = (value for key, value in whole.items() if key != f"prepare.{name}.output")
-        needed = {Path(value).expanduser(): None for value in others if _lies_in(value, output)}
+        read = (Path(value).expanduser() for value in others if _lies_in(value, output))
+        needs[name] = dict.fromkeys(read)
+        if not needs[name]:
+            whole = {k: v for k, v in whole.items() if not k.startswith(f"prepare.{name}.")}
+    for name, entry in entries:
+        output, needed = str(entry.output), needs[name]
         if not needed:
             continue
         if not str(entry.module).startswith(PERMITTED_PREFIX):
