@@ -8,7 +8,8 @@ data_source `reasoning_gym_NAME`, reasoning-gym's own system prompt, and
 
 - `reward_model.ground_truth`: task, configuration and entry as a Python literal (JSON has no
   tuples, which scorers compare);
-- `extra_info`: `split`, `index`, and `solution`, empty where the task has no single answer.
+- `extra_info`: `split`, `index`, `solution`, empty where the task has no single answer, and with
+  `--difficulty` that number of the question, such as `num_terms` of chain_sum.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries = _entries(gym, options["name"], config, options["seed"], total)
     with progress_bar() as progress, contextlib.redirect_stdout(sys.stderr):
         tracked = progress.track(entries, total, description="asking")
-        rows = list(_rows(tracked, options["name"], config, sizes))
+        rows = list(_rows(tracked, options["name"], config, sizes, options["difficulty"]))
     splits = {"train": rows[: sizes["train"]], "val": rows[sizes["train"] :]}
     task = f"reasoning_gym_{options['name']}"
     for split, path in write_splits(out, splits, {"task": task, **options}).items():
@@ -142,7 +143,11 @@ def _entries(gym: Any, name: str, config: dict[str, Any], seed: int, count: int)
 
 
 def _rows(
-    entries: Iterable[Any], name: str, config: dict[str, Any], sizes: Mapping[str, int]
+    entries: Iterable[Any],
+    name: str,
+    config: dict[str, Any],
+    sizes: Mapping[str, int],
+    difficulty: str | None,
 ) -> Iterator[Row]:
     from reasoning_gym.utils import SYSTEM_PROMPTS
 
@@ -159,6 +164,8 @@ def _rows(
             {"role": "user", "content": entry["question"]},
         ]
         info = {"split": split, "index": index, "solution": solution}
+        if difficulty is not None:
+            info["difficulty"] = _level(f"{name}: question {number + 1}", entry, difficulty)
         yield verl_row(source, prompt, "reasoning", repr(truth), info)
 
 
@@ -174,6 +181,18 @@ def _plain(value: Any) -> Any:
 def _solution(entry: Mapping[str, Any]) -> str:
     """The task's own answer; empty where it has no single one."""
     return entry["answer"].strip() if isinstance(entry["answer"], str) else ""
+
+
+def _level(where: str, entry: Mapping[str, Any], key: str) -> float:
+    """A number of a question that says how hard it is; a DataError names those that it has."""
+    numbers = {
+        name: float(value)
+        for name, value in _plain(entry["metadata"]).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if key not in numbers:
+        raise DataError(f"{where}: difficulty: no number {key!r}; {_nearest(key, numbers)}")
+    return numbers[key]
 
 
 def _check(where: str, truth: dict[str, Any], solution: str) -> None:
@@ -207,6 +226,7 @@ def make_parser() -> CommandParser:
     add("--train-size", type=size, default=10_000, help="(10000)")
     add("--val-size", type=size, default=500, help="(500)")
     add("--seed", type=integer_in(0, 2**31 - 1), default=0, help="(0)")
+    add("--difficulty", metavar="KEY", help="a number of the question's metadata, for a curriculum")
     add("--out", required=True, type=Path, metavar="DIR", help="folder, made if missing")
     return parser
 

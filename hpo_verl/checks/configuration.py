@@ -58,6 +58,7 @@ def check_algorithm(run: PlannedRun) -> Finding:
 
     remarks = validation.check_algorithm(run.config)
     validation.check_trainer_mode(run.config)
+    validation.check_sampling(run.config)
     if remarks:
         return warning("; ".join(remarks), "see docs/pages/algorithms.md")
     return ok(

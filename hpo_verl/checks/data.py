@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from hpo_verl.checks.configuration import rows_needed, trained_rows
+from hpo_verl.checks.configuration import planned_steps, rows_needed, trained_rows
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.rows import BATCH_ROWS, REQUIRED_COLUMNS, SAMPLE_ROWS
@@ -134,6 +134,31 @@ class Scored(NamedTuple):
     problem: str = ""
     # File and row.
     place: str = ""
+
+
+def check_curriculum(run: PlannedRun) -> list[Finding]:
+    """Whether rows have the number by which a curriculum ranks them, and stages enough of both."""
+    if not run.get("data.curriculum.by"):
+        return []
+    with quiet_imports():
+        from hpo_verl.verl_plugin.curriculum import StagedSampler, curriculum_settings, difficulty
+
+    settings, found = curriculum_settings(run.config), []
+    paths = [path for key, path in run.data_files if key == "data.train_files"]
+    for path in paths:
+        for position, row in run.rows[path].spread.items():
+            where = f"{path.name} row {position + 1}"
+            found.append(difficulty(row, str(settings.by), where))
+    rows = trained_rows(run, sum(run.rows[path].rows for path in paths))
+    StagedSampler(
+        [0.0] * rows,
+        planned_steps(run) or settings.stages,
+        run.get("data.train_batch_size"),
+        settings,
+        0,
+    )
+    text = f"{settings.stages} stages by {settings.by}, {min(found):g} to {max(found):g}"
+    return [ok(f"{text} in {len(found)} sampled rows")]
 
 
 def check_reward(run: PlannedRun) -> Finding:

@@ -64,6 +64,7 @@ SCHEMA = (
     'a row needs data_source, prompt=[{"role": "user", "content": TEXT}] and '
     "reward_model={ground_truth}"
 )
+CURRICULUM = "another data.curriculum, or rows with that number in extra_info"
 # What is quick comes first.
 CHECKS = (
     Check("python", packages.check_base, vital=True),
@@ -98,6 +99,7 @@ CHECKS = (
     Check("verl's checks", configuration.check_with_verl, ("verl",), ("names",), CORRECT),
     Check("tokenizer", loaded.check_tokenizer, ("policy", "verl"), ("model", "remote code")),
     Check("prompts", data.check_prompts, ("data", "policy", "verl"), ("schema", "tokenizer")),
+    Check("curriculum", data.check_curriculum, ("data", "verl"), ("schema",), CURRICULUM),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.

@@ -18,6 +18,8 @@ from hpo_verl.verl_plugin.advantages import (
     trainer_modes,
     weight_in_front,
 )
+from hpo_verl.verl_plugin.curriculum import SECTION as CURRICULUM
+from hpo_verl.verl_plugin.curriculum import curriculum_settings
 from hpo_verl.verl_plugin.losses import (
     ACTOR,
     ENGINE_VENDOR,
@@ -177,6 +179,23 @@ def check_trainer_mode(config: DictConfig) -> None:
                 f"trainer.v1.trainer_mode = {mode!r}: {key} = {record.name!r} needs "
                 f"{' or '.join(modes)}"
             )
+
+
+def check_sampling(config: DictConfig) -> None:
+    """Refuse, by a ConfigError, settings of how prompts are drawn that are wrong or not heeded."""
+    curriculum = curriculum_settings(config)
+    mode = str(config["trainer"]["v1"]["trainer_mode"])
+    if curriculum.by is None:
+        return
+    who = f"{CURRICULUM}.by = {curriculum.by!r}"
+    if mode not in OUR_MODES:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode = {mode!r}: {who} needs {' or '.join(OUR_MODES)}"
+        )
+    name = str(config["algorithm"].get("adv_estimator"))
+    estimator = ESTIMATORS.get(name)
+    if estimator is not None and estimator.history is not None:
+        raise ConfigError(f"{who}: must be null, since adv_estimator = {name!r} draws its prompts")
 
 
 def check_guards(config: DictConfig) -> None:

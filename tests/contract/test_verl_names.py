@@ -26,6 +26,7 @@ SIGNATURES = {
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer": "self",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._init_dataloader": "self",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._submit_batch_to_rollout": "self batch",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer.prepare_step": "self",
     "verl.trainer.ppo.v1.trainer_base:PPOTrainer._balance_batch": (
         "self batch metrics logging_prefix= keep_minibatch="
     ),

@@ -59,6 +59,19 @@ def test_generated_files(tmp_path, capsys):
     assert manifest["task"] == "reasoning_gym_chain_sum"
 
 
+def test_a_number_of_the_question_says_how_hard_it_is(tmp_path, capsys):
+    arguments = ["--name", "chain_sum", "--train-size", 6, "--val-size", 2, "--out"]
+    assert command(*arguments, tmp_path / "a", "--difficulty", "num_terms") == 0
+    for row in rows(tmp_path / "a", "train"):
+        terms = row["prompt"][1]["content"].split(": ")[-1].count(" ") // 2 + 1
+        assert row["extra_info"]["difficulty"] == terms
+    assert command(*arguments, tmp_path / "b", "--difficulty", "num_term") == 2
+    assert "chain_sum: question 1: difficulty: no number 'num_term'; did you mean num_terms" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_task_without_a_single_answer(tmp_path):
     assert (
         command("--name", "graph_color", "--train-size", 2, "--val-size", 1, "--out", tmp_path) == 0

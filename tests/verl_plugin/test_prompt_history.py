@@ -17,11 +17,11 @@ from verl.utils import tensordict_utils as tu
 from hpo_verl.algorithms.spo import SPOSettings
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.trainer import prompt_history as plugin
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.trainer.prompt_history import (
     PARTITION,
 )
+from hpo_verl.verl_plugin.trainer.prompts import ROW
 
 
 def nested(rows):
@@ -81,7 +81,7 @@ class Parent:
         self.train_dataloader = "verl's"
 
     def _submit_batch_to_rollout(self, batch):
-        assert plugin.ROW not in batch
+        assert ROW not in batch
         return len(batch)
 
     def _compute_advantage(self, batch, metrics):
@@ -131,7 +131,7 @@ def trainer(monkeypatch):
 def submit(trainer, uids):
     """Draw a batch and hand it to the rollout; returns the prompts' rows."""
     batch = tu.get_tensordict(next(iter(trainer.train_dataloader)))
-    rows = list(batch[plugin.ROW])
+    rows = list(batch[ROW])
     assert [prompt[0]["content"] for prompt in batch["raw_prompt"]] == [f"p{row}" for row in rows]
     tu.assign_non_tensor_stack(batch, "uid", uids)
     assert trainer._submit_batch_to_rollout(batch) == 3

@@ -1,8 +1,7 @@
 """The part of a trainer for estimators with a history of prompts: draws, values and updates.
 
-verl 0.9.1 has no setting for a sampler of prompts, so the trainer builds its own data loader. verl
-saves the loader's state in `data.pt` of every checkpoint, and with it the history and the last
-response of every prompt.
+verl saves the state of the data loader in `data.pt` of every checkpoint, and with it the history
+and the last response of every prompt.
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler, StackDataset
+from torch.utils.data import Sampler
 
 from hpo_verl.algorithms.base import PromptHistory
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.ratios import mean_drift
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin.advantages import Estimate, read_settings
-
-ROW = "prompt_row"
-"""Column that tells a prompt's row in the training set."""
+from hpo_verl.verl_plugin.trainer.prompts import PromptRows
 
 PARTITION = "last_responses"
 """Where in TransferQueue last responses lie while they are scored."""
@@ -137,49 +134,20 @@ class HistorySampler(Sampler[int]):
         self._drawn = list(state["drawn"])
 
 
-class PromptHistoryTrainer:
+class PromptHistoryTrainer(PromptRows):
     """Mixed into a trainer of verl: does nothing unless the estimator has a history."""
 
-    config: Any
-    train_dataset: Any
-    train_dataloader: Any
     actor_rollout_wg: Any
     _sampler: HistorySampler
-    _rows: dict[Hashable, int]
 
-    def _init_dataloader(self) -> None:
-        super()._init_dataloader()  # type: ignore[misc]
+    def _prompt_sampler(self) -> Sampler[int] | None:
         estimator = ESTIMATORS.get(str(self.config.algorithm.adv_estimator))
         if estimator is None or estimator.history is None:
-            return
-        from torchdata.stateful_dataloader import StatefulDataLoader
-        from verl.utils.dataset.rl_dataset import collate_fn
-
-        data = self.config.data
+            return super()._prompt_sampler()
         settings = read_settings(estimator, self.config.algorithm)
-        history = estimator.history(len(self.train_dataset), settings)
+        history, data = estimator.history(len(self.train_dataset), settings), self.config.data
         self._sampler = HistorySampler(history, data.train_batch_size, data.get("seed"))
-        self._rows = {}
-        numbers: Any = range(len(self.train_dataset))
-
-        def collate(items: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
-            return collate_fn([{**item, ROW: row} for item, row in items])
-
-        self.train_dataloader = StatefulDataLoader(
-            dataset=StackDataset(self.train_dataset, numbers),
-            batch_size=data.get("gen_batch_size", None) or data.train_batch_size,
-            # A worker would read ahead, with the history of earlier steps.
-            num_workers=0,
-            drop_last=True,
-            collate_fn=collate,
-            sampler=self._sampler,
-        )
-
-    def _submit_batch_to_rollout(self, batch: Any) -> int:
-        if ROW in batch:
-            self._rows.update(zip(batch["uid"], batch[ROW], strict=True))
-            batch.pop(ROW)
-        return super()._submit_batch_to_rollout(batch)  # type: ignore[misc]
+        return self._sampler
 
     def prompt_values(self) -> dict[Hashable, float]:
         """Value of every prompt that was drawn for this step, by its uid."""
