@@ -14,6 +14,7 @@ from verl.workers.utils import losses as verl_losses
 
 from hpo_verl.algorithms.registry import ALGORITHMS, OUR_LOSSES
 from hpo_verl.verl_plugin import losses
+from hpo_verl.verl_plugin.knapsack import COLUMN
 
 
 def parameters(function):
@@ -53,6 +54,12 @@ def test_the_methods_that_the_trainer_modes_extend_exist():
     assert parameters(PPOTrainer._update_actor) == ["self", "batch", "metrics"]
     assert parameters(PPOTrainer._setup) == ["self"]
     assert parameters(ActorRolloutRefWorker.set_loss_fn) == ["self", "loss_fn"]
+
+
+def test_agent_loops_take_the_number_of_responses_from_a_column():
+    from verl.trainer.ppo.v1 import agent_loop_tq
+
+    assert f'prompt.pop("{COLUMN}", config.n' in inspect.getsource(agent_loop_tq)
 
 
 def test_no_setting_of_ours_hides_one_of_verls():

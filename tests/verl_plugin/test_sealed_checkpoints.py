@@ -51,7 +51,7 @@ def state(folder, step):
     assert checkpoints.fault(path) is None
     order = torch.load(path / "data.pt", weights_only=False)
     weight = torch.load(path / "actor" / MODEL, weights_only=False)
-    kept = (life_cycle.KL_NAME, life_cycle.MEMORY_NAME)
+    kept = (life_cycle.KL_NAME, life_cycle.KEPT["memory"])
     return weight, repr(order), *((path / name).read_text() for name in kept)
 
 

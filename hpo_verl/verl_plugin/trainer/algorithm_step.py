@@ -164,6 +164,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             statistics = step_statistics(estimate)
         if estimator.history is not None:
             statistics |= self.learn_from(estimate, data)
+        statistics |= self.note_rewards(estimate.part, estimate.labels)
         metrics.update({f"hpo/{name}": value for name, value in statistics.items()})
         if estimate.result.memory and self._is_last_part():
             self.memory = dict(estimate.result.memory)

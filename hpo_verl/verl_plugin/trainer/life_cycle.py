@@ -38,7 +38,8 @@ from hpo_verl.verl_plugin.trainer.pass_at_k import pass_at_k_metrics
 METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
 ASYNC_KEY = "actor_rollout_ref.actor.checkpoint.async_save"
 KL_NAME = "kl_coefficient.json"
-MEMORY_NAME = "estimator_memory.json"
+KEPT = {"memory": "estimator_memory.json", "success_rates": "success_rates.json"}
+"""Numbers by name that a trainer has, and their file in a checkpoint."""
 
 
 def run_folder(default_local_dir: str) -> Path:
@@ -71,7 +72,6 @@ class LifeCycle:
     config: DictConfig
     global_steps: int
     logger: Any
-    memory: dict[str, float]
     tokenizer: Any
     total_training_steps: int
     train_dataloader: Any
@@ -122,7 +122,7 @@ class LifeCycle:
         return buffer
 
     def _load_checkpoint(self) -> None:
-        """Restore an adaptive KL coefficient too, which verl forgets, and an estimator's memory."""
+        """Restore an adaptive KL coefficient too, which verl forgets, and what is kept here."""
         super()._load_checkpoint()  # type: ignore[misc]
         trainer = self.config.trainer
         folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -131,8 +131,9 @@ class LifeCycle:
         controller = getattr(self, "kl_ctrl_in_reward", None)
         if controller is not None and (folder / KL_NAME).is_file():
             controller.value = json.loads((folder / KL_NAME).read_text())
-        if (folder / MEMORY_NAME).is_file():
-            self.memory = json.loads((folder / MEMORY_NAME).read_text())
+        for name, file in KEPT.items():
+            if (folder / file).is_file():
+                setattr(self, name, json.loads((folder / file).read_text()))
 
     def on_init_end(self) -> None:
         """Here verl sends the weights to the rollout servers."""
@@ -316,8 +317,9 @@ class LifeCycle:
             controller = getattr(self, "kl_ctrl_in_reward", None)
             if controller is not None:
                 write_atomically(checkpoint / KL_NAME, json.dumps(controller.value))
-            if memory := getattr(self, "memory", None):
-                write_atomically(checkpoint / MEMORY_NAME, json.dumps(memory))
+            for name, file in KEPT.items():
+                if numbers := getattr(self, name, None):
+                    write_atomically(checkpoint / file, json.dumps(numbers))
         self._unsealed = checkpoint
         self._saved_step = self.global_steps
 

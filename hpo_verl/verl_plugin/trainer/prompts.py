@@ -1,4 +1,4 @@
-"""The part of a trainer that decides which prompts come next, and knows their rows.
+"""The part of a trainer that decides which prompts come next, and how many responses each gets.
 
 verl 0.9.1 has no setting for a sampler of prompts, so the trainer builds its own data loader.
 """
@@ -10,7 +10,10 @@ from typing import Any
 
 from torch.utils.data import Sampler, StackDataset
 
+from hpo_verl.algorithms.base import Rollout
+from hpo_verl.core.allocation import allocate
 from hpo_verl.verl_plugin.curriculum import StagedSampler, curriculum_settings, difficulty
+from hpo_verl.verl_plugin.knapsack import COLUMN, knapsack_settings
 
 ROW = "prompt_row"
 """Column that tells a prompt's row in the training set."""
@@ -59,6 +62,15 @@ class PromptRows:
             batch.pop(ROW)
         return super()._submit_batch_to_rollout(batch)  # type: ignore[misc]
 
+    def prepare_step(self) -> dict[str, Any]:
+        """Forget the rows of the step before, and submit the step's prompts."""
+        self._rows.clear()
+        return super().prepare_step()  # type: ignore[misc]
+
+    def note_rewards(self, part: Rollout, labels: list[Hashable]) -> dict[str, float]:
+        """Take in the responses of a step, by uid; returns what is logged as `hpo/<name>`."""
+        return {}
+
 
 class Curriculum(PromptRows):
     """Draws prompts stage by stage, where `data.curriculum.by` is set; see `curriculum`."""
@@ -89,7 +101,55 @@ class Curriculum(PromptRows):
 
     def prepare_step(self) -> dict[str, Any]:
         """Add the stage of the step, from 1, to its metrics."""
-        metrics = super().prepare_step()  # type: ignore[misc]
+        metrics = super().prepare_step()
         if self._stages is not None:
             metrics["hpo/curriculum_stage"] = 1 + self._stages.stage(self.global_steps)
         return metrics
+
+
+class Knapsack(PromptRows):
+    """Deals a step's responses to its prompts by value, where this is enabled; see `knapsack`.
+
+    `success_rates` are those of the prompts that were seen, by their row; saved in checkpoints.
+    """
+
+    success_rates: dict[str, float]
+    _dealt: tuple[int, ...] = ()
+
+    def __init__(self, config: Any) -> None:
+        self.success_rates = {}
+        super().__init__(config)  # type: ignore[call-arg]
+
+    def _prompt_sampler(self) -> Sampler[int] | None:
+        sampler = super()._prompt_sampler()
+        if sampler is None and knapsack_settings(self.config).enable:
+            from verl.trainer.ppo.utils import create_rl_sampler
+
+            return create_rl_sampler(self.config.data, self.train_dataset)
+        return sampler
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        if (settings := knapsack_settings(self.config)).enable:
+            from verl.utils import tensordict_utils as tu
+
+            rates = [self.success_rates.get(str(row)) for row in batch[ROW]]
+            n = self.config.actor_rollout_ref.rollout.n
+            self._dealt = allocate(rates, n, settings.low, settings.high)
+            tu.assign_non_tensor_stack(batch, COLUMN, list(self._dealt))
+        return super()._submit_batch_to_rollout(batch)
+
+    def note_rewards(self, part: Rollout, labels: list[Hashable]) -> dict[str, float]:
+        """Keep the share of every prompt's responses with a reward above 0."""
+        if not self._dealt:
+            return super().note_rewards(part, labels)
+        known = sum(str(row) in self.success_rates for row in self._rows.values())
+        right = (part.rewards if part.scores is None else part.scores) > 0
+        found: dict[Hashable, list[bool]] = {}
+        for row in part.live.nonzero().squeeze(-1).tolist():
+            found.setdefault(labels[row], []).append(bool(right[row]))
+        for label, one in found.items():
+            self.success_rates[str(self._rows[label])] = sum(one) / len(one)
+        return {
+            "knapsack_most": float(max(self._dealt)),
+            "knapsack_known_fraction": known / len(self._rows),
+        }

@@ -1,0 +1,76 @@
+"""Prompts in stages, and their responses by value, in the real trainer; on from a checkpoint."""
+
+import json
+import subprocess
+from collections import Counter
+
+import pytest
+from real_runs import BIN, SMALL, STEPS, read_metrics, repeatable, rollouts, start
+
+SHORT = [*SMALL, "trainer.val_before_train=false", "trainer.test_freq=-1"]
+# Few prompts, so that they come back within three steps.
+OURS = [
+    *("data.train_max_samples=24", "data.curriculum.by=difficulty", "data.curriculum.stages=3"),
+    *("data.curriculum.descending=true", "data.curriculum.cumulative=true"),
+    "actor_rollout_ref.rollout.custom.knapsack.enable=true",
+]
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+
+
+def train(cache, folder, *overrides):
+    """Metrics of every step of a short run."""
+    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SHORT, *OURS, *overrides]
+    process = start(
+        [*command, f"trainer.rollout_data_dir={rollouts(folder)}", f"hydra.run.dir={folder}"],
+        cache,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return read_metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "prompts"
+    return folder, train(cache, folder, "trainer.save_freq=2")
+
+
+def test_stages_and_responses_by_value(run):
+    folder, metrics = run
+    steps = [metrics[step] for step in range(1, STEPS + 1)]
+    assert [data["hpo/curriculum_stage"] for data in steps] == [1, 2, 3]
+    known = [data["hpo/knapsack_known_fraction"] for data in steps]
+    # 8 rows of the first stage, then 16, then 24.
+    assert known[0] == 0
+    assert known[1] > 0
+    seen = []
+    for step, data in enumerate(steps, start=1):
+        lines = (rollouts(folder) / f"{step}.jsonl").read_text().splitlines()
+        responses = [json.loads(line) for line in lines]
+        # The whole budget, whatever a prompt gets.
+        assert len(responses) == 16 * 8
+        groups = Counter(one["uid"].split("_")[0] for one in responses)
+        assert len(groups) == 16
+        assert min(groups.values()) >= 2
+        assert max(groups.values()) == data["hpo/knapsack_most"]
+        seen.append({one["input"] for one in responses})
+        assert data["actor/grad_norm"] > 0
+    assert [len(seen[0]), len(seen[0] | seen[1])] == [8, 16]
+    assert steps[0]["hpo/knapsack_most"] == 8
+    assert max(data["hpo/knapsack_most"] for data in steps) > 8
+    rates = json.loads((folder / "checkpoints/global_step_2/success_rates.json").read_text())
+    assert len(rates) == 16
+    assert all(0 <= rate <= 1 for rate in rates.values())
+
+
+def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(run, cache, tmp_path):
+    folder, metrics = run
+    again = train(
+        cache, tmp_path / "again", "trainer.save_freq=-1", "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={folder}/checkpoints/global_step_2",
+    )  # fmt: skip
+    assert set(again) == {STEPS}
+    assert repeatable(again)[STEPS] == repeatable(metrics)[STEPS]
