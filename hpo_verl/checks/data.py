@@ -343,3 +343,33 @@ def check_prompts(run: PlannedRun) -> Finding:
                 return error(f"{text} {key} has {kept} rows where the run needs {needed}", fix)
         return warning(f"{text}; verl leaves longer ones out", fix)
     return error(text, f"{fix}, or data.filter_overlong_prompts=true")
+
+
+def check_hints(run: PlannedRun) -> list[Finding]:
+    """Whether rows have a reference solution for hints, and prompts with hints fit."""
+    if not run.get("actor_rollout_ref.rollout.custom.hints.enable", False):
+        return []
+    with quiet_imports():
+        from hpo_verl.verl_plugin import hints
+        from hpo_verl.verl_plugin.validation import prompt_counter
+
+        count = prompt_counter(run.config, run.tokenizer)
+    settings, limit = hints.hint_settings(run.config), run.get("data.max_prompt_length")
+    paths = [path for key, path in run.data_files if key == "data.train_files"]
+    rows = [row for path in paths for row in run.rows[path].spread.values()]
+    known = hints.require_reference(rows, settings.by)
+    lengths = []
+    for row in rows:
+        solution = hints.reference(row.get("extra_info"), settings.by)
+        for share in settings.shares:
+            if prompt := hints.hinted(row["prompt"], solution, share, settings.text):
+                lengths.append(count(prompt))
+    too_long = sum(length > limit for length in lengths)
+    text = f"{known} of {len(rows)} sampled rows have a reference solution"
+    if not too_long:
+        return [ok(f"{text}; prompts with a hint have up to {max(lengths, default=0)} tokens")]
+    text = f"data.max_prompt_length={limit}: {too_long} of {len(lengths)} prompts with a hint are"
+    fix = f"data.max_prompt_length={max(lengths)}"
+    if too_long == len(lengths):
+        return [error(f"{text} longer, so none would be asked", fix)]
+    return [warning(f"{text} longer, and not asked", fix)]

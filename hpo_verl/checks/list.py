@@ -65,6 +65,7 @@ SCHEMA = (
     "reward_model={ground_truth}"
 )
 CURRICULUM = "another data.curriculum, or rows with that number in extra_info"
+HINTS = "another actor_rollout_ref.rollout.custom.hints, or rows with that text in extra_info"
 # What is quick comes first.
 CHECKS = (
     Check("python", packages.check_base, vital=True),
@@ -100,6 +101,7 @@ CHECKS = (
     Check("tokenizer", loaded.check_tokenizer, ("policy", "verl"), ("model", "remote code")),
     Check("prompts", data.check_prompts, ("data", "policy", "verl"), ("schema", "tokenizer")),
     Check("curriculum", data.check_curriculum, ("data", "verl"), ("schema",), CURRICULUM),
+    Check("hints", data.check_hints, ("data", "policy", "verl"), ("prompts",), HINTS),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.

@@ -20,6 +20,7 @@ from hpo_verl.verl_plugin.advantages import (
 )
 from hpo_verl.verl_plugin.curriculum import SECTION as CURRICULUM
 from hpo_verl.verl_plugin.curriculum import curriculum_settings
+from hpo_verl.verl_plugin.hints import check_hints
 from hpo_verl.verl_plugin.knapsack import check_knapsack
 from hpo_verl.verl_plugin.losses import (
     ACTOR,
@@ -185,6 +186,7 @@ def check_trainer_mode(config: DictConfig) -> None:
 def check_sampling(config: DictConfig) -> None:
     """Refuse, by a ConfigError, settings of how prompts are drawn that are wrong or not heeded."""
     check_knapsack(config)
+    check_hints(config)
     curriculum = curriculum_settings(config)
     mode = str(config["trainer"]["v1"]["trainer_mode"])
     if curriculum.by is None:

@@ -1,4 +1,4 @@
-"""Prompts in stages, and their responses by value, in the real trainer; on from a checkpoint."""
+"""Prompts in stages, responses by value, and hints, in the real trainer; on from a checkpoint."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 from real_runs import BIN, SMALL, STEPS, read_metrics, repeatable, rollouts, start
 
 SHORT = [*SMALL, "trainer.val_before_train=false", "trainer.test_freq=-1"]
+HINTS = "actor_rollout_ref.rollout.custom.hints"
 # Few prompts, so that they come back within three steps.
 OURS = [
     *("data.train_max_samples=24", "data.curriculum.by=difficulty", "data.curriculum.stages=3"),
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 def train(cache, folder, *overrides):
     """Metrics of every step of a short run."""
-    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SHORT, *OURS, *overrides]
+    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SHORT, *overrides]
     process = start(
         [*command, f"trainer.rollout_data_dir={rollouts(folder)}", f"hydra.run.dir={folder}"],
         cache,
@@ -35,7 +36,7 @@ def train(cache, folder, *overrides):
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "prompts"
-    return folder, train(cache, folder, "trainer.save_freq=2")
+    return folder, train(cache, folder, *OURS, "trainer.save_freq=2")
 
 
 def test_stages_and_responses_by_value(run):
@@ -69,8 +70,29 @@ def test_stages_and_responses_by_value(run):
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(run, cache, tmp_path):
     folder, metrics = run
     again = train(
-        cache, tmp_path / "again", "trainer.save_freq=-1", "trainer.resume_mode=resume_path",
+        cache, tmp_path / "again", *OURS, "trainer.save_freq=-1", "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={folder}/checkpoints/global_step_2",
     )  # fmt: skip
     assert set(again) == {STEPS}
     assert repeatable(again)[STEPS] == repeatable(metrics)[STEPS]
+
+
+def test_groups_that_fail_are_asked_again(cache, tmp_path):
+    hints = [f"{HINTS}.enable=true", f"{HINTS}.text=' '", "data.max_prompt_length=40"]
+    metrics = train(cache, tmp_path / "hints", *hints, "trainer.save_freq=-1")
+    for step in range(1, STEPS + 1):
+        lines = (rollouts(tmp_path / "hints") / f"{step}.jsonl").read_text().splitlines()
+        responses = [json.loads(line) for line in lines]
+        assert len(responses) == 16 * 8
+        groups = Counter((one["uid"].split("_")[0], one["input"]) for one in responses)
+        assert len(groups) == 16
+        # A plain prompt ends with its target: `3 7 2 = 13`.
+        asked = [text.splitlines()[1] for _, text in groups]
+        with_hint = sum(len(text.split(" = ")[1].split(" ")) > 1 for text in asked)
+        data = metrics[step]
+        assert data["hpo/hinted_group_fraction"] == with_hint / 16
+        assert data["hpo/failed_group_fraction"] == with_hint / 16 > 0
+        assert data["hpo/hint_too_long_fraction"] == 0
+        assert 0 <= data["hpo/hint_success_fraction"] <= 1
+        assert data["actor/grad_norm"] > 0
+    assert max(data["hpo/hint_success_fraction"] for data in metrics.values()) > 0

@@ -162,6 +162,7 @@ def config(by="d", mode="hpo_sync", estimator="grpo"):
     return OmegaConf.create(
         {
             "algorithm": {"adv_estimator": estimator},
+            "actor_rollout_ref": {"rollout": {"n": 8}},
             "data": {"curriculum": {"by": by}},
             "trainer": {"v1": {"trainer_mode": mode}},
         }
