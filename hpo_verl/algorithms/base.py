@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from hpo_verl.core.groups import GroupAdvantages, group_relative_advantages
-from hpo_verl.core.surrogate import TokenLoss
+from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 from hpo_verl.errors import ConfigError
 
 TOKEN_MEAN = "token-mean"  # noqa: S105
@@ -97,6 +97,7 @@ class Advantages(NamedTuple):
         negatives: Responses counted as negative; None for those with an advantage below 0.
         statistics: Further numbers, logged as `hpo/<name>`.
         memory: Numbers for the next step, by name; saved in checkpoints.
+        token_fields: For the loss, what `Estimator.gives` names, `[batch, response]`; detached.
     """
 
     values: torch.Tensor
@@ -106,6 +107,7 @@ class Advantages(NamedTuple):
     negatives: int | None = None
     statistics: Mapping[str, float] = {}
     memory: Mapping[str, float] = {}
+    token_fields: Mapping[str, torch.Tensor] = {}
 
 
 class TokenBatch(NamedTuple):
@@ -200,6 +202,7 @@ class Estimator:
             what these values need beyond the estimator's.
         section: Where under `algorithm` the settings stand.
         needs: What it reads of `Rollout.extras`.
+        gives: Names of the fields that it makes for the loss, token by token.
         weights_by_sign: Whether it weights advantages by their sign, so that the loss must be
             proportional to the advantage.
         drops_tokens: Whether an advantage of 0 is to silence a token, which the loss must let be.
@@ -215,6 +218,7 @@ class Estimator:
     settings: type[Any] | None = None
     section: str = ""
     needs: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
     weights_by_sign: bool = False
     drops_tokens: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
@@ -259,8 +263,12 @@ class Loss:
         caveat: What the loss does, where it is not proportional or not 0 at A = 0; ends the
             sentence "that loss ...".
         token_fields: Made on the driver for the whole rollout batch, by name, from the entropies
-            (nats, `[batch, response]`), the mask (bool) and the settings.
+            (nats, `[batch, response]`), the mask (bool) and the settings; None for a field that
+            the estimator gives.
         mini_batch_sums: What it needs of the whole mini-batch.
+        entropy_penalty: From the entropies of a micro-batch (nats, `[batch, response]`, with their
+            graph), its mask (bool), its token fields and the settings to what is taken off each
+            entropy; so it weighs `entropy_coeff`, which must be above 0.
     """
 
     name: str
@@ -273,10 +281,20 @@ class Loss:
     proportional: bool = False
     selects: bool = False
     caveat: str = ""
-    token_fields: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]] = field(
-        default_factory=dict
-    )
+    token_fields: Mapping[
+        str, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None
+    ] = field(default_factory=dict)
     mini_batch_sums: MiniBatchSums | None = None
+    entropy_penalty: (
+        Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], Any], torch.Tensor] | None
+    ) = None
+
+
+def clipped_loss(batch: TokenBatch, settings: object) -> TokenLoss:
+    """PPO's loss per token: the clipped surrogate, with its dual clip."""
+    return clipped_surrogate(
+        batch.log_ratio, batch.advantages, *batch.clip_range, batch.clip_ratio_c
+    )
 
 
 GRPO = Estimator("grpo")

@@ -32,7 +32,6 @@ import torch
 from hpo_verl.algorithms import base
 from hpo_verl.core.groups import GroupAdvantages
 from hpo_verl.core.settings import require_choice, require_number
-from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 from hpo_verl.errors import ConfigError
 
 ZERO_ADVANTAGE_CHOICES = ("ignore", "negative")
@@ -178,7 +177,7 @@ def weigh(
         alpha=alpha,
         positives=positives,
         negatives=negatives,
-        memory={"alpha": alpha} if "memory" in settings.needs else {},
+        memory={**result.memory, **({"alpha": alpha} if "memory" in settings.needs else {})},
     )
 
 
@@ -247,16 +246,9 @@ def _check(config: Mapping[str, Any]) -> None:
             )
 
 
-def hpo_loss(batch: base.TokenBatch, settings: None) -> TokenLoss:
-    """Loss per token: the clipped surrogate of weighted advantages."""
-    return clipped_surrogate(
-        batch.log_ratio, batch.advantages, *batch.clip_range, batch.clip_ratio_c
-    )
-
-
 LOSS = base.Loss(
     "hpo",
-    hpo_loss,
+    base.clipped_loss,
     aggregations=(base.TOKEN_MEAN, base.SEQ_MEAN_TOKEN_SUM_NORM),
     clips=True,
     dual_clips=True,

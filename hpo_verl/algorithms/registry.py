@@ -29,6 +29,7 @@ MODULES = (
     "aspo",
     "vespo",
     "gmpo",
+    "epo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from verl import DataProto
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils.config import omega_conf_to_dataclass
 
@@ -35,7 +35,7 @@ _READ = (
     "algorithm.gamma",
     "actor_rollout_ref.rollout.n",
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
-    f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss",
+    f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss", f"{ACTOR}.entropy_coeff",
     # How verl splits the work; no number depends on it. The lab has sizes of its own.
     f"{ACTOR}.use_dynamic_bsz", f"{ACTOR}.ppo_mini_batch_size", "data.train_batch_size",
 )  # fmt: skip
@@ -67,9 +67,15 @@ class Objective:
         return "entropy" in self.estimator.needs or bool(self.loss.token_fields)
 
     @property
+    def has_entropy_term(self) -> bool:
+        """Whether the loss reads the entropies of the policy as it is trained."""
+        return self.actor.entropy_coeff != 0
+
+    @property
     def may_leave_out(self) -> bool:
         """Whether rows with advantage 0 add nothing to a loss but their share of the counts."""
-        return self.loss.proportional or self.loss.mini_batch_sums is not None
+        proportional = self.loss.proportional or self.loss.mini_batch_sums is not None
+        return proportional and not self.has_entropy_term
 
     def history(self, prompts: int) -> PromptHistory | None:
         """What the estimator keeps of so many prompts; None if it keeps nothing."""
@@ -82,8 +88,10 @@ class Objective:
         groups: torch.Tensor,
         mask: torch.Tensor,
         known: Mapping[str, Any],
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Advantages `[batch, response]` of a rollout batch, and what is logged of them.
+    ) -> tuple[torch.Tensor, dict[str, float], Mapping[str, torch.Tensor]]:
+        """Advantages `[batch, response]` of a rollout batch, what is logged of them, and fields.
+
+        The last are what the estimator gives the loss of every token.
 
         Args:
             rewards: `[batch]`.
@@ -116,13 +124,22 @@ class Objective:
             reported.append(Estimate(rollout, labels, rollout, result, advantages))
         if "memory" in needed:
             needed["memory"].update(reported[0].result.memory)
-        return advantages, step_statistics(reported[0])
+        return advantages, step_statistics(reported[0]), reported[0].result.token_fields
 
-    def token_fields(self, entropy: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the loss reads of every token of the rollout batch, `[batch, response]` each."""
+    def token_fields(
+        self,
+        entropy: torch.Tensor,
+        mask: torch.Tensor,
+        given: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What the loss reads of every token of the rollout batch, `[batch, response]` each.
+
+        Some may be `given` by the estimator.
+        """
         settings = loss_settings(self.loss, self.actor.policy_loss)
         return {
-            name: make(entropy, mask, settings) for name, make in self.loss.token_fields.items()
+            name: (given or {})[name].float() if make is None else make(entropy, mask, settings)
+            for name, make in self.loss.token_fields.items()
         }
 
     def gradient(
@@ -155,12 +172,7 @@ class Objective:
             batch = prepare(old_log_prob, log_prob.detach(), advantages, mask).tokens
             total = sums.contributions(batch, settings).tolist()
             provided[extras.MINI_BATCH] = sums.result(total, settings)
-        self.actor.global_batch_info.update(
-            dp_size=1,
-            batch_num_tokens=counts[0],
-            global_batch_size=counts[1],
-            loss_scale_factor=self.actor.loss_scale_factor,
-        )
+        self._set_counts(counts)
         with extras.provide(**provided):
             # verl's type of a loss knows its parameters by place only.
             policy_loss: Any = get_policy_loss_fn(self.loss.name)
@@ -176,6 +188,39 @@ class Objective:
         (slopes,) = torch.autograd.grad(loss, log_prob)
         ratio = bound_log_ratio(masked_log_ratio(log_prob.detach(), old_log_prob, mask)).exp()
         return slopes, token_sums(ratio, advantages, slopes, mask)
+
+    def entropy_gradient(
+        self,
+        entropy: torch.Tensor,
+        mask: torch.Tensor,
+        fields: Mapping[str, torch.Tensor],
+        counts: tuple[int, int],
+    ) -> torch.Tensor:
+        """Derivative of a mini-batch's entropy term by `entropy`; arguments as in `gradient`.
+
+        The term is that of `engine.actor_loss`: the bonus, less the loss's penalty.
+        """
+        entropy = entropy.detach().requires_grad_()
+        require_finite("entropy", entropy.detach(), mask)
+        left = entropy
+        if self.loss.entropy_penalty is not None:
+            settings = loss_settings(self.loss, self.actor.policy_loss)
+            left = entropy - self.loss.entropy_penalty(entropy, mask, fields, settings)
+        self._set_counts(counts)
+        mode = self.actor.loss_agg_mode
+        term = -self.actor.entropy_coeff * agg_loss(
+            left, mask, mode, **self.actor.global_batch_info
+        )
+        (slopes,) = torch.autograd.grad(term, entropy)
+        return slopes
+
+    def _set_counts(self, counts: tuple[int, int]) -> None:
+        self.actor.global_batch_info.update(
+            dp_size=1,
+            batch_num_tokens=counts[0],
+            global_batch_size=counts[1],
+            loss_scale_factor=self.actor.loss_scale_factor,
+        )
 
 
 def read_objective(
@@ -228,8 +273,11 @@ def _try(objective: Objective) -> None:
     known = {"entropy": entropy, "progress": 0.5, "values": torch.full((4,), 0.5)}
     old = torch.full((4, 2), -1.0)
     known |= {"memory": {}, "old_log_prob": old}
-    advantages, _ = objective.advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), groups, mask, known)
-    fields = objective.token_fields(entropy, mask)
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    advantages, _, given = objective.advantages(rewards, groups, mask, known)
+    fields = objective.token_fields(entropy, mask, given)
     slopes, _ = objective.gradient(old - 0.01, old, advantages, mask, fields, (8, 4))
+    if objective.has_entropy_term:
+        slopes = slopes + objective.entropy_gradient(entropy, mask, fields, (8, 4))
     if not bool(torch.isfinite(slopes).all()):
         raise ConfigError("a setting makes the gradient infinite or undefined")

@@ -90,9 +90,25 @@ class Policy:
             tokens: `[batch, time]` int64.
             mask: Bool, `[batch, time]`; true from the start of a response to its end.
         """
+        log_prob, _ = self.scored(prompts, tokens, mask, with_entropy=False)
+        return log_prob
+
+    def scored(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`log_probs`, and on demand the entropies of the same pass, with their graphs."""
         logits = self._logits(prompts, tokens, mask)
         live = -functional.cross_entropy(logits, tokens[mask], reduction="none")
-        return live.new_zeros(mask.shape).masked_scatter(mask, live)
+        empty = live.new_zeros(mask.shape)
+        log_prob = empty.masked_scatter(mask, live)
+        if not with_entropy:
+            return log_prob, None
+        spread = logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+        return log_prob, empty.masked_scatter(mask, spread)
 
     @torch.no_grad()
     def entropy(

@@ -185,8 +185,9 @@ class Trainer:
         fields: dict[str, torch.Tensor] = {}
         if self.objective.needs_entropy:
             known["entropy"] = self.policy.entropy(prompts, tokens, mask)
-            fields = self.objective.token_fields(known["entropy"], mask)
-        advantages, row = self.objective.advantages(rollout.rewards, groups, mask, known)
+        advantages, row, given = self.objective.advantages(rollout.rewards, groups, mask, known)
+        if self.objective.loss.token_fields:
+            fields = self.objective.token_fields(known["entropy"], mask, given)
         row |= self._learn(rollout)
         lengths = mask.sum(dim=-1).double()
         # Of the tokens that were drawn: an estimate of the entropy without another pass.
@@ -235,23 +236,28 @@ class Trainer:
         useful = (advantages[rows] != 0).any(dim=-1)
         if self.objective.may_leave_out:
             rows = rows[useful]
-        if not bool(useful.any()):
+        if not bool(useful.any()) and not self.objective.has_entropy_term:
             # As in verl (`guarded_engine`): Adam's momentum alone must not move the weights.
             return {}, 0.0
         self.optimizer.zero_grad()
         _, prompts, (tokens, mask, old_log_prob), _ = rollout.at(rows)
         # Padding to the longest response of the mini-batch, as verl pads it.
         width = slice(int(whole.sum(dim=-1).max()))
-        log_prob = self.policy.log_probs(prompts, tokens[:, width], mask[:, width])
+        mask, counts = mask[:, width], (int(whole.sum()), len(whole))
+        tokens, with_entropy = tokens[:, width], self.objective.has_entropy_term
+        log_prob, entropy = self.policy.scored(prompts, tokens, mask, with_entropy)
+        read = {name: field[rows, width] for name, field in fields.items()}
         try:
             slopes, sums = self.objective.gradient(
-                log_prob, old_log_prob[:, width], advantages[rows, width], mask[:, width],
-                {name: field[rows, width] for name, field in fields.items()},
-                (int(whole.sum()), len(whole)),
-            )  # fmt: skip
+                log_prob, old_log_prob[:, width], advantages[rows, width], mask, read, counts
+            )
+            if entropy is None:
+                log_prob.backward(slopes)
+            else:
+                of_entropy = self.objective.entropy_gradient(entropy, mask, read, counts)
+                torch.autograd.backward([log_prob, entropy], [slopes, of_entropy])
         except DataError as error:
             raise Diverged(str(error)) from error
-        log_prob.backward(slopes)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cell.training.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise Diverged("the gradient is not finite")

@@ -50,6 +50,7 @@ def check_algorithm(config: DictConfig) -> list[str]:
     loss, warnings = selected_loss(actor["policy_loss"]), []
     if loss is not None:
         warnings += _check_loss(loss, actor)
+    warnings += _check_token_fields(estimator, loss, config)
     if estimator is not None:
         read_settings(estimator, algorithm)
         normalizes_by_std(algorithm)
@@ -71,11 +72,40 @@ def _check_loss(loss: Loss, actor: Any) -> list[str]:
     if loss.dual_clips:
         dual_clip(actor)
     loss_settings(loss, actor["policy_loss"])
+    if loss.entropy_penalty is not None:
+        key, who = f"{ACTOR}.entropy_coeff", f"policy_loss.loss_mode = {loss.name!r}"
+        coefficient = actor.get("entropy_coeff", 0)
+        if not isinstance(coefficient, (int, float)) or not coefficient > 0:
+            raise ConfigError(
+                f"{key} = {coefficient!r}: weighs the entropy and its penalty; {who} needs a "
+                "number above 0"
+            )
     if loss.always and loss_agg_mode != loss.always:
         return [
             f"policy_loss.loss_mode = {loss.name!r} ignores loss_agg_mode = {loss_agg_mode!r}: "
             f"verl always uses {loss.always} there"
         ]
+    return []
+
+
+def _check_token_fields(
+    estimator: Estimator | None, loss: Loss | None, config: DictConfig
+) -> list[str]:
+    """Check that the loss gets the fields which it reads, and that somebody reads what is given."""
+    read = {} if loss is None else loss.token_fields
+    given = () if estimator is None else estimator.gives
+    name = config["algorithm"].get("adv_estimator")
+    loss_mode = config["actor_rollout_ref"]["actor"]["policy_loss"].get("loss_mode", None)
+    combination = f"adv_estimator = {name!r} with policy_loss.loss_mode = {loss_mode!r}"
+    lacking = [field for field, make in read.items() if make is None and field not in given]
+    if lacking:
+        makers = [one.name for one in OUR_ESTIMATORS.values() if {*lacking} <= {*one.gives}]
+        raise ConfigError(
+            f"{combination}: that loss reads {' and '.join(lacking)} of every token; use "
+            f"{' or '.join(makers)}"
+        )
+    if unread := [field for field in given if field not in read]:
+        return [f"{combination}: that loss does not read {' and '.join(unread)}"]
     return []
 
 

@@ -171,7 +171,7 @@ RATIOS = [0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0]
 def loss_of(ratios, advantage, low=LOW, high=HIGH, **options):
     log_ratio = torch.tensor(ratios, dtype=torch.float64).log()
     batch = token_batch(log_ratio, torch.full_like(log_ratio, advantage), (low, high))
-    return module.hpo_loss(batch._replace(**options), None)
+    return module.LOSS.token_loss(batch._replace(**options), None)
 
 
 def objective(batch, settings):

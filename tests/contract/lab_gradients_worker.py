@@ -40,21 +40,23 @@ def advantages_of(recipe, batch):
     if estimator == "grpo":
         extra = {"norm_adv_by_std_in_grpo": section["norm_adv_by_std_in_grpo"]}
     values = dict(enumerate(batch["values"].tolist()))
-    given = {name: batch[name] for name in ("entropy", "old_log_prob", "progress")}
-    with extras.provide(**given, values=values):
+    given = {name: batch[name] for name in ("entropy", "old_log_prob", "progress", "memory")}
+    reported = []
+    with extras.provide(**given, values=values, **{extras.REPORT: reported.append}):
         advantages, _ = get_adv_estimator_fn(estimator)(
             token_level_rewards=last * batch["rewards"][:, None],
             response_mask=mask,
             index=groups.numpy(),
             **extra,
         )
-    return advantages
+    return advantages, reported[0].result.token_fields if reported else {}
 
 
-def mini_batch(batch, advantages, recipe):
+def mini_batch(batch, advantages, given, recipe):
     from verl.utils import tensordict_utils as tu
 
-    lengths = batch["mask"].sum(-1).tolist()
+    mask = batch["mask"]
+    lengths = mask.sum(-1).tolist()
 
     def nested(rows):
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -74,7 +76,9 @@ def mini_batch(batch, advantages, recipe):
     loss = LOSSES[policy_loss["loss_mode"]]
     settings = loss_settings(loss, policy_loss)
     extra = {
-        name: nested(cut(make(batch["entropy"], batch["mask"], settings)))
+        name: nested(
+            cut(given[name].float() if make is None else make(batch["entropy"], mask, settings))
+        )
         for name, make in loss.token_fields.items()
     }
     # verl's own choose their tokens within a micro-batch, the lab within the mini-batch.
@@ -98,7 +102,7 @@ def mini_batch(batch, advantages, recipe):
             "micro_batch_size_per_gpu": len(lengths) // parts,
             "use_remove_padding": False,
             "use_fused_kernels": False,
-            "calculate_entropy": False,
+            "calculate_entropy": "entropy_coeff" in recipe["actor_rollout_ref"]["actor"],
         },
     )
 
@@ -145,12 +149,12 @@ def main(folder, port, algorithms):
     results = {}
     for name in algorithms:
         recipe = recipe_of(name, batch["responses"].shape[1])
-        advantages = advantages_of(recipe, batch)
+        advantages, given = advantages_of(recipe, batch)
         with engine.train_mode():
             engine.optimizer_zero_grad()
             torch.manual_seed(0)
             engine.forward_backward_batch(
-                mini_batch(batch, advantages, recipe),
+                mini_batch(batch, advantages, given, recipe),
                 partial(loss_with_statistics, config=actor_config(recipe)),
             )
             gradients = {

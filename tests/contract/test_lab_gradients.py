@@ -55,6 +55,7 @@ def make_batch(policy, generator):
         "entropy": 3.0 * torch.rand(16, WIDTH, generator=generator) ** 2,
         "progress": 0.5,
         "values": torch.rand(16, generator=generator, dtype=torch.float64),
+        "memory": {"epo_entropy": 1.5, "epo_steps": 2.0},
     }
 
 
@@ -94,19 +95,25 @@ def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
     objective = read_objective(replace(find_task("countdown3"), max_response_length=WIDTH), name)
     mask, entropy = batch["mask"], batch["entropy"]
     groups = batch["groups"] if objective.history(16) is None else torch.arange(len(mask))
-    advantages, _ = objective.advantages(batch["rewards"], groups, mask, batch)
+    known = batch | {"memory": dict(batch["memory"])}
+    advantages, _, given = objective.advantages(batch["rewards"], groups, mask, known)
     torch.testing.assert_close(advantages, verl[name]["advantages"], rtol=RELATIVE, atol=RELATIVE)
 
     policy.model.zero_grad()
     prompts = rows_of(batch["prompts"], batch["prompt_lengths"])
-    log_prob = policy.log_probs(prompts, batch["responses"], mask)
+    with_entropy, counts = objective.has_entropy_term, (int(mask.sum()), len(mask))
+    log_prob, now = policy.scored(prompts, batch["responses"], mask, with_entropy)
+    fields = objective.token_fields(entropy, mask, given)
     # Of the tokens that a loss chooses by chance.
     torch.manual_seed(0)
     slopes, _ = objective.gradient(
-        log_prob, batch["old_log_prob"], advantages, mask, objective.token_fields(entropy, mask),
-        (int(mask.sum()), len(mask)),
-    )  # fmt: skip
-    log_prob.backward(slopes)
+        log_prob, batch["old_log_prob"], advantages, mask, fields, counts
+    )
+    if now is None:
+        log_prob.backward(slopes)
+    else:
+        of_entropy = objective.entropy_gradient(now, mask, fields, counts)
+        torch.autograd.backward([log_prob, now], [slopes, of_entropy])
     theirs = verl[name]["gradients"]
     ours = {key: parameter.grad for key, parameter in policy.model.named_parameters()}
     assert set(ours) == set(theirs)

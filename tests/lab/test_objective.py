@@ -31,7 +31,7 @@ LIVE = torch.ones(4, 2, dtype=torch.bool)
 
 
 def alpha_of(name, changes=None):
-    _, statistics = read(name, changes).advantages(REWARDS, GROUP, LIVE, {})
+    _, statistics, _ = read(name, changes).advantages(REWARDS, GROUP, LIVE, {})
     return statistics["alpha"]
 
 
@@ -51,7 +51,7 @@ def test_the_recipes_settings_arrive():
 
 
 def test_a_batch_is_described():
-    _, statistics = read("a_hpo").advantages(REWARDS, GROUP, LIVE, {})
+    _, statistics, _ = read("a_hpo").advantages(REWARDS, GROUP, LIVE, {})
     assert statistics["positive_fraction"] == 0.25
     assert statistics["negative_fraction"] == 0.75
     assert statistics["solve_rate"] == 0.25
@@ -60,13 +60,13 @@ def test_a_batch_is_described():
 
 
 def test_dr_grpo_does_not_divide_by_the_deviation():
-    advantages, _ = read("dr_grpo").advantages(REWARDS, GROUP, LIVE[:, :1], {})
+    advantages, _, _ = read("dr_grpo").advantages(REWARDS, GROUP, LIVE[:, :1], {})
     torch.testing.assert_close(advantages.flatten(), torch.tensor([0.75, -0.25, -0.25, -0.25]))
 
 
 def test_what_an_estimator_remembers_is_kept_for_the_next_step():
     objective, memory = read("a_hpo", {"algorithm.hpo.ema": 0.75}), {"alpha": 1.0}
-    _, statistics = objective.advantages(REWARDS, GROUP, LIVE, {"memory": memory})
+    _, statistics, _ = objective.advantages(REWARDS, GROUP, LIVE, {"memory": memory})
     # One of four succeeds.
     assert memory == {"alpha": statistics["alpha"]} == {"alpha": pytest.approx(0.75 + 0.25 / 3)}
 
@@ -74,8 +74,8 @@ def test_what_an_estimator_remembers_is_kept_for_the_next_step():
 def test_a_weight_stands_in_front_of_another_estimator():
     mask = torch.ones_like(LIVE)
     objective = read("hapo", {"+algorithm.hpo.alpha": 0.5})
-    weighted, statistics = objective.advantages(REWARDS, GROUP, mask, {})
-    plain, _ = read("hapo").advantages(REWARDS, GROUP, mask, {})
+    weighted, statistics, _ = objective.advantages(REWARDS, GROUP, mask, {})
+    plain, _, _ = read("hapo").advantages(REWARDS, GROUP, mask, {})
     assert torch.equal(weighted, torch.where(plain < 0, plain / 2, plain))
     assert statistics["alpha"] == 0.5
 
@@ -110,7 +110,7 @@ def test_token_fields_are_made_of_the_whole_batch():
         ("dr_grpo", {f"{ACTOR}.loss_scale_factor": 0}, "makes the gradient infinite"),
         ("hpo", {f"{ACTOR}.policy_loss.loss_mode": "nothing"}, "Unsupported loss mode: nothing"),
         ("hpo", {"algorithm.adv_estimator": "gae"}, "values"),
-        ("grpo", {f"{ACTOR}.entropy_coeff": 0.1}, "entropy_coeff, which the lab does not read"),
+        ("grpo", {f"{ACTOR}.use_kl_loss": True}, "use_kl_loss, which the lab does not read"),
     ],
 )
 def test_settings_of_an_algorithm_are_checked(name, changes, message):
@@ -122,12 +122,24 @@ def test_settings_of_an_algorithm_are_checked(name, changes, message):
 
 def test_an_estimator_of_verls_without_a_record_is_used():
     # RLOO: the reward minus the mean of the other three.
-    advantages, statistics = read("hpo", {"algorithm.adv_estimator": "rloo"}).advantages(
+    advantages, statistics, _ = read("hpo", {"algorithm.adv_estimator": "rloo"}).advantages(
         REWARDS, GROUP, LIVE, {}
     )
     expected = torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3])
     torch.testing.assert_close(advantages[:, 0], expected)
     assert statistics["alpha"] == 1.0
+
+
+def test_the_gradient_of_an_entropy_bonus_by_hand():
+    # Three live tokens: each weighs -0.3 / 3, however the mini-batch is cut.
+    objective = read("grpo", {f"{ACTOR}.entropy_coeff": 0.3, f"{ACTOR}.loss_agg_mode": "token-mean"})
+    mask = torch.tensor([[True, True], [True, False]])
+    whole = objective.entropy_gradient(torch.ones(2, 2), mask, {}, (3, 2))
+    torch.testing.assert_close(whole, -0.1 * mask.float())
+    part = objective.entropy_gradient(torch.ones(1, 2), mask[:1], {}, (3, 2))
+    assert torch.equal(part, whole[:1])
+    with pytest.raises(DataError, match=r"^entropy: 1 of 3 live values are not finite"):
+        objective.entropy_gradient(torch.tensor([[torch.nan, 1], [1, 1]]), mask, {}, (3, 2))
 
 
 def batch(rows=6, width=5):
@@ -141,7 +153,8 @@ def batch(rows=6, width=5):
 
 def gradient_of(objective, log_prob, old, advantages, mask, rows=slice(None)):
     entropy = torch.linspace(0.1, 2.0, mask.numel()).view_as(mask)
-    fields = {name: f[rows] for name, f in objective.token_fields(entropy, mask).items()}
+    given = dict.fromkeys(objective.estimator.gives, mask.double())
+    fields = {name: f[rows] for name, f in objective.token_fields(entropy, mask, given).items()}
     slopes, sums = objective.gradient(
         log_prob[rows], old[rows], advantages[rows], mask[rows], fields,
         (int(mask.sum()), len(mask)),
@@ -154,8 +167,8 @@ def test_rows_without_advantage_may_be_left_out(name):
     objective = read(name, length=5)
     log_prob, old, advantages, mask = batch()
     if not objective.may_leave_out:
-        # Their advantages of 0 change the covariance of the others.
-        assert name in ("clip_cov", "kl_cov")
+        # Their advantages of 0 change the covariance of the others; or their entropy counts.
+        assert name in ("clip_cov", "kl_cov") or objective.has_entropy_term
         return
     slopes, sums = gradient_of(objective, log_prob, old, advantages, mask)
     useful = [0, 1, 4, 5]

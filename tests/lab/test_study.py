@@ -150,7 +150,7 @@ def test_leaving_out_rows_without_advantage_changes_no_update(study, graded, mon
     (rollout,) = trainer._sample(1)
     tokens, mask, old_log_prob = rollout.responses
     groups = torch.arange(4).repeat_interleave(4)
-    advantages, _ = trainer.objective.advantages(rollout.rewards, groups, mask, {})
+    advantages, _, _ = trainer.objective.advantages(rollout.rewards, groups, mask, {})
     assert (advantages == 0).all(dim=-1).any()
     log_prob = trainer.policy.log_probs(rollout.prompts, tokens, mask)
     slopes, _ = trainer.objective.gradient(

@@ -316,6 +316,22 @@ def test_the_token_fields_of_a_loss_are_made_of_the_whole_batch(step, estimator,
     assert len(fetched) == 1
 
 
+def test_fields_that_the_estimator_gives_reach_the_loss_of_every_part(step):
+    settings = config("epo", "epo", epo={"schedule": "constant"})
+    memory = {"epo_entropy": 1.5, "epo_steps": 2.0}
+    first, _, _ = step(settings, memory=memory, parts=(0, 2, ()))
+    assert first.memory == memory
+    last, metrics, fetched = step(settings, memory=memory, parts=(1, 2, first._earlier))
+    assert fetched == [["entropy"]]
+    field = last.store["entropy_history"]
+    assert field.offsets().diff().tolist() == LENGTHS.tolist()
+    assert torch.equal(field.to_padded_tensor(0.0), 1.5 * MASK)
+    assert metrics["hpo/epo_entropy_history"] == 1.5
+    # Both parts are of the step: the same entropies twice.
+    mean = ENTROPY[MASK].double().mean().item()
+    assert last.memory == {"epo_entropy": pytest.approx((3 + mean) / 3), "epo_steps": 3.0}
+
+
 def test_the_estimators_of_the_helper_report_what_they_used():
     _, statistics = call_with_report("a_hpo", [1.0, 0.0], ["a", "a"])
     assert statistics == {}

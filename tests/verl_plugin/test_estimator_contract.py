@@ -26,6 +26,7 @@ def provided(rows=10, width=4):
         "entropy": torch.rand(rows, width, generator=generator),
         "old_log_prob": -torch.rand(rows, width, generator=generator),
         "progress": 0.5,
+        "memory": {},
         "values": {"a": 0.3, "b": 0.6, "c": 0.5},
     }
 

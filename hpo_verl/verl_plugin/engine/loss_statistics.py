@@ -1,7 +1,7 @@
 """What the policy loss did to the tokens, for every loss that verl knows.
 
 verl asks a loss for plain numbers and averages them over micro-batches of unequal size. Here the
-policy loss is evaluated once more beside verl's `ppo_loss`, on a leaf copy of the
+policy loss is evaluated once more beside the actor's loss, on a leaf copy of the
 log-probabilities. That yields the exact gradient of every token whatever the loss. The extra work
 is elementwise and touches no model.
 """
@@ -15,6 +15,7 @@ import torch
 from hpo_verl.core.ratios import bound_log_ratio, masked_log_ratio
 from hpo_verl.core.statistics import token_means, token_sums
 from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.engine.actor_loss import actor_loss
 from hpo_verl.verl_plugin.losses import selected_loss
 
 PREFIX = "actor/hpo_sums/"
@@ -24,18 +25,17 @@ PREFIX = "actor/hpo_sums/"
 def loss_with_statistics(
     config: Any, model_output: dict[str, Any], data: Any, dp_group: Any = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Evaluate verl's `ppo_loss` on a nested micro-batch, and add sums over tokens to its metrics.
+    """Evaluate `actor_loss` on a nested micro-batch, and add sums over tokens to its metrics.
 
     The fields that the loss reads and verl does not pass to it are provided meanwhile.
     """
     from verl.utils.metric import AggregationType, Metric
-    from verl.workers.utils.losses import ppo_loss
 
     record = selected_loss(config.policy_loss)
     names = () if record is None else record.token_fields
-    provided = {name: data[name].to_padded_tensor(0.0) for name in names if name in data}
-    with extras.provide(**provided):
-        loss, metrics = ppo_loss(config, model_output, data, dp_group)
+    fields = {name: data[name].to_padded_tensor(0.0) for name in names if name in data}
+    loss, metrics = actor_loss(config, model_output, data, dp_group, fields=fields)
+    with extras.provide(**fields):
         sums = policy_loss_sums(config, model_output, data)
     return loss, metrics | {
         f"{PREFIX}{name}": Metric(AggregationType.SUM, value) for name, value in sums.items()

@@ -1,6 +1,6 @@
 """A mini-batch whose update was not finite: its file, and its evaluation by `hpo-verl replay`.
 
-`evaluate` calls verl's `ppo_loss` again, on the CPU, on what that function saw: checks, policy
+`evaluate` calls `actor_loss` again, on the CPU, on what that function saw: checks, policy
 loss, aggregation, entropy and KL terms, and the gradient with respect to the log-probabilities.
 A recording is a dict of plain values and tensors:
 
@@ -29,6 +29,7 @@ from hpo_verl.algorithms.registry import OUR_LOSSES
 from hpo_verl.core.masking import not_finite
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.engine.actor_loss import actor_loss
 from hpo_verl.verl_plugin.extras import MINI_BATCH
 from hpo_verl.verl_plugin.losses import selected_loss
 
@@ -172,7 +173,6 @@ def evaluate(
     """
     from verl.utils import tensordict_utils as tu
     from verl.workers.config import ActorConfig
-    from verl.workers.utils.losses import ppo_loss
 
     found = first_not_finite(tensors)
     if found is not None:
@@ -198,13 +198,13 @@ def evaluate(
         for name, tensor in (tensors | {"log_prob": log_prob}).items()
         if name in OUTPUTS
     }
-    provided, loss = {}, selected_loss(config.policy_loss)
+    fields, sums, loss = {}, {}, selected_loss(config.policy_loss)
     if loss is not None:
-        provided = {name: tensors[name] for name in loss.token_fields}
+        fields = {name: tensors[name] for name in loss.token_fields}
         if loss.mini_batch_sums is not None:
-            provided[MINI_BATCH] = loss.mini_batch_sums.kind(*recording[MINI_BATCH])
-    with extras.provide(**provided), torch.random.fork_rng(devices=[]):
-        total, _ = ppo_loss(config, output, data)
+            sums[MINI_BATCH] = loss.mini_batch_sums.kind(*recording[MINI_BATCH])
+    with extras.provide(**sums), torch.random.fork_rng(devices=[]):
+        total, _ = actor_loss(config, output, data, fields=fields)
         value = total.item()
         (gradient,) = torch.autograd.grad(total, log_prob)
     if not bool(torch.isfinite(total)):

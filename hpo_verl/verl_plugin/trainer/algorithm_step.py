@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
@@ -172,7 +174,8 @@ class AlgorithmStep(PromptHistoryTrainer):
         if loss is not None and loss.token_fields:
             entropy = data["entropy"].to_padded_tensor(0.0)
             part = part._replace(extras={**part.extras, "entropy": entropy})
-            made = self._token_fields(loss, joined([*self._earlier, part]), data["entropy"])
+            given = estimate.result.token_fields
+            made = self._token_fields(loss, joined([*self._earlier, part]), given, data["entropy"])
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
         self._earlier.append(part)
         return batch
@@ -203,21 +206,24 @@ class AlgorithmStep(PromptHistoryTrainer):
             found["values"] = self.prompt_values()
         return found
 
-    def _token_fields(self, loss: Loss, rollout: Rollout, entropy: Any) -> TensorDict:
+    def _token_fields(
+        self, loss: Loss, rollout: Rollout, given: Mapping[str, torch.Tensor], entropy: Any
+    ) -> TensorDict:
         """The loss's fields of this part, made of the whole rollout; `entropy` is nested.
 
-        The mask is the estimator's, since a rollout correction may have masked tokens.
+        Some may be `given` by the estimator. The mask is the estimator's, since a rollout
+        correction may have masked tokens.
         """
         from verl.workers.utils.padding import response_to_nested
 
         settings = loss_settings(loss, self.config.actor_rollout_ref.actor.policy_loss)
-        rows = len(entropy)
-        fields = {
-            name: response_to_nested(
-                make(rollout.extras["entropy"], rollout.mask, settings)[-rows:], entropy
-            )
-            for name, make in loss.token_fields.items()
-        }
+        rows, fields = len(entropy), {}
+        for name, make in loss.token_fields.items():
+            if make is None:
+                field = given[name]
+            else:
+                field = make(rollout.extras["entropy"], rollout.mask, settings)
+            fields[name] = response_to_nested(field[-rows:].float(), entropy)
         return TensorDict(fields, batch_size=rows)  # type: ignore[arg-type]
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
