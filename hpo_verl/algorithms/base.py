@@ -48,6 +48,8 @@ class Rollout(NamedTuple):
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.
+        session: Number of each output's session among those of its prompt, from 0, `[batch]`
+            int64; None where it is not known, as in verl's own trainer modes.
     """
 
     rewards: torch.Tensor
@@ -58,6 +60,7 @@ class Rollout(NamedTuple):
     extras: Mapping[str, Any] = {}
     scores: torch.Tensor | None = None
     final: torch.Tensor | None = None
+    session: torch.Tensor | None = None
 
     def grouped(self) -> GroupAdvantages:
         """GRPO's advantages, `[batch]` float64, and the spread of each group; by sessions."""
@@ -207,6 +210,8 @@ class Estimator:
             proportional to the advantage.
         drops_tokens: Whether an advantage of 0 is to silence a token, which the loss must let be.
         check: Raises ConfigError where verl's whole configuration does not go with the estimator.
+        temperatures: From the memory of the last step and the settings to factors on the sampling
+            temperature of a prompt's first responses; the others are sampled at factor 1.
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
         weight: Its weight by sign, where others can have it in front.
@@ -222,6 +227,7 @@ class Estimator:
     weights_by_sign: bool = False
     drops_tokens: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
+    temperatures: Callable[[Mapping[str, float], Any], Sequence[float]] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
     weight: SignWeight | None = None
     compares: bool = True

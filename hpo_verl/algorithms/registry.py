@@ -30,6 +30,7 @@ MODULES = (
     "vespo",
     "gmpo",
     "epo",
+    "aepo_entropy",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

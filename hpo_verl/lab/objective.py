@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ _READ = (
     f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss", f"{ACTOR}.entropy_coeff",
     # How verl splits the work; no number depends on it. The lab has sizes of its own.
     f"{ACTOR}.use_dynamic_bsz", f"{ACTOR}.ppo_mini_batch_size", "data.train_batch_size",
+    # The lab samples as this loop does.
+    "actor_rollout_ref.rollout.agent.default_agent_loop",
 )  # fmt: skip
 """Beginnings of the names of settings that decide something here."""
 
@@ -82,6 +85,11 @@ class Objective:
         make = self.estimator.history
         return None if make is None else make(prompts, read_settings(self.estimator, self.section))
 
+    def temperatures(self, memory: Mapping[str, float]) -> Sequence[float]:
+        """Temperatures of a prompt's first responses; the others are sampled at 1."""
+        make = self.estimator.temperatures
+        return () if make is None else make(memory, read_settings(self.estimator, self.section))
+
     def advantages(
         self,
         rewards: torch.Tensor,
@@ -104,6 +112,12 @@ class Objective:
         needed = {name: known[name] for name in needs(self.estimator, self.section)}
         if "values" in needed:
             needed["values"] = dict(zip(labels, needed["values"].tolist(), strict=True))
+        seen: Counter[int] = Counter()
+        session = []
+        for label in labels:
+            session.append(seen[label])
+            seen[label] += 1
+        needed[extras.SESSION] = torch.tensor(session)
         last = torch.nn.functional.one_hot(mask.sum(dim=-1) - 1, mask.shape[1])
         data = DataProto.from_dict(
             tensors={"token_level_rewards": last * rewards[:, None], "response_mask": mask.float()},

@@ -60,13 +60,20 @@ class Policy:
         template = self.tokenizer.apply_chat_template
         return tuple(template(messages, add_generation_prompt=True, return_dict=False))
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], longest: int) -> Responses:
-        """Draw a response of at most `longest` tokens for every prompt, at temperature 1.
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        longest: int,
+        temperatures: Sequence[float] | None = None,
+    ) -> Responses:
+        """Draw a response of at most `longest` tokens for every prompt; without temperatures at 1.
 
-        A response depends on its prompt and its seed alone.
+        A response depends on its prompt, its seed and its temperature alone.
         """
+        rows = zip(prompts, seeds, temperatures or [1.0] * len(prompts), strict=True)
         results = self._generator.generate(
-            [GenerationRequest(p, s, longest) for p, s in zip(prompts, seeds, strict=True)]
+            [GenerationRequest(p, s, longest, temperature) for p, s, temperature in rows]
         )
         lengths = torch.tensor([len(result.token_ids) for result in results])
         mask = torch.arange(longest) < lengths[:, None]

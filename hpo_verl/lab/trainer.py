@@ -168,7 +168,16 @@ class Trainer:
         questions = [self.questions[row] for row in rows.tolist()]
         encoded = {row: self.policy.encode(self.questions[row].messages) for row in drawn}
         prompts = [encoded[row] for row in rows.tolist()]
-        responses, rewards = warm_start.answers(self.policy, self.task, questions, prompts, stream)
+        first = [*self.objective.temperatures(self.memory)][: self.group]
+        temperatures = (first + [1.0] * (self.group - len(first))) * count
+        responses, rewards = warm_start.answers(
+            self.policy, self.task, questions, prompts, stream, temperatures
+        )
+        if first:
+            # As verl's pass over the old policy does: all at temperature 1.
+            with torch.no_grad():
+                now = self.policy.log_probs(prompts, responses.tokens, responses.mask)
+            responses = responses._replace(log_probs=now)
         return Rollout(rows, prompts, responses, rewards)
 
     def _update(self, rollout: Rollout, progress: float) -> Row:

@@ -104,10 +104,11 @@ def answers(
     questions: Sequence[Question],
     prompts: Sequence[Prompt],
     stream: tuple[int, ...],
+    temperatures: Sequence[float] | None = None,
 ) -> tuple[Responses, torch.Tensor]:
-    """Responses at temperature 1, and their rewards `[batch]`; `stream` seeds the sampling."""
+    """Responses and their rewards `[batch]`; `stream` seeds the sampling."""
     seeds = np.random.default_rng(stream).integers(2**63, size=len(questions)).tolist()
-    responses = policy.sample(prompts, seeds, task.max_response_length)
+    responses = policy.sample(prompts, seeds, task.max_response_length, temperatures)
     pairs = zip(policy.decode(responses), questions, strict=True)
     rewards = [task.score(text, question.ground_truth) for text, question in pairs]
     return responses, torch.tensor(rewards)

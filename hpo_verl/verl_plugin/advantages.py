@@ -129,12 +129,15 @@ def make_rollout(
     trained[codes[nonempty_rows(mask)]] = True
     live = readable & trained[codes]
     scores, final = extras.get(extras.SCORES), extras.get(extras.FINAL)
+    session = extras.get(extras.SESSION)
     if scores is not None:
         scores, _ = response_rewards(scores, response_mask)
     if final is not None:
         final = final.to(rewards.device)
         live &= final == torch.arange(len(final), device=rewards.device)
-    return Rollout(rewards, codes, live, mask, normalize_by_std, {}, scores, final)
+    if session is not None:
+        session = session.to(rewards.device)
+    return Rollout(rewards, codes, live, mask, normalize_by_std, {}, scores, final, session)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
@@ -157,6 +160,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     for name in found.keys() & TOKEN_VALUES.keys():
         found[name] = wide(part.extras[name] for part in parts)
     scores = [part.scores for part in parts if part.scores is not None]
+    sessions = [part.session for part in parts if part.session is not None]
     return parts[-1]._replace(
         rewards=torch.cat([part.rewards for part in parts]),
         groups=torch.cat(groups),
@@ -165,6 +169,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         extras=found,
         scores=torch.cat(scores) if scores else None,
         final=torch.cat(finals),
+        session=torch.cat(sessions) if sessions else None,
     )
 
 
@@ -227,8 +232,8 @@ def trainer_modes(estimator: Estimator, config: Mapping[str, Any] | None) -> tup
     `config` is verl's `algorithm` section: with a KL penalty in the rewards, an estimator of ours
     needs the scores too, for signs and spread.
     """
-    if estimator.history is not None:
-        # In the others prompts are drawn long before their histories are updated.
+    if estimator.history is not None or estimator.temperatures is not None:
+        # In the others prompts are drawn and submitted long before the last step is known.
         return OUR_MODES[:1]
     needs_scores = estimator.advantage is not None and penalizes(config)
     return OUR_MODES if needs(estimator, config) or needs_scores else ()

@@ -26,8 +26,14 @@ SCORES = "scores"
 FINAL = "final"
 """Row of the final output of each output's session, `[batch]` int64."""
 
+SESSION = "session"
+"""Number of each output's session among those of its prompt, `[batch]` int64."""
+
 EARLIER = "earlier"
 """`Rollout` of each earlier part of the last step's worth of responses."""
+
+TEMPERATURES = "hpo_temperatures"
+"""Column of a training prompt: JSON, factors on the temperature of its first samples."""
 
 _provided: ContextVar[Mapping[str, Any]] = ContextVar("hpo_verl_extras", default={})  # noqa: B039
 

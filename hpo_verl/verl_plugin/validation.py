@@ -55,6 +55,8 @@ def check_algorithm(config: DictConfig) -> list[str]:
         read_settings(estimator, algorithm)
         normalizes_by_std(algorithm)
         warnings += _check_composition(estimator, loss, config)
+        if estimator.temperatures is not None:
+            _check_temperatures(estimator, config)
         if estimator.check is not None:
             estimator.check(config)
     _check_sections(str(algorithm.get("adv_estimator")), algorithm)
@@ -171,6 +173,26 @@ def _check_entropy(
             "algorithm.rollout_correction.bypass_mode = True: skips the pass that computes the "
             "entropies which the algorithm needs; must be false"
         )
+
+
+def _check_temperatures(estimator: Estimator, config: DictConfig) -> None:
+    """Refuse what would not sample at the estimator's temperatures, or undo them."""
+    from hpo_verl.verl_plugin.rollout.agent_loop import NAME
+
+    who = f"adv_estimator = {estimator.name!r} samples at several temperatures"
+    rollout = config["actor_rollout_ref"]["rollout"]
+    if (loop := rollout["agent"].get("default_agent_loop")) != NAME:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.agent.default_agent_loop = {loop!r}: {who}; must be "
+            f"{NAME}"
+        )
+    correction = config["algorithm"].get("rollout_correction", None) or {}
+    for name in ("rollout_is", "rollout_rs"):
+        if correction.get(name):
+            raise ConfigError(
+                f"algorithm.rollout_correction.{name} = {correction[name]!r}: {who}, which it "
+                "would correct; must be null"
+            )
 
 
 def _check_engine(loss: Loss, config: DictConfig) -> None:

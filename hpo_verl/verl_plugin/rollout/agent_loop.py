@@ -1,18 +1,22 @@
-"""A single-turn agent loop whose samples repeat.
+"""A single-turn agent loop whose samples repeat, each at a temperature of its own.
 
 verl gives every request a random id, so a rollout server cannot tell which
 noise belongs to which sample. This loop adds a seed to the sampling parameters
 that follows from the sample itself; vLLM and the backend `hf` both honour it.
+A prompt may come with factors on the temperature of its first samples.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+from hpo_verl.verl_plugin.extras import TEMPERATURES
 
 NAME = "seeded_single_turn_agent"
 PROMPTS_KEPT = 4096
@@ -63,7 +67,9 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
             kwargs["session_id"],
             [(message["role"], message["content"]) for message in kwargs["raw_prompt"]],
         )
-        seeded = {**sampling_params, "seed": seed}
+        factors = json.loads(kwargs.pop(TEMPERATURES, "[]"))[kwargs["session_id"] :]
+        temperature = sampling_params["temperature"] * (factors[0] if factors else 1.0)
+        seeded = {**sampling_params, "seed": seed, "temperature": temperature}
         # Concrete in the parent, though verl's decorator hides that from a type checker.
         return await super().run(  # pyright: ignore[reportAbstractUsage]
             seeded, priority=priority, **kwargs

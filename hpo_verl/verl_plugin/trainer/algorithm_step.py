@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -24,11 +25,12 @@ from hpo_verl.verl_plugin.advantages import (
     make_rollout,
     needs,
     penalizes,
+    read_settings,
 )
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
-from hpo_verl.verl_plugin.trainer.batches import final_outputs
+from hpo_verl.verl_plugin.trainer.batches import final_outputs, session_numbers
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 from hpo_verl.verl_plugin.validation import check_algorithm
@@ -150,6 +152,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             extras.REPORT: reported.append,
             extras.EARLIER: self._earlier,
             extras.FINAL: final_outputs(batch.keys),
+            extras.SESSION: session_numbers(batch.keys),
             **self._provided(estimator, data),
         }
         with extras.provide(**provided):
@@ -179,6 +182,16 @@ class AlgorithmStep(PromptHistoryTrainer):
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
         self._earlier.append(part)
         return batch
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        estimator, _ = self._selected()
+        if estimator.temperatures is not None:
+            from verl.utils import tensordict_utils as tu
+
+            settings = read_settings(estimator, self.config.algorithm)
+            factors = [*estimator.temperatures(self.memory, settings)]
+            tu.assign_non_tensor_data(batch, extras.TEMPERATURES, json.dumps(factors))
+        return super()._submit_batch_to_rollout(batch)
 
     def _is_last_part(self) -> bool:
         return self.local_trigger_step == self.parameter_sync_step - 1

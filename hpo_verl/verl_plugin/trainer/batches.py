@@ -34,6 +34,11 @@ def final_outputs(keys: Sequence[str]) -> torch.Tensor:
     return torch.tensor([last[output[:2]] for output in outputs], dtype=torch.int64)
 
 
+def session_numbers(keys: Sequence[str]) -> torch.Tensor:
+    """Number of each row's session among those of its prompt, `[rows]` int64."""
+    return torch.tensor([response_order(key)[1] for key in keys], dtype=torch.int64)
+
+
 def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
     """Deal the rows of every mini-batch to the ranks, about the same work to each.
 

@@ -1,0 +1,143 @@
+"""A temperature per sample: from the estimator's memory to the agent loop, and what forbids it."""
+
+import asyncio
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composed_recipes import View, merged, with_algorithm
+from estimator_calls import call
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.utils import tensordict_utils as tu
+
+from hpo_verl.algorithms.aepo_entropy import MEASURED
+from hpo_verl.algorithms.registry import ESTIMATORS
+from hpo_verl.errors import ConfigError
+from hpo_verl.verl_plugin.advantages import joined, make_rollout, trainer_modes
+from hpo_verl.verl_plugin.extras import TEMPERATURES
+from hpo_verl.verl_plugin.rollout.agent_loop import SeededSingleTurnAgentLoop
+from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
+from hpo_verl.verl_plugin.trainer.batches import session_numbers
+from hpo_verl.verl_plugin.validation import check_algorithm
+
+
+def recipe(algorithm="aepo_entropy", section=None, **rollout):
+    plain = with_algorithm("countdown3-1.5b", (), "8gpu", algorithm)
+    changes = {"algorithm": section or {}, "actor_rollout_ref": {"rollout": rollout}}
+    return View(merged(plain, changes))
+
+
+# ---------------------------------------------------------------- trainer
+
+
+def submitted(algorithm, memory):
+    """The batch that reaches verl's trainer."""
+    seen = []
+
+    class Parent:
+        def _submit_batch_to_rollout(self, batch):
+            seen.append(batch)
+            return len(batch)
+
+    trainer = object.__new__(type("Mode", (AlgorithmStep, Parent), {}))
+    trainer.config, trainer.memory = recipe(algorithm), memory
+    assert trainer._submit_batch_to_rollout(tu.get_tensordict({"a": torch.zeros(3)})) == 3
+    return seen[0]
+
+
+@pytest.mark.parametrize(("memory", "factor"), [({}, 1.0), ({MEASURED: 0.4}, 1.1)])
+def test_prompts_carry_the_temperature_that_follows_from_the_last_step(memory, factor):
+    batch = submitted("aepo_entropy", memory)
+    # As an agent-loop worker reads it, of a share of the prompts.
+    for part in batch.chunk(2):
+        assert json.loads(tu.get(part, TEMPERATURES)) == [pytest.approx(factor)]
+
+
+def test_others_carry_none():
+    assert TEMPERATURES not in submitted("a_hpo", {})
+
+
+def test_the_number_of_a_session_is_read_from_its_key():
+    assert session_numbers(["x_y_0_9", "x_y_10_0", "b_2_1"]).tolist() == [0, 10, 2]
+    assert session_numbers([]).tolist() == []
+
+
+def test_sessions_of_the_parts_of_a_step_are_joined():
+    def part():
+        return make_rollout(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 0]))
+
+    known = part()._replace(session=torch.tensor([0, 1]))
+    assert joined([known, known]).session.tolist() == [0, 1, 0, 1]
+    assert joined([part(), part()]).session is None
+
+
+def test_the_estimator_gets_the_sessions_of_the_trainer():
+    given = {"entropy": torch.ones(4, 4), "memory": {}, "session": torch.tensor([3, 2, 1, 0])}
+    config = {"aepo_entropy": {"weight": 0.25}}
+    advantages = call("aepo_entropy", [1.0, 0, 0, 1.0], list("aaaa"), config, provided=given)
+    # Three of a group, times 4 / 3; and a success at the other temperature, 0.25 * 4 / 1.
+    expected = [4 / 3 * 2 / 3**0.5, -4 / 3 / 3**0.5, -4 / 3 / 3**0.5, 1.0]
+    assert advantages[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- agent loop
+
+
+def sampling_of(monkeypatch, session, **columns):
+    """What the loop asks a rollout server for."""
+    seen = {}
+
+    async def run(self, sampling_params, priority=0, **kwargs):
+        seen.update(sampling_params, columns=set(kwargs))
+
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", run)
+    loop = object.__new__(SeededSingleTurnAgentLoop)
+    loop.rollout_config = SimpleNamespace(seed=0)
+    prompt = [{"role": "user", "content": "?"}]
+    asyncio.run(
+        loop.run(
+            {"temperature": 0.5, "top_p": 1.0}, global_steps=1, index=0, session_id=session,
+            raw_prompt=prompt, **columns,
+        )
+    )  # fmt: skip
+    return seen
+
+
+def test_the_first_samples_of_a_prompt_have_their_factors_on_the_temperature(monkeypatch):
+    column = {TEMPERATURES: json.dumps([1.2, 0.8])}
+    samples = [sampling_of(monkeypatch, session, **column) for session in range(3)]
+    assert [one["temperature"] for one in samples] == [0.6, 0.4, 0.5]
+    assert TEMPERATURES not in samples[0]["columns"]
+    plain = sampling_of(monkeypatch, 0)
+    assert plain["temperature"] == 0.5
+    assert plain["seed"] == samples[0]["seed"] != samples[1]["seed"]
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_the_recipe_is_accepted_and_needs_the_synchronous_mode():
+    assert check_algorithm(recipe()) == []
+    assert trainer_modes(ESTIMATORS["aepo_entropy"], {}) == ("hpo_sync",)
+
+
+@pytest.mark.parametrize(
+    ("section", "rollout", "message"),
+    [
+        ({}, {"agent": {"default_agent_loop": "tool_agent"}},
+         "actor_rollout_ref.rollout.agent.default_agent_loop = 'tool_agent': adv_estimator = "
+         "'aepo_entropy' samples at several temperatures; must be seeded_single_turn_agent"),
+        ({"rollout_correction": {"rollout_is": "token"}}, {},
+         "algorithm.rollout_correction.rollout_is = 'token': adv_estimator = 'aepo_entropy'"),
+        ({"rollout_correction": {"rollout_rs": "geometric"}}, {},
+         "algorithm.rollout_correction.rollout_rs = 'geometric': adv_estimator ="),
+        ({"aepo_entropy": {"responses": 7}}, {"n": 8},
+         "algorithm.aepo_entropy.responses = 7: of actor_rollout_ref.rollout.n = 8 responses two "
+         "must remain to be compared; at most 6"),
+    ],
+)  # fmt: skip
+def test_what_would_not_sample_so_is_refused(section, rollout, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        check_algorithm(recipe(section=section, **rollout))
