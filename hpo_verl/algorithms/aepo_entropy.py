@@ -121,7 +121,8 @@ def _check(config: Mapping[str, Any]) -> None:
     settings = config["algorithm"].get("aepo_entropy") or {}
     responses = settings.get("responses", AEPOEntropySettings.responses)
     n = config["actor_rollout_ref"]["rollout"]["n"]
-    if responses > n - 2:
+    # With one response there is no group to begin with, which is checked elsewhere.
+    if n > 1 and responses > n - 2:
         raise ConfigError(
             f"{PATH}.responses = {responses}: of actor_rollout_ref.rollout.n = {n} responses two "
             f"must remain to be compared; at most {n - 2}"

@@ -275,6 +275,7 @@ class Loss:
         entropy_penalty: From the entropies of a micro-batch (nats, `[batch, response]`, with their
             graph), its mask (bool), its token fields and the settings to what is taken off each
             entropy; so it weighs `entropy_coeff`, which must be above 0.
+        kl_weight: The token field that weighs each token's KL term besides `kl_loss_coef`.
     """
 
     name: str
@@ -287,13 +288,14 @@ class Loss:
     proportional: bool = False
     selects: bool = False
     caveat: str = ""
-    token_fields: Mapping[
-        str, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None
-    ] = field(default_factory=dict)
+    token_fields: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None] = (
+        field(default_factory=dict)
+    )
     mini_batch_sums: MiniBatchSums | None = None
     entropy_penalty: (
         Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], Any], torch.Tensor] | None
     ) = None
+    kl_weight: str = ""
 
 
 def clipped_loss(batch: TokenBatch, settings: object) -> TokenLoss:

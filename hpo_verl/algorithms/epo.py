@@ -94,9 +94,7 @@ class EPOSettings:
         require_number(f"{PATH}.penalty", self.penalty, 0.0)
 
 
-def advantages_with_history(
-    rollout: base.Rollout, settings: EPOHistorySettings
-) -> base.Advantages:
+def advantages_with_history(rollout: base.Rollout, settings: EPOHistorySettings) -> base.Advantages:
     """GRPO's advantages, and the history of the mean entropy.
 
     Returns:

@@ -31,6 +31,7 @@ MODULES = (
     "gmpo",
     "epo",
     "aepo_entropy",
+    "ares",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

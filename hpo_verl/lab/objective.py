@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from verl import DataProto
-from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils.config import omega_conf_to_dataclass
 
@@ -27,6 +27,7 @@ from hpo_verl.errors import ConfigError
 from hpo_verl.lab.tasks import Task
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.advantages import Estimate, needs, read_settings
+from hpo_verl.verl_plugin.engine.actor_loss import added_kl, entropy_penalty
 from hpo_verl.verl_plugin.losses import loss_settings, prepare
 from hpo_verl.verl_plugin.trainer.algorithm_step import step_statistics
 
@@ -37,6 +38,7 @@ _READ = (
     "actor_rollout_ref.rollout.n",
     f"{ACTOR}.loss_agg_mode", f"{ACTOR}.loss_scale_factor", f"{ACTOR}.clip_ratio",
     f"{ACTOR}.tau_pos", f"{ACTOR}.tau_neg", f"{ACTOR}.policy_loss", f"{ACTOR}.entropy_coeff",
+    f"{ACTOR}.use_kl_loss", f"{ACTOR}.kl_loss_coef", f"{ACTOR}.kl_loss_type",
     # How verl splits the work; no number depends on it. The lab has sizes of its own.
     f"{ACTOR}.use_dynamic_bsz", f"{ACTOR}.ppo_mini_batch_size", "data.train_batch_size",
     # The lab samples as this loop does.
@@ -78,7 +80,12 @@ class Objective:
     def may_leave_out(self) -> bool:
         """Whether rows with advantage 0 add nothing to a loss but their share of the counts."""
         proportional = self.loss.proportional or self.loss.mini_batch_sums is not None
-        return proportional and not self.has_entropy_term
+        return proportional and not self.has_terms
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether a mini-batch without any advantage has a gradient."""
+        return self.has_entropy_term or self.actor.use_kl_loss
 
     def history(self, prompts: int) -> PromptHistory | None:
         """What the estimator keeps of so many prompts; None if it keeps nothing."""
@@ -216,17 +223,37 @@ class Objective:
         """
         entropy = entropy.detach().requires_grad_()
         require_finite("entropy", entropy.detach(), mask)
-        left = entropy
-        if self.loss.entropy_penalty is not None:
-            settings = loss_settings(self.loss, self.actor.policy_loss)
-            left = entropy - self.loss.entropy_penalty(entropy, mask, fields, settings)
         self._set_counts(counts)
-        mode = self.actor.loss_agg_mode
-        term = -self.actor.entropy_coeff * agg_loss(
-            left, mask, mode, **self.actor.global_batch_info
-        )
-        (slopes,) = torch.autograd.grad(term, entropy)
+        left = self._mean(entropy, mask)
+        if (penalty := entropy_penalty(self.actor, entropy, mask, fields)) is not None:
+            left = left - penalty
+        (slopes,) = torch.autograd.grad(-self.actor.entropy_coeff * left, entropy)
         return slopes
+
+    def kl_gradient(
+        self,
+        log_prob: torch.Tensor,
+        ref_log_prob: torch.Tensor,
+        mask: torch.Tensor,
+        fields: Mapping[str, torch.Tensor],
+        counts: tuple[int, int],
+    ) -> torch.Tensor:
+        """Derivative of a mini-batch's KL term by `log_prob`; arguments as in `gradient`.
+
+        The term is that of `engine.actor_loss`, with the loss's weights.
+        """
+        log_prob = log_prob.detach().requires_grad_()
+        self._set_counts(counts)
+        # verl's type says FloatTensor, of which a tensor is none.
+        divergence: Any = kl_penalty
+        total = self._mean(divergence(log_prob, ref_log_prob, self.actor.kl_loss_type), mask)
+        if (added := added_kl(self.actor, log_prob, ref_log_prob, mask, fields)) is not None:
+            total = total + added
+        (slopes,) = torch.autograd.grad(self.actor.kl_loss_coef * total, log_prob)
+        return slopes
+
+    def _mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return agg_loss(values, mask, self.actor.loss_agg_mode, **self.actor.global_batch_info)
 
     def _set_counts(self, counts: tuple[int, int]) -> None:
         self.actor.global_batch_info.update(
@@ -293,5 +320,7 @@ def _try(objective: Objective) -> None:
     slopes, _ = objective.gradient(old - 0.01, old, advantages, mask, fields, (8, 4))
     if objective.has_entropy_term:
         slopes = slopes + objective.entropy_gradient(entropy, mask, fields, (8, 4))
+    if objective.actor.use_kl_loss:
+        slopes = slopes + objective.kl_gradient(old - 0.01, old, mask, fields, (8, 4))
     if not bool(torch.isfinite(slopes).all()):
         raise ConfigError("a setting makes the gradient infinite or undefined")

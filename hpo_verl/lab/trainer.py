@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from typing import Any, NamedTuple
@@ -90,6 +91,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=cell.learning_rate, weight_decay=0.0, fused=True
         )
+        # The policy of the start, where the loss holds on to it.
+        self.reference: Policy | None = None
+        if self.objective.actor.use_kl_loss:
+            self.reference = Policy(copy.deepcopy(policy.model), policy.tokenizer)
         self.sampled = 0
         self.history = self.objective.history(settings.questions)
         # Every algorithm has the same number of responses per step.
@@ -245,7 +250,7 @@ class Trainer:
         useful = (advantages[rows] != 0).any(dim=-1)
         if self.objective.may_leave_out:
             rows = rows[useful]
-        if not bool(useful.any()) and not self.objective.has_entropy_term:
+        if not bool(useful.any()) and not self.objective.has_terms:
             # As in verl (`guarded_engine`): Adam's momentum alone must not move the weights.
             return {}, 0.0
         self.optimizer.zero_grad()
@@ -260,6 +265,10 @@ class Trainer:
             slopes, sums = self.objective.gradient(
                 log_prob, old_log_prob[:, width], advantages[rows, width], mask, read, counts
             )
+            if self.reference is not None:
+                with torch.no_grad():
+                    before = self.reference.log_probs(prompts, tokens, mask)
+                slopes = slopes + self.objective.kl_gradient(log_prob, before, mask, read, counts)
             if entropy is None:
                 log_prob.backward(slopes)
             else:

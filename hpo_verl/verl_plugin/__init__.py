@@ -28,6 +28,7 @@ HOOKS = (
 CPU_HOOKS = (
     ("cpu.bridges:use_one_gloo_group", "verl.utils.distributed"),
     ("cpu.bridges:use_batched_log_probs", "verl.utils.torch_functional"),
+    ("cpu.bridges:pin_no_memory", "verl.workers.engine.fsdp.transformer_impl"),
 )
 # Our module, which registers a class of its own by verl's decorator.
 CLASSES = (

@@ -74,13 +74,14 @@ def _check_loss(loss: Loss, actor: Any) -> list[str]:
     if loss.dual_clips:
         dual_clip(actor)
     loss_settings(loss, actor["policy_loss"])
-    if loss.entropy_penalty is not None:
-        key, who = f"{ACTOR}.entropy_coeff", f"policy_loss.loss_mode = {loss.name!r}"
-        coefficient = actor.get("entropy_coeff", 0)
-        if not isinstance(coefficient, (int, float)) or not coefficient > 0:
+    who = f"policy_loss.loss_mode = {loss.name!r}"
+    if loss.kl_weight and not actor.get("use_kl_loss", False):
+        raise ConfigError(f"{ACTOR}.use_kl_loss = false: {who} weighs that term; must be true")
+    for name, read in (("entropy_coeff", loss.entropy_penalty), ("kl_loss_coef", loss.kl_weight)):
+        value = actor.get(name, None)
+        if read and (isinstance(value, (bool, str)) or not (value or 0) > 0):
             raise ConfigError(
-                f"{key} = {coefficient!r}: weighs the entropy and its penalty; {who} needs a "
-                "number above 0"
+                f"{ACTOR}.{name} = {value!r}: {who} is weighed by it; must be a number above 0"
             )
     if loss.always and loss_agg_mode != loss.always:
         return [
@@ -183,8 +184,7 @@ def _check_temperatures(estimator: Estimator, config: DictConfig) -> None:
     rollout = config["actor_rollout_ref"]["rollout"]
     if (loop := rollout["agent"].get("default_agent_loop")) != NAME:
         raise ConfigError(
-            f"actor_rollout_ref.rollout.agent.default_agent_loop = {loop!r}: {who}; must be "
-            f"{NAME}"
+            f"actor_rollout_ref.rollout.agent.default_agent_loop = {loop!r}: {who}; must be {NAME}"
         )
     correction = config["algorithm"].get("rollout_correction", None) or {}
     for name in ("rollout_is", "rollout_rs"):

@@ -25,7 +25,10 @@ from hpo_verl.verl_plugin.losses import ENGINE_VENDOR, loss_settings
 def recipe_of(name, width):
     recipe = OmegaConf.load(recipes_directory() / "algo" / f"{name}.yaml")
     context = OmegaConf.create({"data": {"max_response_length": width, "train_batch_size": 4}})
-    return OmegaConf.to_container(OmegaConf.merge(context, recipe), resolve=True)
+    found = OmegaConf.to_container(OmegaConf.merge(context, recipe), resolve=True)
+    if "entropy_coeff" in (actor := found["actor_rollout_ref"]["actor"]):
+        actor["entropy_coeff"] = 0.1
+    return found
 
 
 def advantages_of(recipe, batch):
@@ -82,6 +85,8 @@ def mini_batch(batch, advantages, given, recipe):
         )
         for name, make in loss.token_fields.items()
     }
+    if recipe["actor_rollout_ref"]["actor"].get("use_kl_loss"):
+        extra["ref_log_prob"] = nested(cut(batch["ref_log_prob"]))
     # verl's own choose their tokens within a micro-batch, the lab within the mini-batch.
     parts = 1 if loss.selects and loss.token_loss is None else 2
     return tu.get_tensordict(

@@ -20,6 +20,8 @@ from hpo_verl.lab.tasks import find_task
 
 WORKER = Path(__file__).with_name("lab_gradients_worker.py")
 WIDTH, GROUP, VOCABULARY = 9, 4, 32
+# Where a recipe has an entropy term, a weight of it that shows.
+ENTROPY = {"actor_rollout_ref.actor.entropy_coeff": 0.1}
 RELATIVE = 1e-5
 
 
@@ -44,18 +46,25 @@ def make_batch(policy, generator):
     old[5] = log_prob[5] + 1e-4
     old[0, 1] = log_prob[0, 1] - 1.0  # a ratio of 2.7, beyond the widest clip
     old[7, 0] += 30.0  # beyond the bound of the log-ratio
+    ref = log_prob + 0.3 * torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1))
     return {
         "prompts": prompts.repeat_interleave(GROUP, 0),
         "prompt_lengths": prompt_lengths.repeat_interleave(GROUP),
         "responses": responses,
         "mask": mask,
         "old_log_prob": torch.where(mask, old, 0.0),
+        "ref_log_prob": torch.where(mask, ref, 0.0),
         "rewards": rewards,
         "groups": torch.arange(4).repeat_interleave(GROUP),
         "entropy": 3.0 * torch.rand(16, WIDTH, generator=generator) ** 2,
         "progress": 0.5,
         "values": torch.rand(16, generator=generator, dtype=torch.float64),
-        "memory": {"epo_entropy": 1.5, "epo_steps": 2.0},
+        "memory": {
+            "epo_entropy": 1.5,
+            "epo_steps": 2.0,
+            "ares_threshold": 1.5,
+            **{f"ares_target_{bucket}": 0.2 for bucket in ("easy", "medium", "hard")},
+        },
     }
 
 
@@ -92,7 +101,10 @@ def compared(tmp_path_factory):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
     policy, batch, verl = compared
-    objective = read_objective(replace(find_task("countdown3"), max_response_length=WIDTH), name)
+    task = replace(find_task("countdown3"), max_response_length=WIDTH)
+    objective = read_objective(task, name)
+    if objective.has_entropy_term:
+        objective = read_objective(task, name, ENTROPY)
     mask, entropy = batch["mask"], batch["entropy"]
     groups = batch["groups"] if objective.history(16) is None else torch.arange(len(mask))
     known = batch | {"memory": dict(batch["memory"])}
@@ -109,6 +121,9 @@ def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
     slopes, _ = objective.gradient(
         log_prob, batch["old_log_prob"], advantages, mask, fields, counts
     )
+    if objective.actor.use_kl_loss:
+        ref = batch["ref_log_prob"]
+        slopes = slopes + objective.kl_gradient(log_prob, ref, mask, fields, counts)
     if now is None:
         log_prob.backward(slopes)
     else:

@@ -110,7 +110,7 @@ def test_token_fields_are_made_of_the_whole_batch():
         ("dr_grpo", {f"{ACTOR}.loss_scale_factor": 0}, "makes the gradient infinite"),
         ("hpo", {f"{ACTOR}.policy_loss.loss_mode": "nothing"}, "Unsupported loss mode: nothing"),
         ("hpo", {"algorithm.adv_estimator": "gae"}, "values"),
-        ("grpo", {f"{ACTOR}.use_kl_loss": True}, "use_kl_loss, which the lab does not read"),
+        ("grpo", {f"{ACTOR}.grad_clip": 0.5}, "grad_clip, which the lab does not read"),
     ],
 )
 def test_settings_of_an_algorithm_are_checked(name, changes, message):
@@ -132,7 +132,9 @@ def test_an_estimator_of_verls_without_a_record_is_used():
 
 def test_the_gradient_of_an_entropy_bonus_by_hand():
     # Three live tokens: each weighs -0.3 / 3, however the mini-batch is cut.
-    objective = read("grpo", {f"{ACTOR}.entropy_coeff": 0.3, f"{ACTOR}.loss_agg_mode": "token-mean"})
+    objective = read(
+        "grpo", {f"{ACTOR}.entropy_coeff": 0.3, f"{ACTOR}.loss_agg_mode": "token-mean"}
+    )
     mask = torch.tensor([[True, True], [True, False]])
     whole = objective.entropy_gradient(torch.ones(2, 2), mask, {}, (3, 2))
     torch.testing.assert_close(whole, -0.1 * mask.float())
@@ -140,6 +142,17 @@ def test_the_gradient_of_an_entropy_bonus_by_hand():
     assert torch.equal(part, whole[:1])
     with pytest.raises(DataError, match=r"^entropy: 1 of 3 live values are not finite"):
         objective.entropy_gradient(torch.tensor([[torch.nan, 1], [1, 1]]), mask, {}, (3, 2))
+
+
+def test_the_gradient_of_a_kl_term_by_hand():
+    # k2 is half the square of the difference: its slope is the difference.
+    changes = {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "mse"}
+    changes |= {"loss_agg_mode": "token-mean"}
+    objective = read("grpo", {f"{ACTOR}.{key}": value for key, value in changes.items()})
+    mask = torch.tensor([[True, True], [True, False]])
+    log_prob = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]])
+    slopes = objective.kl_gradient(log_prob, -torch.ones(2, 2), mask, {}, (3, 2))
+    torch.testing.assert_close(slopes, 0.1 * torch.tensor([[0.0, -1.0], [-2.0, 0.0]]))
 
 
 def batch(rows=6, width=5):
@@ -168,7 +181,7 @@ def test_rows_without_advantage_may_be_left_out(name):
     log_prob, old, advantages, mask = batch()
     if not objective.may_leave_out:
         # Their advantages of 0 change the covariance of the others; or their entropy counts.
-        assert name in ("clip_cov", "kl_cov") or objective.has_entropy_term
+        assert name in ("clip_cov", "kl_cov") or objective.has_terms
         return
     slopes, sums = gradient_of(objective, log_prob, old, advantages, mask)
     useful = [0, 1, 4, 5]

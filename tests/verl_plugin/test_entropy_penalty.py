@@ -121,8 +121,11 @@ def recipe(algorithm=None, **actor):
 @pytest.mark.parametrize("coefficient", [0, 0.0, -0.1, None, "0.1"])
 def test_a_penalty_without_a_weight_is_refused(coefficient):
     assert check_algorithm(recipe()) == []
-    message = f"actor_rollout_ref.actor.entropy_coeff = {coefficient!r}: weighs the entropy and its"
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)} .*needs a number above 0"):
+    message = (
+        f"actor_rollout_ref.actor.entropy_coeff = {coefficient!r}: policy_loss.loss_mode = 'epo' "
+        "is weighed by it; must be a number above 0"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_algorithm(recipe(entropy_coeff=coefficient))
 
 

@@ -29,6 +29,7 @@ def given(rows, width=4, **more):
         "entropy": torch.rand(rows, width, generator=generator),
         "old_log_prob": -torch.rand(rows, width, generator=torch.Generator().manual_seed(1)),
         "progress": 0.5,
+        "memory": {},
         "values": dict.fromkeys("abc", 0.5),
         **more,
     }
@@ -154,7 +155,7 @@ def test_a_penalty_leaves_the_counts_of_signs_as_they_are():
 def test_a_penalty_needs_a_trainer_that_hands_over_the_scores(name):
     with pytest.raises(
         ConfigError,
-        match=r"use_kl_in_reward = True needs the scores .* must be hpo_sync or hpo_colocate_async",
+        match=r"use_kl_in_reward = True needs the scores .* must be hpo_sync",
     ):
         call(name, [1.0, 0.0], ["a", "a"], {"use_kl_in_reward": True}, provided=given(2))
 
@@ -168,7 +169,12 @@ def parts_of(rewards, uids, size):
     for start in range(0, len(rewards), size):
         rows = slice(start, start + size)
         own = {field: given(len(rewards))[field][rows] for field in TOKEN_VALUES}
-        yield rewards[rows], uids[rows], earlier, own | {"progress": 0.5, "values": {}}
+        yield (
+            rewards[rows],
+            uids[rows],
+            earlier,
+            own | {"progress": 0.5, "memory": {}, "values": {}},
+        )
 
 
 @GROUPED

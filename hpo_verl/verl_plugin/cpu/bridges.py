@@ -1,6 +1,6 @@
 """What verl 0.9.1 offers no hook for.
 
-Four things, each bridged in one function, and only for the verl whose behaviour was
+Five things, each bridged in one function, and only for the verl whose behaviour was
 checked. Another verl is refused where the CPU platform is selected; elsewhere it only
 lacks the rollout `hf`.
 """
@@ -63,6 +63,16 @@ def use_batched_log_probs(torch_functional: Any) -> None:
     """
     require_checked_verl()
     torch_functional.logprobs_from_logits_v2 = torch_functional.logprobs_from_logits_naive
+
+
+def pin_no_memory(transformer_impl: Any) -> None:
+    """Make verl's reference policy keep its weights in plain memory.
+
+    verl offloads them to the CPU, in pinned memory, which takes an accelerator.
+    """
+    require_checked_verl()
+    original = transformer_impl.CPUOffloadPolicy
+    transformer_impl.CPUOffloadPolicy = lambda pin_memory: original(pin_memory=False)
 
 
 class VllmCpuDistribution(PathDistribution):

@@ -70,6 +70,12 @@ def test_verl_log_probs_are_the_same_with_the_bridge():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_reference_policy_pins_no_memory():
+    from verl.workers.engine.fsdp import transformer_impl
+
+    assert not transformer_impl.CPUOffloadPolicy(pin_memory=True).pin_memory
+
+
 def test_importing_verl_registers_everything_and_imports_no_trainer():
     code = (
         "import sys, verl; from verl.plugin.platform import get_platform, PlatformRegistry\n"
