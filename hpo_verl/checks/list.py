@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpo_verl.checks import (
+    adapter,
     cluster,
     configuration,
     data,
@@ -74,6 +75,7 @@ CHECKS = (
     Check("settings", values.check_settings, fix=CORRECT, vital=True),
     Check("keys", keys.check_keys),
     Check("older keys", values.check_older_keys),
+    Check("adapter", adapter.check_adapter),
     Check("learning", configuration.check_learnable),
     Check("records", configuration.check_records),
     Check("steps", configuration.check_steps, again=True),

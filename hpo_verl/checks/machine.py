@@ -11,9 +11,16 @@ from dataclasses import dataclass
 import psutil
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
-from hpo_verl.checks.memory import GIB, RECIPE_CARD_GIB, card_memory, host_memory
+from hpo_verl.checks.memory import (
+    GIB,
+    OVERHEAD_GIB,
+    RECIPE_CARD_GIB,
+    adapter_parameters,
+    card_memory,
+    host_memory,
+)
 from hpo_verl.checks.planned_run import PlannedRun
-from hpo_verl.config.settings import ACTOR, ROLLOUT
+from hpo_verl.config.settings import ACTOR, MODEL, ROLLOUT
 from hpo_verl.errors import EnvironmentCheckError
 
 UNKNOWN_SIZE = "the policy's folder does not tell its dimensions"
@@ -110,7 +117,7 @@ def check_cards(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
     if len(fitting) < machines:
         return error(
             f"{wanted}: this {'cluster' if run.address else 'machine'} has {shown}",
-            "hardware=1gpu, 8gpu, 2x8gpu or cpu, as there are; --address for a cluster",
+            "hardware=1gpu24, 1gpu, 8gpu, 2x8gpu or cpu, as there are; --address for a cluster",
             "cards",
         )
     busy = [card.used for node in fitting for card in node.cards if card.used > IDLE_GIB]
@@ -130,7 +137,9 @@ def check_card_memory(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
     there = [card.total for node in nodes for card in node.cards]
     card = min(there, default=RECIPE_CARD_GIB)
     memory = card_memory(run.size, run.config, card)
-    text = memory.arithmetic
+    text, adapter = memory.arithmetic, adapter_parameters(run.size, run.config)
+    if adapter:
+        text += f"; {adapter:,} parameters of an adapter are trained, the others frozen"
     if not there:
         return skipped(f"no card here to compare with; on one of {card:g} GiB: {text}", name)
     text += f"; the smallest card has {card:.1f}"
@@ -141,7 +150,9 @@ def check_card_memory(run: PlannedRun, nodes: Sequence[Node]) -> Finding:
             name,
         )
     if memory.update > card:
-        return error(text, f"halve {ACTOR}.ppo_max_token_len_per_gpu", name)
+        states = memory.weights + memory.gradients + memory.adam + OVERHEAD_GIB
+        fix = f"halve {ACTOR}.ppo_max_token_len_per_gpu"
+        return error(text, f"{MODEL}.lora_rank=16" if states > card and not adapter else fix, name)
     if memory.sampling > card:
         return error(text, f"lower {ROLLOUT}.gpu_memory_utilization", name)
     return ok(text, name)

@@ -1,9 +1,9 @@
 """How much memory a run needs, by the arithmetic of docs/pages/recipes.md.
 
-P parameters, G cards over which weights are sharded, T tokens a card holds at
-once, h hidden size, m intermediate size, k width of the keys, L layers, V
-vocabulary, p parameters of one layer, b bytes of a value (2 in bfloat16, 4 in
-float32).
+P parameters, A those of a LoRA adapter, S those that are trained (P, or A), G cards
+over which weights are sharded, T tokens a card holds at once, h hidden size, m
+intermediate size, q and k width of the queries and of the keys, L layers, V
+vocabulary, p parameters of one layer.
 
 What verl's FSDP2 engine holds on a card is measured with tensors without data in
 tests/checks/test_memory_measured.py. The rest is an estimate: OVERHEAD_GIB,
@@ -29,20 +29,39 @@ OVERHEAD_GIB = 4.0
 # The cards that the recipes are written for.
 RECIPE_CARD_GIB = 80.0
 OUTPUT_EMBEDDING = "lm_head.weight"
+HEAD_NORM = "q_norm.weight"
+HALF = ("bf16", "bfloat16", "fp16", "float16", "16")
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Dimensions of a dense decoder; `tied`: input and output embedding are one matrix."""
+    """Dimensions of a dense decoder.
+
+    Attributes:
+        tied: whether input and output embedding are one matrix.
+        head_norms: whether queries and keys are normalised, as in Qwen3.
+    """
 
     parameters: int
     hidden_size: int
     intermediate_size: int
     layers: int
+    heads: int
     key_value_heads: int
     head_size: int
     vocabulary: int
     tied: bool
+    head_norms: bool = False
+
+    @property
+    def query_width(self) -> int:
+        """Width of all queries, which need not be the hidden size."""
+        return self.heads * self.head_size
+
+    @property
+    def key_width(self) -> int:
+        """Width of all keys."""
+        return self.key_value_heads * self.head_size
 
     @property
     def layer_parameters(self) -> float:
@@ -53,7 +72,7 @@ class ModelSize:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values in bfloat16 that one token takes in the cache."""
-        return 2 * 2 * self.layers * self.key_value_heads * self.head_size
+        return 2 * 2 * self.layers * self.key_width
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
@@ -96,10 +115,12 @@ def read_model_size(folder: Path) -> ModelSize:
             hidden_size=hidden,
             intermediate_size=config["intermediate_size"],
             layers=config["num_hidden_layers"],
+            heads=heads,
             key_value_heads=config.get("num_key_value_heads") or heads,
             head_size=config.get("head_dim") or hidden // heads,
             vocabulary=config["vocab_size"],
             tied=bool(tied),
+            head_norms=any(name.endswith(HEAD_NORM) for name in shapes),
         )
     except KeyError as error:
         raise DataError(f"{path}: has no {error.args[0]}") from error
@@ -111,12 +132,13 @@ class CardMemory(NamedTuple):
     """Memory of one card in the phases of a step, GiB; four moments are beside the shards.
 
     Attributes:
-        weights: 4 P / G, float32.
-        gradients: 4 P / G; 4 P where verl exchanges them after the last micro-batch only.
-        adam: 8 P / G, two moments.
+        weights: 4 (P + A) / G, float32, frozen or not.
+        gradients: 4 S / G; 4 S where verl exchanges them after the last micro-batch only. With
+            an adapter 4 T h more, the first layer's input and its gradient.
+        adam: 8 S / G, two moments.
         loss: the logits become their gradient.
         layer: the last layer is recomputed and gets its gradient.
-        step: AdamW's square roots of the second moments, 4 P / G.
+        step: AdamW's square roots of the second moments, 4 S / G.
         scoring: the entropy of one chunk of tokens; there are no gradients then.
         resident: what stays on the card while responses are sampled.
         rollout: vLLM's share.
@@ -167,24 +189,48 @@ def tokens_at_once(config: DictConfig) -> int:
     return (actor.get("ppo_micro_batch_size_per_gpu") or 1) * longest
 
 
+def adapter_parameters(size: ModelSize, config: DictConfig) -> int:
+    """Parameters of a run's LoRA adapter, two matrices for each layer's target; 0 without one."""
+    model, hidden, middle = config.actor_rollout_ref.model, size.hidden_size, size.intermediate_size
+    widths = {
+        **{name: hidden + size.query_width for name in ("q_proj", "o_proj")},
+        **{name: hidden + size.key_width for name in ("k_proj", "v_proj")},
+        **{name: hidden + middle for name in ("gate_proj", "up_proj", "down_proj")},
+    }
+    # A text is `all-linear` or a pattern, of which that is the most.
+    targets = widths if isinstance(model.target_modules, str) else model.target_modules
+    return size.layers * model.lora_rank * sum(widths.get(name, 0) for name in targets)
+
+
+def trained_parameters(size: ModelSize, config: DictConfig) -> int:
+    """Parameters that have a gradient and Adam's moments: the adapter's, or all."""
+    return adapter_parameters(size, config) or size.parameters
+
+
 def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     """Estimate the memory taken in each phase of a card of so many GiB."""
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
-    cards, parameters = cards_a_copy(config), size.parameters
-    weights = 0.0 if fsdp.offload_policy else 4 * parameters / cards / GIB
+    parameters, trained = size.parameters, trained_parameters(size, config)
+    stored = (2 if str(fsdp.model_dtype) in HALF else 4) / GIB
+    on_card = 0.0 if fsdp.offload_policy else stored / cards_a_copy(config)
+    weights = on_card * (parameters + adapter_parameters(size, config))
     whole = fsdp.use_no_sync_for_gradient_accumulation
     share, parallel = card * rollout.gpu_memory_utilization, rollout.tensor_model_parallel_size
     cache = (share - OVERHEAD_GIB) * GIB - 2 * parameters / parallel
     loss, layer = _backward_moments(size, config, 2)
+    adam = 2 * on_card * trained
+    gradients = stored * trained if whole else on_card * trained
+    if trained != parameters:
+        gradients += 4 * tokens_at_once(config) * size.hidden_size / GIB
     return CardMemory(
         weights=weights,
-        gradients=4 * parameters / GIB if whole else weights,
-        adam=2 * weights,
+        gradients=gradients,
+        adam=adam,
         loss=loss,
         layer=layer,
-        step=weights,
+        step=on_card * trained,
         scoring=_scoring(size, config),
-        resident=weights * (not fsdp.param_offload) + 2 * weights * (not fsdp.optimizer_offload),
+        resident=weights * (not fsdp.param_offload) + adam * (not fsdp.optimizer_offload),
         rollout=share,
         cache_tokens=cache / (size.cache_bytes_per_token / parallel),
     )
@@ -193,10 +239,11 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
 def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[float, float]:
     """The two peaks of the backward pass, GiB; `width` is the bytes of a value.
 
-    A layer saves 4 m + 10 h + 2 k values a token: four of the feed-forward, four
+    A layer saves 4 m + 8 h + 2 q + 2 k values a token: four of the feed-forward, four
     of each of two norms (a float32 value counts twice), query, attention's output,
-    key and value. Its backward pass takes 2 m + h more at most. Gradient
-    checkpointing keeps the layer's input (h) until it is recomputed.
+    key and value; and 3 (q + k) if queries and keys are normalised. A frozen norm keeps
+    one value less. Its backward pass takes 2 m + h more at most. Gradient checkpointing
+    keeps the layer's input (h) until it is recomputed.
 
     Returns:
         - loss: beside what the layers keep, 5 h of the last norm and the logits. Further
@@ -204,17 +251,23 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
           gradient and one layer that is fetched ahead: the larger of the two counts.
         - layer: beside what the layers keep, the work on the last one, the matrix with
           its gradient, and three times a layer: itself, its gradient, the next one.
+        What is frozen has no gradient in either.
     """
     tokens, copies = tokens_at_once(config), _logits_copies(config, width)
     hidden, middle, vocabulary = size.hidden_size, size.intermediate_size, size.vocabulary
-    saved = 4 * middle + 10 * hidden + 2 * size.key_value_heads * size.head_size
+    adapter = adapter_parameters(size, config)
+    frozen = adapter > 0
+    heads = size.query_width + size.key_width
+    saved = 4 * middle + (8 - 2 * frozen) * hidden + 2 * heads
+    saved += size.head_norms * (3 - frozen) * heads
     kept, work = saved, 2 * middle + hidden
     if config.actor_rollout_ref.model.enable_gradient_checkpointing:
         kept, work = hidden, work + saved
-    kept, matrix, layer = kept * size.layers, 2 * vocabulary * hidden, size.layer_parameters
+    kept, matrix = kept * size.layers, (2 - frozen) * vocabulary * hidden
+    layer = size.layer_parameters + adapter / size.layers
     more = max(matrix + layer, (copies - 1) * tokens * vocabulary)
     loss_values = tokens * (kept + 5 * hidden + vocabulary) + more
-    layer_values = tokens * (kept + work) + matrix + 3 * layer
+    layer_values = tokens * (kept + work) + matrix + (3 - frozen) * layer
     return width * loss_values / GIB, width * layer_values / GIB
 
 
@@ -250,21 +303,35 @@ def _scoring(size: ModelSize, config: DictConfig) -> float:
 def host_memory(size: ModelSize, config: DictConfig) -> tuple[float, str]:
     """GiB that one machine needs while the policy is loaded and trained, and the arithmetic."""
     weights, ranks = 4 * size.parameters / GIB, config.trainer.n_gpus_per_node
+    adapter = 4 * adapter_parameters(size, config) / GIB
+    trained, held = adapter or weights, weights + adapter
+    # verl copies the frozen weights while the adapter is added into them for the rollout.
+    copied = bool(adapter) and bool(config.actor_rollout_ref.model.lora.merge)
     if config.trainer.device == "cpu":
         loss, layer = _backward_moments(size, config, 4)
+        work = max(ranks * max(loss, layer), copied * weights)
         text = (
-            f"weights, gradients and Adam 16 P, and {ranks} times a rollout's 4 P with the larger "
-            f"of loss {loss:.1f} and layer {layer:.1f}; 4 P = {weights:.1f}"
+            f"weights 4 (P + A), gradients and Adam 12 S, and {ranks} times a rollout's 4 P, with "
+            f"the larger of loss {loss:.1f} and layer {layer:.1f} each; 4 P = {weights:.1f}, "
+            f"4 A = {adapter:.1f}, 4 S = {trained:.1f}"
         )
-        return 4 * weights + ranks * (weights + max(loss, layer)), text
-    actor = config.actor_rollout_ref.actor
+        return held + 3 * trained + ranks * weights + work, text
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     fsdp = actor.fsdp_config
     # Tied embeddings keep FSDP from loading on one rank only.
     loading = ranks if size.tied else 1
     # Weights, gradients and Adam live there, or wait there while vLLM samples.
-    kept = 4 if fsdp.offload_policy else bool(fsdp.param_offload) + 2 * bool(fsdp.optimizer_offload)
-    # verl's engines keep a policy that is never trained there.
-    kept += bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward)
-    kept *= ranks / cards_a_copy(config)
-    text = f"the larger of loading, {loading} x 4 P, and keeping, {kept:g} x 4 P; 4 P"
+    kept = fsdp.param_offload * held + 2 * fsdp.optimizer_offload * trained
+    if fsdp.offload_policy:
+        kept = held + 3 * trained
+    if adapter:
+        # A policy that is never trained is the frozen weights; a sleeping vLLM that gets the
+        # adapter alone keeps its own, in bfloat16.
+        shares = cards_a_copy(config) / rollout.tensor_model_parallel_size
+        kept += weights if copied else weights / 2 * shares
+    else:
+        # verl's engines keep a policy that is never trained there.
+        kept += bool(actor.use_kl_loss or config.algorithm.use_kl_in_reward) * weights
+    kept *= ranks / cards_a_copy(config) / weights
+    text = f"the larger of loading, {loading} x 4 P, and keeping, {kept:.3g} x 4 P; 4 P"
     return max(loading, kept) * weights, f"{text} = {weights:.1f}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpo_verl.checks.finding import Finding, error, ok, skipped, warning
 from hpo_verl.checks.machine import UNKNOWN_SIZE
-from hpo_verl.checks.memory import GIB
+from hpo_verl.checks.memory import GIB, adapter_parameters
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.prepare import preparations
 from hpo_verl.config.settings import ACTOR, POLICY_KEY, ROLLOUT, cards_a_copy
@@ -83,11 +83,15 @@ def check_disk(run: PlannedRun) -> Finding:
     contents = run.get(f"{ACTOR}.checkpoint.save_contents", ["model", "optimizer", "extra"])
     cards = run.get("trainer.nnodes") * run.get("trainer.n_gpus_per_node")
     copies = cards // cards_a_copy(run.config)
-    each = sum(copies * SAVED_BYTES.get(c, 0) + SAVED_ONCE_BYTES.get(c, 0) for c in contents)
     parameters = run.size.parameters if run.size else 0
-    saved = f"logs and checkpoints ({count} x {each} bytes x {parameters:,} parameters)"
+    adapter = adapter_parameters(run.size, run.config) if run.size else 0
+    # A frozen weight has no moments.
+    numbers = {"model": parameters + adapter, "optimizer": adapter or parameters}
+    each = sum(copies * SAVED_BYTES[c] * number for c, number in numbers.items() if c in contents)
+    each += sum(SAVED_ONCE_BYTES.get(c, 0) for c in contents) * parameters
+    saved = f"logs and checkpoints ({count} x {each / GIB:.2f} GiB)"
     needs = {run.run_folder: (LEAST_FREE_GIB, "logs")}
-    needs[folder] = (LEAST_FREE_GIB + count * each * parameters / GIB, saved)
+    needs[folder] = (LEAST_FREE_GIB + count * each / GIB, saved)
     text = ""
     for path, (needed, what) in needs.items():
         free = _free_gib(path)

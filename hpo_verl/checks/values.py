@@ -12,7 +12,7 @@ from hpo_verl.checks.finding import Finding, error, ok
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.overrides import NO_SWEEP
 from hpo_verl.config.recipes import verl_defaults
-from hpo_verl.config.settings import ACTOR, ROLLOUT, leaves
+from hpo_verl.config.settings import ACTOR, MODEL, ROLLOUT, leaves
 from hpo_verl.errors import ConfigError
 
 MINI_BATCH = f"{ACTOR}.ppo_mini_batch_size"
@@ -32,6 +32,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     MINI_BATCH: (int, 1, math.inf),
     f"{ACTOR}.ppo_epochs": (int, 1, math.inf),
     f"{ACTOR}.entropy_coeff": (float, 0, math.inf),
+    f"{MODEL}.lora_rank": (int, 0, math.inf),
+    f"{MODEL}.lora_alpha": (int, 1, math.inf),
     f"{ROLLOUT}.n": (int, 1, math.inf),
     f"{ROLLOUT}.temperature": (float, 0, 100),
     f"{ROLLOUT}.top_p": (float, 0, 1),

@@ -61,6 +61,12 @@ def _commit() -> dict[str, Any] | None:
         return None
 
 
+def _adapter(model: DictConfig) -> str:
+    """A LoRA adapter in words."""
+    rank = model.get("lora_rank")
+    return f"rank {rank}, alpha {model.get('lora_alpha')}" if rank else "none"
+
+
 def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) -> dict[str, Any]:
     """Gather a manifest; reads every data file and the policy once."""
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
@@ -88,6 +94,7 @@ def _describe_run(config: DictConfig, config_text: str, command: Sequence[str]) 
             "repo": origin.get("repo"),
             "revision": origin.get("revision"),
         },
+        "adapter": _adapter(model),
         "tokenizer": _folder_sha256(
             [tokenizer / file for file in TOKENIZER_FILES if (tokenizer / file).is_file()]
         ),
@@ -107,6 +114,7 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "algorithm": manifest["algorithm"],
         "model": manifest["policy"]["sha256"],
+        "adapter": manifest.get("adapter"),
         "tokenizer": manifest["tokenizer"],
         **{
             key: [file["sha256"] for file in manifest["data"] if file["key"] == key]

@@ -15,7 +15,7 @@ from hpo_verl.checks.memory import (
 
 ACTOR = "actor_rollout_ref.actor"
 # 2^20 parameters: 2 x 2^8 x 2^6 in the vocabulary's matrices, the rest in two layers.
-SMALL = ModelSize(1 << 20, 64, 256, 2, 4, 16, 256, tied=False)
+SMALL = ModelSize(1 << 20, 64, 256, 2, 4, 4, 16, 256, tied=False)
 QWEN_7B = MODEL_SIZES["Qwen/Qwen2.5-7B-Instruct"]
 
 
@@ -55,7 +55,7 @@ def test_the_largest_moment_counts(config):
     few = card_memory(SMALL, config({f"{ACTOR}.ppo_max_token_len_per_gpu": 1}), 80.0)
     # Optimizer's step: weights, gradients, moments and the square roots of one.
     assert isclose(few.update, 20 / 1024 + 4)
-    large = ModelSize(1 << 20, 64, 16, 1, 4, 16, 1 << 13, tied=True)
+    large = ModelSize(1 << 20, 64, 16, 1, 4, 4, 16, 1 << 13, tied=True)
     changes = {f"{ACTOR}.ppo_max_token_len_per_gpu": 2048}
     scored = card_memory(large, config(changes), 80.0)
     # Float32 values of the entropy are more than the update takes, its gradients included.

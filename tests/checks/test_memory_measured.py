@@ -9,7 +9,6 @@ import torch
 import verl.utils.torch_functional as verl_functional
 from composed_recipes import composed
 from measured_memory import (
-    DIMENSIONS,
     held,
     hf_config,
     measure_adamw,
@@ -25,7 +24,14 @@ from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 from transformers import AutoModelForCausalLM
 
-from hpo_verl.checks.memory import GIB, OVERHEAD_GIB, RECIPE_CARD_GIB, card_memory
+from hpo_verl.checks.memory import (
+    GIB,
+    OVERHEAD_GIB,
+    RECIPE_CARD_GIB,
+    adapter_parameters,
+    card_memory,
+    tokens_at_once,
+)
 from hpo_verl.config.settings import cards_a_copy
 
 TOLERANCE = 0.1
@@ -35,7 +41,16 @@ RECIPES = {
     "Qwen/Qwen2.5-3B-Instruct": ("countdown3-3b", ()),
     "meta-llama/Llama-3.2-3B-Instruct": ("countdown3-3b", ("model=llama3.2-3b",)),
     "Qwen/Qwen2.5-7B-Instruct": ("countdown3-7b", ()),
+    "Qwen/Qwen3-0.6B": ("countdown3-1.5b", ("model=qwen3-0.6b",)),
+    "Qwen/Qwen3-1.7B": ("countdown3-1.5b", ("model=qwen3-1.7b",)),
+    "Qwen/Qwen3-4B": ("countdown3-1.5b", ("model=qwen3-4b",)),
 }
+STEPS = [
+    *((repo, hardware) for repo in list(RECIPES)[:4] for hardware in ("1gpu", "8gpu")),
+    *(("Qwen/Qwen3-0.6B", "1gpu"), ("Qwen/Qwen3-4B", "8gpu")),
+    # With an adapter.
+    *((repo, "1gpu24") for repo in ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-1.7B")),
+]
 # With fewer, no layer has one before it and one behind it.
 FEW = 3
 
@@ -56,6 +71,12 @@ def with_few_layers(repo, measured):
     return replace(MODEL_SIZES[repo], layers=FEW, parameters=measured.parameters)
 
 
+def few_parameters(size):
+    norm = size.hidden_size
+    layer = (size.parameters - norm - 2 * size.vocabulary * size.hidden_size) // size.layers
+    return size.parameters - (size.layers - FEW) * layer
+
+
 @pytest.mark.parametrize("repo", MODEL_SIZES)
 def test_dimensions_and_parameters_are_those_of_the_architecture(repo):
     size, config = MODEL_SIZES[repo], hf_config(repo)
@@ -71,11 +92,12 @@ def test_dimensions_and_parameters_are_those_of_the_architecture(repo):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == size.tied
     assert decoder.self_attn.k_proj.out_features == size.key_value_heads * size.head_size
     assert decoder.mlp.gate_proj.out_features == size.intermediate_size
+    assert decoder.self_attn.q_proj.out_features == size.query_width
+    assert hasattr(decoder.self_attn, "q_norm") == size.head_norms
     assert len(model.model.layers) == size.layers
 
 
-@pytest.mark.parametrize("hardware", ["1gpu", "8gpu"])
-@pytest.mark.parametrize("repo", DIMENSIONS)
+@pytest.mark.parametrize(("repo", "hardware"), STEPS)
 def test_a_step_of_each_recipe_takes_what_the_doctor_says(repo, hardware):
     config, size = recipe(repo, hardware), MODEL_SIZES[repo]
     memory = card_memory(size, config, RECIPE_CARD_GIB)
@@ -83,22 +105,26 @@ def test_a_step_of_each_recipe_takes_what_the_doctor_says(repo, hardware):
     counts = (FEW, FEW + 1, FEW + 2) if hardware == "8gpu" else (FEW, FEW + 1)
     measured = [measure_update(config, repo, layers) for layers in counts]
     whole = {}
-    for part in ("parameters", "weights", "loss", "layer"):
+    for part in ("parameters", "weights", "trained", "loss", "layer"):
         values = [getattr(one, part) for one in measured]
         each = {later - one for one, later in pairwise(values)}
         assert max(each) - min(each) < 1e-6
         whole[part] = values[0] + each.pop() * (size.layers - FEW)
-    assert whole["parameters"] == size.parameters
-    assert isclose(whole["weights"], 4 * size.parameters / cards_a_copy(config) / GIB, rel_tol=1e-4)
-    assert all(near(one.gradients, one.weights) for one in measured)
+    parameters = size.parameters + adapter_parameters(size, config)
+    assert whole["parameters"] == parameters
+    assert isclose(whole["weights"], 4 * parameters / cards_a_copy(config) / GIB, rel_tol=1e-4)
+    input_and_gradient = 4 * tokens_at_once(config) * size.hidden_size / GIB
+    first = input_and_gradient if hardware == "1gpu24" else 0.0
+    assert all(near(one.gradients, one.trained + first) for one in measured)
     scoring = measure_scoring(config, repo)
     assert near(whole["loss"], memory.loss)
     assert near(whole["layer"], memory.layer)
     assert near(scoring, memory.scoring)
-    states = 0.0 if config.actor_rollout_ref.actor.fsdp_config.offload_policy else whole["weights"]
+    on_card = not config.actor_rollout_ref.actor.fsdp_config.offload_policy
+    weights, trained = on_card * whole["weights"], on_card * whole["trained"]
     # AdamW's moments and its step, by the test of its own.
-    largest = max(states + max(whole["loss"], whole["layer"], states), scoring)
-    assert near(3 * states + largest, memory.update - OVERHEAD_GIB)
+    largest = max(trained + first + max(whole["loss"], whole["layer"], trained), scoring)
+    assert near(weights + 2 * trained + largest, memory.update - OVERHEAD_GIB)
 
 
 def test_two_machines():
@@ -138,6 +164,20 @@ def test_gradients_that_are_exchanged_once_are_whole_on_every_card():
     memory = card_memory(with_few_layers(repo, measured), config, RECIPE_CARD_GIB)
     assert near(measured.gradients, memory.gradients)
     assert isclose(memory.gradients, 8 * memory.weights)
+
+
+def test_an_adapter_leaves_the_rest_without_gradients():
+    repo = "Qwen/Qwen2.5-7B-Instruct"
+    config = recipe(repo, model__lora_rank=64)
+    measured = measure_update(config, repo, FEW)
+    size = MODEL_SIZES[repo]
+    few = replace(size, layers=FEW, parameters=few_parameters(size))
+    memory = card_memory(few, config, RECIPE_CARD_GIB)
+    assert measured.parameters == few.parameters + adapter_parameters(few, config)
+    assert near(measured.weights, memory.weights)
+    assert near(measured.gradients, memory.gradients)
+    assert near(measured.loss, memory.loss)
+    assert near(measured.layer, memory.layer)
 
 
 def test_adamw_takes_two_moments_and_one_more_copy_in_its_step():

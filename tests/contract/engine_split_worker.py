@@ -84,7 +84,7 @@ def gradients(engine):
     }
 
 
-def make_engine(model_path, lr=0.0, path=None, fsdp_size=-1):
+def make_engine(model_path, lr=0.0, path=None, fsdp_size=-1, **model):
     """verl's engine for a tiny model, on the ranks of the process group."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -98,6 +98,7 @@ def make_engine(model_path, lr=0.0, path=None, fsdp_size=-1):
             load_tokenizer=False,
             enable_gradient_checkpointing=True,
             **(path or PACKED),
+            **model,
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",

@@ -91,7 +91,11 @@ SIGNATURES = {
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.forward_backward_batch": (
         "self data loss_function forward_only="
     ),
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngine._merged_lora_per_tensor_param": "self",
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_step": "self",
+    "verl.utils.fsdp_utils:merged_lora_context": "actor backup_adapters=",
+    "verl.utils.fsdp_utils:normalize_peft_param_name": "params",
+    "verl.utils.model:convert_weight_keys": "state_dict model",
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_zero_grad": "self",
     "verl.workers.engine.base:BaseEngine.train_batch": "self data loss_function",
     "verl.utils.tensordict_utils:get_tensordict": "tensor_dict non_tensor_dict=",

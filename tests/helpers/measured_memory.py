@@ -7,6 +7,7 @@ flash-attn are replaced by functions that keep and allocate what its sources do
 `mha_varlen_bwd`, ops/triton/cross_entropy.py `CrossEntropyLoss`).
 """
 
+import gc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from verl.utils.config import omega_conf_to_dataclass
@@ -40,6 +41,9 @@ DIMENSIONS = {
     "Qwen/Qwen2.5-3B-Instruct": (2048, 11_008, 36, 16, 2, 151_936, True),
     "meta-llama/Llama-3.2-3B-Instruct": (3072, 8192, 28, 24, 8, 128_256, True),
     "Qwen/Qwen2.5-7B-Instruct": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 151_936, True),
+    "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 151_936, True),
+    "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8, 151_936, True),
 }
 
 
@@ -104,6 +108,7 @@ class Measured:
     Attributes:
         parameters: number of them.
         weights: the shards.
+        trained: those of them that are trained.
         gradients: what is left of the micro-batch beside the weights.
         loss: peak until the last layer's output has its gradient, without weights and gradients.
         layer: peak of the layers' backward passes, likewise.
@@ -111,6 +116,7 @@ class Measured:
 
     parameters: int
     weights: float
+    trained: float
     gradients: float
     loss: float
     layer: float
@@ -119,13 +125,14 @@ class Measured:
 def hf_config(repo, layers=None):
     """The model's configuration for transformers, with another number of layers."""
     hidden, middle, depth, heads, key_value_heads, vocabulary, tied = DIMENSIONS[repo]
-    kind = LlamaConfig if "Llama" in repo else Qwen2Config
-    return kind(
+    kinds = {"Llama": LlamaConfig, "Qwen3": Qwen3Config, "Qwen2.5": Qwen2Config}
+    return next(kind for name, kind in kinds.items() if name in repo)(
         hidden_size=hidden,
         intermediate_size=middle,
         num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
+        head_dim=128,
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
         attn_implementation=ATTENTION,
@@ -134,10 +141,7 @@ def hf_config(repo, layers=None):
 
 def from_config(config, torch_dtype, **_):
     """Instead of `from_pretrained`."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
-    # It has that type already, and torch cannot swap tensors without data.
-    model.to = lambda _: model
-    return model
+    return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
 
 
 @contextmanager
@@ -148,6 +152,8 @@ def replaced():
         mock.patch.object(verl.utils.model, "get_hf_auto_model_class", return_value=auto_class),
         mock.patch.object(transformer_impl, "apply_monkey_patch"),
         mock.patch.object(transformer_impl, "fsdp2_load_full_state_dict"),
+        # All have their type and place already, and torch cannot swap tensors without data.
+        mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module),
         mock.patch.object(verl_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", True),
         mock.patch.object(verl_functional, "cross_entropy_loss", cross_entropy, create=True),
     ):
@@ -178,7 +184,12 @@ def engine_without_data(config, repo, layers):
                 use_liger=model.use_liger,
                 use_fused_kernels=model.use_fused_kernels,
                 fused_kernel_options=None,
-                lora_rank=0,
+                lora_rank=model.lora_rank,
+                lora_alpha=model.lora_alpha,
+                lora_adapter_path=None,
+                target_modules=model.target_modules,
+                target_parameters=None,
+                exclude_modules=None,
                 model_type="language_model",
                 local_path="",
                 trust_remote_code=False,
@@ -215,9 +226,14 @@ def held(tracker, kind="current"):
     return tracker.get_tracker_snapshot(kind)[CPU]["Total"] / GIB
 
 
-def shards(engine):
-    weights = engine.module.parameters()
+def shards(engine, trained=False):
+    weights = (w for w in engine.module.parameters() if w.requires_grad or not trained)
     return sum(w.to_local().untyped_storage().nbytes() for w in weights) / GIB
+
+
+def decoder_layers(engine):
+    """The decoder's layers, an adapter around them or not."""
+    return next(m for m in engine.module.modules() if isinstance(m, torch.nn.ModuleList))
 
 
 def measure_scoring(config, repo):
@@ -251,11 +267,11 @@ def measure_update(config, repo, layers, with_entropy=False):
         batch["calculate_entropy"] = with_entropy
         weights, gradients = list(engine.module.parameters()), 0.0
         if not engine.engine_config.use_no_sync_for_gradient_accumulation:
-            gradients = shards(engine)
+            gradients = shards(engine, trained=True)
             for weight in weights:
-                weight.grad = torch.zeros_like(weight)
+                weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         engine.module.train()
-        decoder, peaks = engine.module.model.layers, []
+        decoder, peaks = decoder_layers(engine), []
 
         def at_last_layer(_module, _arguments, output):
             output.register_hook(lambda _: peaks.append(held(tracker, "peak")))
@@ -268,11 +284,15 @@ def measure_update(config, repo, layers, with_entropy=False):
             loss, _ = engine.forward_step(batch, loss_function, forward_only=False)
             loss.backward()
             handle.remove()
+            # Its graph, which has circles, keeps the input of the first layer and its gradient.
+            del loss
+            gc.collect()
         states = shards(engine) + gradients
         layer = max(tracker.memory_tracking[module].local_peak[CPU] for module in decoder)
         return Measured(
             parameters=sum(weight.numel() for weight in weights),
             weights=shards(engine),
+            trained=shards(engine, trained=True),
             gradients=held(tracker) - shards(engine),
             loss=peaks[0] - states,
             layer=layer / GIB - states,

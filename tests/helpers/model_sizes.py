@@ -4,15 +4,24 @@ from hpo_verl.checks.memory import ModelSize
 
 MODEL_SIZES = {
     "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(
-        1_543_714_304, 1536, 8960, 28, 2, 128, 151_936, tied=True
+        1_543_714_304, 1536, 8960, 28, 12, 2, 128, 151_936, tied=True
     ),
     "Qwen/Qwen2.5-3B-Instruct": ModelSize(
-        3_085_938_688, 2048, 11_008, 36, 2, 128, 151_936, tied=True
+        3_085_938_688, 2048, 11_008, 36, 16, 2, 128, 151_936, tied=True
     ),
     "meta-llama/Llama-3.2-3B-Instruct": ModelSize(
-        3_212_749_824, 3072, 8192, 28, 8, 128, 128_256, tied=True
+        3_212_749_824, 3072, 8192, 28, 24, 8, 128, 128_256, tied=True
     ),
     "Qwen/Qwen2.5-7B-Instruct": ModelSize(
-        7_615_616_512, 3584, 18_944, 28, 4, 128, 152_064, tied=False
+        7_615_616_512, 3584, 18_944, 28, 28, 4, 128, 152_064, tied=False
+    ),
+    "Qwen/Qwen3-0.6B": ModelSize(
+        596_049_920, 1024, 3072, 28, 16, 8, 128, 151_936, tied=True, head_norms=True
+    ),
+    "Qwen/Qwen3-1.7B": ModelSize(
+        1_720_574_976, 2048, 6144, 28, 16, 8, 128, 151_936, tied=True, head_norms=True
+    ),
+    "Qwen/Qwen3-4B": ModelSize(
+        4_022_468_096, 2560, 9728, 36, 32, 8, 128, 151_936, tied=True, head_norms=True
     ),
 }

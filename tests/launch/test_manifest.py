@@ -173,6 +173,7 @@ def test_the_same_run_goes_on_wherever_its_files_lie(run):
 CHANGES = {
     "algorithm": lambda config, path: config.algorithm.update(adv_estimator="grpo"),
     "model": lambda config, path: (path / "policy" / "model.safetensors").write_bytes(b"other"),
+    "adapter": lambda config, path: config.actor_rollout_ref.model.update(lora_rank=8),
     "tokenizer": lambda config, path: config.actor_rollout_ref.model.update(tokenizer_path="a/b"),
     "data.train_files": lambda config, path: (path / "train.parquet").write_bytes(b"other"),
     "data.val_files": lambda config, path: (path / "val.parquet").write_bytes(b"other"),

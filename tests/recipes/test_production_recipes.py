@@ -133,7 +133,7 @@ def check_values(config, hardware, where):
         assert model.use_remove_padding, where
         assert actor.use_dynamic_bsz, where
         assert trainer.device == "cuda", where
-        assert gpus == {"1gpu": 1, "8gpu": 8, "2x8gpu": 16}[hardware], where
+        assert gpus == {"1gpu24": 1, "1gpu": 1, "8gpu": 8, "2x8gpu": 16}[hardware], where
 
 
 def rotation():

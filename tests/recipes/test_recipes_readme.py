@@ -6,7 +6,12 @@ import pytest
 from composed_recipes import composed
 from model_sizes import MODEL_SIZES
 
-from hpo_verl.checks.memory import RECIPE_CARD_GIB, card_memory, tokens_at_once
+from hpo_verl.checks.memory import (
+    RECIPE_CARD_GIB,
+    adapter_parameters,
+    card_memory,
+    tokens_at_once,
+)
 from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.config.settings import cards_a_copy
 
@@ -15,12 +20,17 @@ HUB_IDS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b")},
 }
+# What is left of the smallest cards of "24 GB".
+SMALL_CARD_GIB = 22.5
+ON_SMALL_CARDS = ("qwen2.5-1.5b", "qwen3-0.6b", "qwen3-1.7b")
 RECIPE_OF = {
     "qwen2.5-1.5b": ("countdown3-1.5b", ()),
     "qwen2.5-3b": ("countdown3-3b", ()),
     "llama3.2-3b": ("countdown3-3b", ("model=llama3.2-3b",)),
     "qwen2.5-7b": ("countdown3-7b", ()),
+    **{name: ("countdown3-1.5b", (f"model={name}",)) for name in HUB_IDS if "qwen3" in name},
 }
 
 
@@ -33,10 +43,11 @@ def test_the_doctor_knows_every_model_of_the_recipes():
 
 def test_parameter_counts_follow_from_the_dimensions():
     for name, size in MODEL_SIZES.items():
-        hidden, width = size.hidden_size, size.key_value_heads * size.head_size
-        bias = 0 if "Llama" in name else hidden + 2 * width
+        hidden, query, width = size.hidden_size, size.query_width, size.key_width
+        norms = 2 * hidden + 2 * size.head_size * size.head_norms
+        bias = query + 2 * width if "Qwen2.5" in name else 0
         feed_forward = 3 * hidden * size.intermediate_size
-        layer = 2 * hidden * hidden + 2 * hidden * width + bias + feed_forward + 2 * hidden
+        layer = 2 * hidden * query + 2 * hidden * width + bias + feed_forward + norms
         matrices = 1 if size.tied else 2
         assert size.parameters == size.layers * layer + hidden + matrices * size.vocabulary * hidden
 
@@ -44,15 +55,16 @@ def test_parameter_counts_follow_from_the_dimensions():
 def memory_row(name, hardware):
     """One line of the README's memory table, in GiB a card, by the doctor's arithmetic."""
     config = composed(*RECIPE_OF[name], hardware)
-    memory = card_memory(MODEL_SIZES[HUB_IDS[name]], config, RECIPE_CARD_GIB)
-    assert max(memory.update, memory.sampling) < RECIPE_CARD_GIB
+    card = SMALL_CARD_GIB if hardware == "1gpu24" else RECIPE_CARD_GIB
+    memory = card_memory(MODEL_SIZES[HUB_IDS[name]], config, card)
+    assert max(memory.update, memory.sampling) < card
     cells = (
         *(memory.weights, memory.gradients, memory.adam, memory.loss, memory.layer),
         *(memory.step, memory.scoring, memory.update, memory.resident, memory.sampling),
     )
     figures = " | ".join(f"{value:.1f}" for value in cells)
     tokens = tokens_at_once(config)
-    return f"| {name} | {hardware} | {tokens} | {figures} | {memory.cache_tokens / 1e6:.1f} |"
+    return f"| {name} | {hardware} | {tokens} | {figures} | {memory.cache_tokens / 1e6:.2g} |"
 
 
 @pytest.mark.parametrize("name", HUB_IDS)
@@ -66,6 +78,18 @@ def test_one_card_samples_as_many_responses_at_once_as_its_cache_holds(name):
     eight = composed(*RECIPE_OF[name], "8gpu")
     share = eight.data.train_batch_size * eight.actor_rollout_ref.rollout.n // 8
     assert eight.actor_rollout_ref.rollout.max_num_seqs == 256 >= share
+
+
+@pytest.mark.parametrize("name", ON_SMALL_CARDS)
+def test_a_small_card_trains_an_adapter_and_would_not_hold_all_moments(name):
+    config = composed(*RECIPE_OF[name], "1gpu24")
+    size, rollout = MODEL_SIZES[HUB_IDS[name]], config.actor_rollout_ref.rollout
+    memory = card_memory(size, config, SMALL_CARD_GIB)
+    assert adapter_parameters(size, config) < size.parameters / 50
+    whole = memory.cache_tokens // (config.data.max_prompt_length + config.data.max_response_length)
+    assert rollout.max_num_seqs == whole // 16 * 16
+    # TeleLogs' longest response fits into the tokens at once, too.
+    assert tokens_at_once(config) >= 6144
 
 
 def test_the_cards_of_a_machine_share_one_copy():
@@ -94,6 +118,7 @@ def batch_row(task):
 def readme_rows():
     yield from (batch_row(task) for task in ("countdown3", "countdown4", "telelogs"))
     yield from (memory_row(m, h) for m in HUB_IDS for h in ("1gpu", "8gpu", "2x8gpu"))
+    yield from (memory_row(name, "1gpu24") for name in ON_SMALL_CARDS)
 
 
 def test_the_readme_states_the_batches_and_the_memory_of_these_recipes():
