@@ -192,10 +192,11 @@ def tokens_at_once(config: DictConfig) -> int:
 def adapter_parameters(size: ModelSize, config: DictConfig) -> int:
     """Parameters of a run's LoRA adapter, two matrices for each layer's target; 0 without one."""
     model, hidden, middle = config.actor_rollout_ref.model, size.hidden_size, size.intermediate_size
+    # Input and output of each.
     widths = {
-        **{name: hidden + size.query_width for name in ("q_proj", "o_proj")},
-        **{name: hidden + size.key_width for name in ("k_proj", "v_proj")},
-        **{name: hidden + middle for name in ("gate_proj", "up_proj", "down_proj")},
+        **dict.fromkeys(("q_proj", "o_proj"), hidden + size.query_width),
+        **dict.fromkeys(("k_proj", "v_proj"), hidden + size.key_width),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + middle),
     }
     # A text is `all-linear` or a pattern, of which that is the most.
     targets = widths if isinstance(model.target_modules, str) else model.target_modules
