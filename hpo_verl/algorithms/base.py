@@ -23,6 +23,9 @@ SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"  # noqa: S105
 SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"  # noqa: S105
 SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"  # noqa: S105
 
+REWARD = "reward/"
+"""In `Estimator.needs`, in front of a name under which the reward function returns a number."""
+
 CLIP = "-min(r A, clip(r, 1 - e_low, 1 + e_high) A)"
 """Part of many an equation."""
 
@@ -44,7 +47,8 @@ class Rollout(NamedTuple):
             `[batch, response]`, of the policy that sampled; `progress`, 0 at the first step and 1
             at the last; `values`, one per output, `[batch]` float64, from the history of its
             prompt; `memory`, the numbers of `Advantages.memory` at the last step, empty at the
-            first.
+            first; `reward/NAME`, what the reward function returned under that name, `[batch]`
+            float64.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.
@@ -71,6 +75,10 @@ class Rollout(NamedTuple):
             scores=self.scores,
             normalize_by_std=self.normalize_by_std,
         )
+
+    def grouped_by(self, rewards: torch.Tensor) -> torch.Tensor:
+        """GRPO's advantages of other rewards, `[batch]`; float64, by sessions."""
+        return self._replace(rewards=rewards, scores=None).grouped().advantages
 
     def lengths(self) -> torch.Tensor:
         """Tokens of each session, `[batch]` float64, at its final output; 0 at the others."""

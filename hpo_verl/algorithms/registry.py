@@ -32,6 +32,7 @@ MODULES = (
     "epo",
     "aepo_entropy",
     "ares",
+    "constrained_grpo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

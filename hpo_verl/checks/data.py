@@ -196,6 +196,8 @@ def check_reward(run: PlannedRun) -> Finding:
         return warning(f"{shown}: fails on {share}, first on {row}: {problem}", fix)
     if len(frozenset().union(*(one.keys for one in scored))) > 1:
         return error(f"{shown}: the keys it returns differ from row to row", fix)
+    if problem := _not_returned(run, frozenset().union(*(one.kinds for one in scored))):
+        return error(f"{shown}: {problem}", fix)
     if problem := _not_validated(run, frozenset().union(*(one.kinds for one in scored))):
         return error(f"{shown}: {problem}", fix)
     wrong = [one.wrong for one in scored]
@@ -219,6 +221,25 @@ def _kind(value: object) -> str:
     if isinstance(value, list):
         return f"a list of {' x '.join(map(str, shape(value)))}"
     return "a text" if isinstance(value, str) else "a number"
+
+
+def _not_returned(run: PlannedRun, kinds: frozenset[tuple[str, str]]) -> str:
+    """Which number the algorithm reads and the reward does not return; empty if it returns all."""
+    with quiet_imports():
+        from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+        from hpo_verl.verl_plugin.advantages import reward_names
+
+    name = str(run.get("algorithm.adv_estimator"))
+    if not kinds or (estimator := OUR_ESTIMATORS.get(name)) is None:
+        return ""
+    numbers = sorted({key for key, kind in kinds if kind == "a number"})
+    for read in reward_names(estimator, run.config.algorithm):
+        if read not in numbers:
+            return (
+                f"returns no number {read!r}, which algorithm.adv_estimator={name} reads; it "
+                f"returns {', '.join(numbers)}"
+            )
+    return ""
 
 
 def _not_validated(run: PlannedRun, kinds: frozenset[tuple[str, str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from hpo_verl.errors import ConfigError
@@ -33,6 +33,38 @@ def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse anything but one of the named choices with a ConfigError."""
     if value not in choices:
         raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(choices)}")
+
+
+def require_names(key: str, value: object) -> tuple[str, ...]:
+    """Return a list of names, of which there is one at least and none twice.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    names = _entries(value)
+    texts = [name for name in names if isinstance(name, str) and name]
+    if not texts or len(texts) < len(names) or len(set(texts)) < len(texts):
+        raise ConfigError(f"{key} = {value!r}: must be a list of different names, one at least")
+    return tuple(texts)
+
+
+def require_numbers(key: str, value: object, count: int) -> tuple[float, ...]:
+    """Return a list of so many finite numbers.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    numbers = _entries(value)
+    if len(numbers) != count:
+        raise ConfigError(f"{key} = {value!r}: must be a list of {count} numbers")
+    for place, number in enumerate(numbers):
+        require_number(f"{key}[{place}]", number, -math.inf)
+    return tuple(map(float, numbers))
+
+
+def _entries(value: object) -> tuple[Any, ...]:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(value) if is_list else ()
 
 
 def require_flag(key: str, value: object) -> None:

@@ -15,7 +15,7 @@ from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils.config import omega_conf_to_dataclass
 
-from hpo_verl.algorithms.base import Advantages, Estimator, Loss, PromptHistory, Rollout
+from hpo_verl.algorithms.base import REWARD, Advantages, Estimator, Loss, PromptHistory, Rollout
 from hpo_verl.algorithms.registry import ALGORITHMS, ESTIMATORS, LOSSES
 from hpo_verl.config.overrides import nearest
 from hpo_verl.config.recipes import compose_recipe, recipes_directory
@@ -26,7 +26,7 @@ from hpo_verl.core.statistics import token_sums
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.tasks import Task
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import Estimate, needs, read_settings
+from hpo_verl.verl_plugin.advantages import Estimate, needs, read_settings, reward_names
 from hpo_verl.verl_plugin.engine.actor_loss import added_kl, entropy_penalty
 from hpo_verl.verl_plugin.losses import loss_settings, prepare
 from hpo_verl.verl_plugin.trainer.algorithm_step import step_statistics
@@ -116,7 +116,10 @@ class Objective:
                 `memory`, where needed, is brought up to date.
         """
         labels = groups.tolist()
-        needed = {name: known[name] for name in needs(self.estimator, self.section)}
+        wanted = needs(self.estimator, self.section)
+        if lacking := [name for name in wanted if name not in known]:
+            raise ConfigError(f"{self.estimator.name}: the lab's task has no {lacking[0]}")
+        needed = {name: known[name] for name in wanted}
         if "values" in needed:
             needed["values"] = dict(zip(labels, needed["values"].tolist(), strict=True))
         seen: Counter[int] = Counter()
@@ -314,6 +317,9 @@ def _try(objective: Objective) -> None:
     known = {"entropy": entropy, "progress": 0.5, "values": torch.full((4,), 0.5)}
     old = torch.full((4, 2), -1.0)
     known |= {"memory": {}, "old_log_prob": old}
+    # Whether the task has them shows in the first step.
+    names = reward_names(objective.estimator, objective.section)
+    known |= {f"{REWARD}{name}": torch.tensor([1.0, 0.0, 0.0, 1.0]) for name in names}
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
     advantages, _, given = objective.advantages(rewards, groups, mask, known)
     fields = objective.token_fields(entropy, mask, given)

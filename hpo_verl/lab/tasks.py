@@ -44,8 +44,8 @@ class Task:
     max_response_length: int
     # From sizes and seed to training and held-out questions.
     questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
-    # Reward of a response, 0.0 or 1.0.
-    score: Callable[[str, Any], float]
+    # Numbers that the reward function returns for a response; the reward is `score`, 0.0 or 1.0.
+    score: Callable[[str, Any], dict[str, float]]
     # Draws an answer that is wrong.
     careless: Callable[[random.Random, list[Question]], Demonstration]
     # Puzzles of questions, which no demonstration may pose.
@@ -86,8 +86,9 @@ def _countdown_questions(
 
 def _score(
     compute_score: Callable[..., Any], source: str, response: str, ground_truth: Any
-) -> float:
-    return float(compute_score(source, response, ground_truth)["score"])
+) -> dict[str, float]:
+    result = compute_score(source, response, ground_truth)
+    return {name: value for name, value in result.items() if isinstance(value, float)}
 
 
 def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hpo_verl.algorithms.base import REWARD
 from hpo_verl.core.statistics import token_means
 from hpo_verl.errors import DataError
 from hpo_verl.lab import warm_start
@@ -39,7 +40,12 @@ class Rollout(NamedTuple):
     questions: torch.Tensor  # index of every response's question in the training set, `[batch]`
     prompts: list[Prompt]  # tokens of every response's prompt
     responses: Responses  # `[batch, time]` each
-    rewards: torch.Tensor  # `[batch]`
+    numbers: dict[str, torch.Tensor]  # by name, as `Task.score` gives them, `[batch]` each
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """`[batch]`."""
+        return self.numbers["score"]
 
     def at(self, rows: torch.Tensor) -> Rollout:
         """Some of the rows."""
@@ -47,7 +53,7 @@ class Rollout(NamedTuple):
             self.questions[rows],
             [self.prompts[row] for row in rows.tolist()],
             Responses(*(tensor[rows] for tensor in self.responses)),
-            self.rewards[rows],
+            {name: values[rows] for name, values in self.numbers.items()},
         )
 
 
@@ -158,7 +164,7 @@ class Trainer:
             torch.cat([batch.questions for batch in batches]),
             [prompt for batch in batches for prompt in batch.prompts],
             Responses(*map(torch.cat, zip(*(b.responses for b in batches), strict=True))),
-            torch.cat([batch.rewards for batch in batches]),
+            {name: torch.cat([b.numbers[name] for b in batches]) for name in batches[0].numbers},
         )
         if not self.objective.section.filter_groups.enable:
             return whole
@@ -175,7 +181,7 @@ class Trainer:
         prompts = [encoded[row] for row in rows.tolist()]
         first = [*self.objective.temperatures(self.memory)][: self.group]
         temperatures = (first + [1.0] * (self.group - len(first))) * count
-        responses, rewards = warm_start.answers(
+        responses, numbers = warm_start.answers(
             self.policy, self.task, questions, prompts, stream, temperatures
         )
         if first:
@@ -183,7 +189,7 @@ class Trainer:
             with torch.no_grad():
                 now = self.policy.log_probs(prompts, responses.tokens, responses.mask)
             responses = responses._replace(log_probs=now)
-        return Rollout(rows, prompts, responses, rewards)
+        return Rollout(rows, prompts, responses, numbers)
 
     def _update(self, rollout: Rollout, progress: float) -> Row:
         """Take a step's optimizer steps; `progress` is 0 at the first step, 1 at the last."""
@@ -193,6 +199,7 @@ class Trainer:
             "progress": progress,
             "memory": self.memory,
             "old_log_prob": log_probs,
+            **{f"{REWARD}{name}": values for name, values in rollout.numbers.items()},
         }
         if self.history is not None:
             known["values"] = self.history.values()[rollout.questions]

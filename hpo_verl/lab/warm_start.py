@@ -105,22 +105,29 @@ def answers(
     prompts: Sequence[Prompt],
     stream: tuple[int, ...],
     temperatures: Sequence[float] | None = None,
-) -> tuple[Responses, torch.Tensor]:
-    """Responses and their rewards `[batch]`; `stream` seeds the sampling."""
+) -> tuple[Responses, dict[str, torch.Tensor]]:
+    """Responses and the task's numbers of them by name, `[batch]`; `stream` seeds the sampling."""
     seeds = np.random.default_rng(stream).integers(2**63, size=len(questions)).tolist()
     responses = policy.sample(prompts, seeds, task.max_response_length, temperatures)
     pairs = zip(policy.decode(responses), questions, strict=True)
-    rewards = [task.score(text, question.ground_truth) for text, question in pairs]
-    return responses, torch.tensor(rewards)
+    scores = [task.score(text, question.ground_truth) for text, question in pairs]
+    return responses, {name: torch.tensor([one[name] for one in scores]) for name in scores[0]}
 
 
 def success_rate(
     policy: Policy, task: Task, questions: Sequence[Question], stream: tuple[int, ...]
 ) -> float:
     """Share of right answers, one per question."""
+    return means(policy, task, questions, stream)["score"]
+
+
+def means(
+    policy: Policy, task: Task, questions: Sequence[Question], stream: tuple[int, ...]
+) -> dict[str, float]:
+    """Mean of each of the task's numbers by name, over one answer per question."""
     prompts = [policy.encode(question.messages) for question in questions]
-    _, rewards = answers(policy, task, questions, prompts, stream)
-    return float(rewards.double().mean())
+    _, numbers = answers(policy, task, questions, prompts, stream)
+    return {name: float(values.double().mean()) for name, values in numbers.items()}
 
 
 def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:

@@ -18,6 +18,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hpo_verl.errors import DataError
 from hpo_verl.rewards.expression import normalise, read_expression, read_integer
 from hpo_verl.rewards.result import (
     MAX_RESPONSE_CHARACTERS,
@@ -33,13 +34,20 @@ from hpo_verl.rewards.result import (
 _MAX_ANSWER_CHARACTERS = 1_000
 
 
+class CountdownResult(RewardResult):
+    """A reward with `brevity`: 1 for an empty response, falling to 0 at `brevity_characters`."""
+
+    brevity: float
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
     ground_truth: Mapping[str, Any] | str,
     extra_info: Mapping[str, Any] | None = None,
+    brevity_characters: int = 4_000,
     **kwargs: Any,
-) -> RewardResult:
+) -> CountdownResult:
     """Score one response to a Countdown puzzle.
 
     Args:
@@ -48,19 +56,32 @@ def compute_score(
         ground_truth: `{"target": int, "numbers": [int, ...]}`, of Python or numpy
             types, or the same as a JSON string.
         extra_info: Not used, as whatever else verl passes.
+        brevity_characters: From how many characters on `brevity` is 0, at least 1; the default is
+            about 1,024 tokens.
         **kwargs: Not used.
 
     Returns:
         `score` and `acc` 0.0 or 1.0; `format` 1.0 if there is an answer block whose
-        content is an expression, with or without `= N`; and `reason`:
-        `correct`, `too_long`, `no_answer`, `not_an_expression`, `wrong_numbers`,
-        `division_by_zero`, `wrong_value` or `wrong_equation` (`= N`, N not the target).
+        content is an expression, with or without `= N`; `brevity`, 1 - characters /
+        `brevity_characters`, at least 0, right or wrong; and `reason`: `correct`,
+        `too_long`, `no_answer`, `not_an_expression`, `wrong_numbers`, `division_by_zero`,
+        `wrong_value` or `wrong_equation` (`= N`, N not the target).
 
     Raises:
-        DataError: The ground truth is malformed, or the response is not text.
+        DataError: The ground truth is malformed, the response is not text, or
+            `brevity_characters` is no number from 1.
     """
     target, numbers = _read_ground_truth(ground_truth, data_source)
     require_text(data_source, solution_str)
+    if not isinstance(brevity_characters, int) or brevity_characters < 1:
+        raise DataError(
+            f"{data_source}: brevity_characters = {brevity_characters!r}: must be an integer from 1"
+        )
+    brevity = max(0.0, 1.0 - len(solution_str) / brevity_characters)
+    return {**_result(solution_str, target, numbers), "brevity": brevity}
+
+
+def _result(solution_str: str, target: int, numbers: list[int]) -> RewardResult:
     if len(solution_str) > MAX_RESPONSE_CHARACTERS:
         return reward_result("too_long", well_formed=False)
     answer = last_answer(solution_str)

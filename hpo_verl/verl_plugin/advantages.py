@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from hpo_verl.algorithms.base import Advantages, Estimator, Rollout, SignWeight
+from hpo_verl.algorithms.base import REWARD, Advantages, Estimator, Rollout, SignWeight
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.core.masking import as_bool_mask, nonempty_rows, require_finite
 from hpo_verl.core.settings import parse_settings, require_flag
@@ -159,6 +159,8 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     found = dict(parts[-1].extras)
     for name in found.keys() & TOKEN_VALUES.keys():
         found[name] = wide(part.extras[name] for part in parts)
+    for name in filter(_is_reward, found):
+        found[name] = torch.cat([part.extras[name] for part in parts])
     scores = [part.scores for part in parts if part.scores is not None]
     sessions = [part.session for part in parts if part.session is not None]
     return parts[-1]._replace(
@@ -219,6 +221,15 @@ def needs(estimator: Estimator, config: Mapping[str, Any] | None) -> tuple[str, 
     return (*estimator.needs, *(name for one in given for name in getattr(one, "needs", ())))
 
 
+def _is_reward(name: str) -> bool:
+    return name.startswith(REWARD)
+
+
+def reward_names(estimator: Estimator, config: Mapping[str, Any] | None) -> list[str]:
+    """Names under which the reward function must return numbers for the estimator."""
+    return [name.removeprefix(REWARD) for name in filter(_is_reward, needs(estimator, config))]
+
+
 def normalizes_by_std(config: Mapping[str, Any] | None) -> bool:
     """Read `norm_adv_by_std_in_grpo` of verl's `algorithm` section, true or false."""
     normalize_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
@@ -270,6 +281,12 @@ def _extras(
             )
         require_finite(name, values, mask)
         found[name] = values.to(mask.device)
+    for name in filter(_is_reward, found):
+        values = found[name].detach().to(mask.device, torch.float64)
+        if values.shape != live.shape:
+            raise DataError(f"{name} {tuple(values.shape)}: must be {tuple(live.shape)}")
+        require_finite(name, values, live)
+        found[name] = values.masked_fill(~live, 0.0)
     if "values" in found:
         of_prompt: Mapping[Hashable, float] = found["values"]
         for row in live.nonzero().squeeze(-1).tolist():

@@ -99,6 +99,28 @@ def test_reward_functions(examine, tmp_path, name, status, detail):
     assert detail in finding.detail
 
 
+@pytest.mark.parametrize("read", ["pred", "acc"])
+def test_a_number_that_the_algorithm_reads_is_missed_before_the_run(examine, tmp_path, read):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    finding = only(
+        examine(
+            changes={
+                "reward.custom_reward_function": {
+                    "path": str(tmp_path / "rewards.py"), "name": "voted",
+                },
+                "algorithm.adv_estimator": "constrained_grpo",
+                "algorithm.constrained": {"rewards": [read], "thresholds": [0.5]},
+            }
+        ),
+        "reward",
+    )  # fmt: skip
+    assert finding.status == "error"
+    assert (
+        f"returns no number '{read}', which algorithm.adv_estimator=constrained_grpo reads; it "
+        "returns score"
+    ) in finding.detail
+
+
 @pytest.mark.parametrize(
     ("code", "detail"),
     [

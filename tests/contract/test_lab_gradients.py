@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from estimator_calls import named_rewards
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hpo_verl.algorithms.registry import ALGORITHMS
@@ -58,6 +59,7 @@ def make_batch(policy, generator):
         "groups": torch.arange(4).repeat_interleave(GROUP),
         "entropy": 3.0 * torch.rand(16, WIDTH, generator=generator) ** 2,
         "progress": 0.5,
+        **named_rewards(16),
         "values": torch.rand(16, generator=generator, dtype=torch.float64),
         "memory": {
             "epo_entropy": 1.5,

@@ -8,7 +8,9 @@ from hpo_verl.core.settings import (
     parse_settings,
     require_choice,
     require_flag,
+    require_names,
     require_number,
+    require_numbers,
 )
 from hpo_verl.errors import ConfigError
 
@@ -96,3 +98,30 @@ def test_something_else_than_a_mapping_is_refused():
 def test_bad_values_are_refused_by_the_dataclass():
     with pytest.raises(ConfigError, match=r"p\.alpha"):
         parse_settings(Example, {"alpha": 2}, "p")
+
+
+def test_lists_of_names_and_of_numbers_become_tuples():
+    assert require_names("k", ["b", "a"]) == ("b", "a")
+    assert require_numbers("k", [1, -0.5], 2) == (1.0, -0.5)
+
+
+@pytest.mark.parametrize("value", [[], "ab", None, {"a": 1}, ["a", "a"], ["a", ""], ["a", 1]])
+def test_anything_but_different_names_is_refused(value):
+    message = f"k = {value!r}: must be a list of different names, one at least"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        require_names("k", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0], "k = [1.0]: must be a list of 2 numbers"),
+        ("12", "k = '12': must be a list of 2 numbers"),
+        (3, "k = 3: must be a list of 2 numbers"),
+        ([1.0, True], "k[1] = True: must be a number in [-inf, inf)"),
+        ([math.inf, 0.0], "k[0] = inf: must be a number in [-inf, inf)"),
+    ],
+)
+def test_anything_but_so_many_numbers_is_refused(value, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        require_numbers("k", value, 2)

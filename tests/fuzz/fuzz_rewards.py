@@ -100,7 +100,7 @@ def check(score: Callable[[], dict], oracle: Callable[[], float], thorough: bool
             times.append(time.thread_time() - started)
         if min(times) > LIMIT_SECONDS:
             return f"took {min(times) * 1e3:.1f} ms"
-    if list(result) != ["score", "acc", "format", "reason"] or result["score"] not in (0.0, 1.0):
+    if list(result)[:4] != ["score", "acc", "format", "reason"] or result["score"] not in (0.0, 1):
         return f"malformed result {result}"
     if (result["score"] or thorough) and result["score"] != oracle():
         return f"scored {result['score']}, the judge says {oracle()}"

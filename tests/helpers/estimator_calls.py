@@ -3,7 +3,21 @@
 import torch
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
+from hpo_verl.algorithms.base import REWARD
+from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.advantages import reward_names
+
+NAMED = sorted(
+    {f"{REWARD}{name}" for one in OUR_ESTIMATORS.values() for name in reward_names(one, None)}
+)
+"""What estimators with their default settings read of the reward function's numbers."""
+
+
+def named_rewards(rows):
+    """A number of each response under every name of `NAMED`."""
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.rand(rows, generator=generator) for name in NAMED}
 
 
 def token_rewards(rewards, width=4):

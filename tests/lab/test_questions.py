@@ -42,7 +42,7 @@ def test_a_history_learns_how_far_the_policy_has_moved(trainer_of, monkeypatch):
         responses = Responses(torch.ones(mask.shape, dtype=torch.int64), mask, log_probs * mask)
         prompts = [(1,)] * len(questions)
         rewards = torch.ones(len(questions))
-        trainer._learn(Rollout(torch.tensor(questions), prompts, responses, rewards))
+        trainer._learn(Rollout(torch.tensor(questions), prompts, responses, {"score": rewards}))
         _, _, drift, revisited = learnt[-1]
         return drift.tolist(), revisited
 

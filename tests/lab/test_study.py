@@ -57,11 +57,13 @@ def study():
 def graded(monkeypatch):
     original = Trainer.__init__
 
+    def score(text, truth):
+        reward = float(len(text) % 3 == 0)
+        return {"score": reward, "acc": reward, "format": float(len(text) % 2)}
+
     def init(self, cell, policy):
         original(self, cell, policy)
-        self.task = dataclasses.replace(
-            self.task, score=lambda text, truth: float(len(text) % 3 == 0)
-        )
+        self.task = dataclasses.replace(self.task, score=score)
 
     monkeypatch.setattr(Trainer, "__init__", init)
 

@@ -51,7 +51,7 @@ def test_the_careless_author_is_never_right(task):
     truths = {question.messages[-1]["content"]: question.ground_truth for question in train}
     for _ in range(400):
         shown = task.careless(rng, train)
-        assert task.score(shown.response, truths[shown.messages[-1]["content"]]) == 0.0
+        assert task.score(shown.response, truths[shown.messages[-1]["content"]])["score"] == 0.0
 
 
 def test_demonstrations_of_four_numbers_pose_no_held_out_puzzle():

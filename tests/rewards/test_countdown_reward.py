@@ -44,7 +44,8 @@ RIGHT = [
 
 @pytest.mark.parametrize("text", RIGHT)
 def test_right_answers(text):
-    assert answer(text) == {"score": 1.0, "acc": 1.0, "format": 1.0, "reason": "correct"}
+    right = {"score": 1.0, "acc": 1.0, "format": 1.0, "reason": "correct"}
+    assert answer(text) == right | {"brevity": 1 - (len(text) + 17) / 4000}
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,25 @@ def test_verl_call_with_every_keyword():
         reward_model_tokenizer=None,
     )
     assert result["score"] == 1
-    assert [type(value) for value in result.values()] == [float, float, float, str]
+    assert [type(value) for value in result.values()] == [float, float, float, str, float]
+
+
+@pytest.mark.parametrize(
+    ("response", "brevity"),
+    [("", 1.0), ("a" * 25, 0.75), ("<answer>(3+7)*2</answer>", 0.76), ("a" * 100, 0.0),
+     ("a" * 200_000, 0.0)],
+)  # fmt: skip
+def test_brevity_falls_with_the_length_right_or_wrong(response, brevity):
+    truth = {"target": 20, "numbers": [3, 7, 2]}
+    result = compute_score("countdown", response, truth, brevity_characters=100)
+    assert result["brevity"] == pytest.approx(brevity)
+
+
+@pytest.mark.parametrize("characters", [0, -1, 1.5, "100", None])
+def test_a_length_that_is_none_is_an_error(characters):
+    message = rf"^c: brevity_characters = {characters!r}: must be an integer from 1$"
+    with pytest.raises(DataError, match=message):
+        compute_score("c", "", {"target": 1, "numbers": [1]}, brevity_characters=characters)
 
 
 PIECES = st.sampled_from(

@@ -13,6 +13,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.utils import tensordict_utils as tu
 
 from hpo_verl.algorithms.hapo import HAPOSettings, entropy_deviation
+from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.engine.step_guard import NO_ADVANTAGE
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
@@ -83,7 +84,7 @@ def step(monkeypatch):
 
     def run(
         configuration, rewards=REWARDS, mask=MASK, penalty=0.0, at=(1, 1), parts=(0, 1, ()),
-        memory=None,
+        memory=None, extra_fields=(),
     ):  # fmt: skip
         scores[torch.arange(7), ends] = torch.tensor(rewards)
         fields = {
@@ -96,7 +97,9 @@ def step(monkeypatch):
 
         def kv_batch_get(keys, partition_id, select_fields):
             fetched.append([*select_fields])
-            found = {key: fields[key] for key in select_fields if key != "uid"}
+            found = {key: fields[key] for key in select_fields if key in fields}
+            if "extra_fields" in select_fields:
+                found["extra_fields"] = np.array([*extra_fields], dtype=object)
             if "uid" in select_fields:
                 found["uid"] = UIDS.tolist()
             return tu.get_tensordict(found)
@@ -299,6 +302,26 @@ def test_what_is_provided_is_gone_after_the_step_even_if_it_failed(step):
         step(config("d3s", "vanilla", d3s={"token_share_end": 7}))
     assert extras.get("entropy") is None
     assert extras.get("report") is None
+
+
+def test_rewards_by_name_are_provided_and_their_means_logged(step):
+    named = {"rewards": ["format"], "thresholds": [0.75]}
+    extra_fields = [{"reward_extra_info": {"format": float(row % 2)}} for row in range(6)]
+    # A padding row has none.
+    trainer, metrics, fetched = step(
+        config("constrained_grpo", "vanilla", constrained=named),
+        extra_fields=[*extra_fields, {}],
+    )
+    assert fetched == [["extra_fields"]]
+    assert metrics["hpo/reward/format"] == 0.5
+    assert metrics["hpo/constrained_excess/format"] == -0.25
+    assert metrics["hpo/constrained_multiplier/format"] == 0.5
+    assert trainer.memory["constrained_dual/format"] == pytest.approx(0.1 / 16)
+    with pytest.raises(DataError, match=r"returns no number 'format', .* returns acc, reason$"):
+        step(
+            config("constrained_grpo", "vanilla", constrained=named),
+            extra_fields=[{"reward_extra_info": {"acc": 1.0, "reason": "correct"}}] * 7,
+        )
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "hapo", "d3s"])

@@ -6,7 +6,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from estimator_calls import call, token_rewards
+from estimator_calls import NAMED, call, named_rewards, token_rewards
 from verl import DataProto
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
@@ -31,6 +31,7 @@ def given(rows, width=4, **more):
         "progress": 0.5,
         "memory": {},
         "values": dict.fromkeys("abc", 0.5),
+        **named_rewards(rows),
         **more,
     }
 
@@ -123,6 +124,7 @@ def test_a_rejected_response_has_no_advantage_and_a_rejected_prompt_no_weight(na
     uids, rewards = list("aaaabb"), [1.0, 0.0, 0.0, 1.0]
     alone = call(name, rewards, uids[:4], mask=mask[:4], provided=given(4))
     of_tokens = {field: torch.cat([given(4)[field], torch.ones(2, 4)]) for field in TOKEN_VALUES}
+    of_tokens |= {field: torch.cat([given(4)[field], torch.ones(2)]) for field in NAMED}
     both = call(name, [*rewards, 1.0, 0.0], uids, mask=mask, provided=given(6) | of_tokens)
     assert torch.equal(both[:4], alone)
     assert (both[4:] == 0).all()
@@ -168,7 +170,7 @@ def parts_of(rewards, uids, size):
     earlier = deque(maxlen=len(rewards) // size - 1)
     for start in range(0, len(rewards), size):
         rows = slice(start, start + size)
-        own = {field: given(len(rewards))[field][rows] for field in TOKEN_VALUES}
+        own = {field: given(len(rewards))[field][rows] for field in (*TOKEN_VALUES, *NAMED)}
         yield (
             rewards[rows],
             uids[rows],

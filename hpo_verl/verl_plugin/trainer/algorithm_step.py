@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 
-from hpo_verl.algorithms.base import Advantages, Estimator, Loss, Rollout
+from hpo_verl.algorithms.base import REWARD, Advantages, Estimator, Loss, Rollout
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.verl_plugin import extras
@@ -26,11 +26,12 @@ from hpo_verl.verl_plugin.advantages import (
     needs,
     penalizes,
     read_settings,
+    reward_names,
 )
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
-from hpo_verl.verl_plugin.trainer.batches import final_outputs, session_numbers
+from hpo_verl.verl_plugin.trainer.batches import final_outputs, named_rewards, session_numbers
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 from hpo_verl.verl_plugin.validation import check_algorithm
@@ -49,12 +50,20 @@ def estimate_of_verl(data: Any) -> Estimate:
 
 
 def step_statistics(estimate: Estimate) -> dict[str, float]:
-    """`batch_statistics` of an estimator's call, and its own; scores are without a KL penalty."""
+    """`batch_statistics` of an estimator's call, and its own; scores are without a KL penalty.
+
+    Of every reward that the estimator reads by its name, the mean.
+    """
     _, _, rollout, result, advantages = estimate
     lengths = rollout.lengths()
     assigned = rollout.per_session(advantages.masked_fill(~rollout.mask, 0.0).sum(dim=-1))
     assigned = assigned / lengths.clamp(min=1)
     group = rollout.grouped()
+    means = {
+        name: float(values[rollout.live].sum()) / max(int(rollout.live.sum()), 1)
+        for name, values in rollout.extras.items()
+        if name.startswith(REWARD)
+    }
     return batch_statistics(
         alpha=result.alpha,
         positives=int((assigned > 0).sum()) if result.positives is None else result.positives,
@@ -66,7 +75,7 @@ def step_statistics(estimate: Estimate) -> dict[str, float]:
         lengths=lengths,
         advantages=assigned,
         unweighted=assigned if result.unweighted is None else result.unweighted,
-    ) | dict(result.statistics)
+    ) | {**means, **result.statistics}
 
 
 class AlgorithmStep(PromptHistoryTrainer):
@@ -132,6 +141,8 @@ class AlgorithmStep(PromptHistoryTrainer):
             if estimator.advantage is None:
                 fields += ["token_level_rewards"]
         fields += [field for name, field in TOKEN_VALUES.items() if name in estimator.needs]
+        if reward_names(estimator, self.config.algorithm):
+            fields += ["extra_fields"]
         if loss is not None and loss.token_fields:
             fields += ["entropy"]
         if estimator.history is not None:
@@ -210,6 +221,8 @@ class AlgorithmStep(PromptHistoryTrainer):
         for name, field in TOKEN_VALUES.items():
             if name in estimator.needs:
                 found[name] = data[field].to_padded_tensor(0.0)
+        if names := reward_names(estimator, self.config.algorithm):
+            found |= named_rewards(data.pop("extra_fields").tolist(), names)
         if "progress" in wanted:
             steps = max(self.total_training_steps - 1, 1)
             found["progress"] = min(max((self.global_steps - 1) / steps, 0.0), 1.0)

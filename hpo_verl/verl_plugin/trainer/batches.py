@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
+
+from hpo_verl.algorithms.base import REWARD
+from hpo_verl.errors import DataError
 
 # Columns that no worker reads.
 FOR_THE_DRIVER_ALONE = {
@@ -37,6 +41,31 @@ def final_outputs(keys: Sequence[str]) -> torch.Tensor:
 def session_numbers(keys: Sequence[str]) -> torch.Tensor:
     """Number of each row's session among those of its prompt, `[rows]` int64."""
     return torch.tensor([response_order(key)[1] for key in keys], dtype=torch.int64)
+
+
+def named_rewards(extra_fields: Sequence[Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What the reward function returned under each name, `[rows]` float64, by `reward/NAME`.
+
+    verl leaves it in the column `extra_fields`. A row without such a number, as verl's padding
+    rows are, has NaN.
+
+    Raises:
+        DataError: No row has a number under one of the names.
+    """
+    fields = [one if isinstance(one, dict) else {} for one in extra_fields]
+    returned = [one.get("reward_extra_info") or {} for one in fields]
+    found = {}
+    for name in names:
+        values = [info.get(name) for info in returned]
+        numbers = [math.nan if isinstance(one, str | None) else float(one) for one in values]
+        if numbers and all(map(math.isnan, numbers)):
+            there = sorted({key for info in returned for key in info})
+            raise DataError(
+                f"the reward function returns no number {name!r}, which the estimator reads; it "
+                f"returns {', '.join(there) or 'the reward alone'}"
+            )
+        found[f"{REWARD}{name}"] = torch.tensor(numbers, dtype=torch.float64)
+    return found
 
 
 def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
