@@ -46,9 +46,9 @@ class Rollout(NamedTuple):
         extras: What `Estimator.needs` names: `entropy` and `old_log_prob`, nats,
             `[batch, response]`, of the policy that sampled; `progress`, 0 at the first step and 1
             at the last; `values`, one per output, `[batch]` float64, from the history of its
-            prompt; `memory`, the numbers of `Advantages.memory` at the last step, empty at the
-            first; `reward/NAME`, what the reward function returned under that name, `[batch]`
-            float64.
+            prompt; `memory`, what `Advantages.memory` was at the last step, or
+            `Estimator.validated` returned since, empty at the first; `reward/NAME`, what the
+            reward function returned under that name, `[batch]` float64.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.
@@ -107,7 +107,7 @@ class Advantages(NamedTuple):
         positives: Responses counted as positive; None for those with an advantage above 0.
         negatives: Responses counted as negative; None for those with an advantage below 0.
         statistics: Further numbers, logged as `hpo/<name>`.
-        memory: Numbers for the next step, by name; saved in checkpoints.
+        memory: For the next step, by name, what JSON can hold; saved in checkpoints.
         token_fields: For the loss, what `Estimator.gives` names, `[batch, response]`; detached.
     """
 
@@ -117,7 +117,7 @@ class Advantages(NamedTuple):
     positives: int | None = None
     negatives: int | None = None
     statistics: Mapping[str, float] = {}
-    memory: Mapping[str, float] = {}
+    memory: Mapping[str, Any] = {}
     token_fields: Mapping[str, torch.Tensor] = {}
 
 
@@ -223,6 +223,8 @@ class Estimator:
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
         weight: Its weight by sign, where others can have it in front.
+        validated: From the memory, a validation's mean of each reward that it needs, by its name,
+            and the settings to the new memory; needs validations during the run.
         compares: Whether it compares the responses to one prompt, so that it needs several.
     """
 
@@ -238,6 +240,9 @@ class Estimator:
     temperatures: Callable[[Mapping[str, float], Any], Sequence[float]] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
     weight: SignWeight | None = None
+    validated: Callable[[Mapping[str, Any], Mapping[str, float], Any], Mapping[str, Any]] | None = (
+        None
+    )
     compares: bool = True
 
 

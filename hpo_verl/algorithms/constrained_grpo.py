@@ -90,9 +90,7 @@ class ConstrainedSettings:
         return (tanh, slope) if self.equality else (0.5 + tanh / 2, slope / 4)
 
 
-def constrained_advantages(
-    rollout: base.Rollout, settings: ConstrainedSettings
-) -> base.Advantages:
+def constrained_advantages(rollout: base.Rollout, settings: ConstrainedSettings) -> base.Advantages:
     """Mix the advantages of objective and constraints, and take a dual step.
 
     Returns:

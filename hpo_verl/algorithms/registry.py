@@ -33,6 +33,7 @@ MODULES = (
     "aepo_entropy",
     "ares",
     "constrained_grpo",
+    "hypervolume",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

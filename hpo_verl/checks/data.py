@@ -18,7 +18,7 @@ from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warni
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.checks.rows import BATCH_ROWS, REQUIRED_COLUMNS, SAMPLE_ROWS
 from hpo_verl.config.settings import ROLLOUT
-from hpo_verl.errors import DataError, HpoVerlError
+from hpo_verl.errors import ConfigError, DataError, HpoVerlError
 from hpo_verl.rewards.guarded_function import VERLS_FUNCTION, GuardedFunction, guard_section
 from hpo_verl.rewards.scoring_process import shape
 from hpo_verl.runs.quiet import quiet_imports
@@ -233,7 +233,12 @@ def _not_returned(run: PlannedRun, kinds: frozenset[tuple[str, str]]) -> str:
     if not kinds or (estimator := OUR_ESTIMATORS.get(name)) is None:
         return ""
     numbers = sorted({key for key, kind in kinds if kind == "a number"})
-    for read in reward_names(estimator, run.config.algorithm):
+    try:
+        names = reward_names(estimator, run.config.algorithm)
+    except ConfigError:
+        # Wrong settings, which their own check names.
+        return ""
+    for read in names:
         if read not in numbers:
             return (
                 f"returns no number {read!r}, which algorithm.adv_estimator={name} reads; it "

@@ -63,8 +63,9 @@ def require_numbers(key: str, value: object, count: int) -> tuple[float, ...]:
 
 
 def _entries(value: object) -> tuple[Any, ...]:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return tuple(value) if is_list else ()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    return ()
 
 
 def require_flag(key: str, value: object) -> None:

@@ -87,6 +87,12 @@ class Objective:
         """Whether a mini-batch without any advantage has a gradient."""
         return self.has_entropy_term or self.actor.use_kl_loss
 
+    def validated(self, memory: dict[str, Any], means: Mapping[str, float]) -> dict[str, Any]:
+        """What the estimator remembers after a validation with these means of numbers by name."""
+        if (learn := self.estimator.validated) is None:
+            return memory
+        return dict(learn(memory, means, read_settings(self.estimator, self.section)))
+
     def history(self, prompts: int) -> PromptHistory | None:
         """What the estimator keeps of so many prompts; None if it keeps nothing."""
         make = self.estimator.history

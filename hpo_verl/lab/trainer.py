@@ -105,7 +105,7 @@ class Trainer:
         self.history = self.objective.history(settings.questions)
         # Every algorithm has the same number of responses per step.
         self.group = settings.responses_per_prompt if self.history is None else 1
-        self.memory: dict[str, float] = {}
+        self.memory: dict[str, Any] = {}
         self._left: list[int] = []
         self.generator = torch.Generator().manual_seed(cell.seed)
         self._last: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -136,9 +136,11 @@ class Trainer:
         return step % self.cell.evaluation.every == 0 or step == self.cell.training.steps
 
     def success(self, step: int) -> float:
-        """Success on held-out questions."""
+        """Success on held-out questions; the estimator may learn from this validation."""
         stream = (self.cell.seed, _EVALUATION, step)
-        return warm_start.success_rate(self.policy, self.task, self.held_out, stream)
+        means = warm_start.means(self.policy, self.task, self.held_out, stream)
+        self.memory = self.objective.validated(self.memory, means)
+        return means["score"]
 
     def draw(self, count: int) -> list[int]:
         """Take the next questions: as the history asks, or each once per epoch in a new order."""

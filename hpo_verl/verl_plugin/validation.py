@@ -216,7 +216,7 @@ def _check_engine(loss: Loss, config: DictConfig) -> None:
 
 
 def check_trainer_mode(config: DictConfig) -> None:
-    """Refuse, by a ConfigError, a trainer mode that lacks what the estimator or loss needs."""
+    """Refuse, by a ConfigError, a trainer that lacks what the estimator or loss needs."""
     estimator = ESTIMATORS.get(str(config["algorithm"].get("adv_estimator")))
     loss = selected_loss(config["actor_rollout_ref"]["actor"]["policy_loss"])
     mode = str(config["trainer"]["v1"]["trainer_mode"])
@@ -233,6 +233,12 @@ def check_trainer_mode(config: DictConfig) -> None:
                 f"trainer.v1.trainer_mode = {mode!r}: {key} = {record.name!r} needs "
                 f"{' or '.join(modes)}"
             )
+    every = config["trainer"].get("test_freq")
+    if estimator is not None and estimator.validated is not None and not (every or 0) > 0:
+        raise ConfigError(
+            f"trainer.test_freq = {every!r}: adv_estimator = {estimator.name!r} follows the "
+            "validations of the run; must be above 0"
+        )
 
 
 def check_sampling(config: DictConfig) -> None:

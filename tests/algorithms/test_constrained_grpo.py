@@ -124,7 +124,9 @@ def test_rows_that_are_not_live_count_for_nothing():
 
 
 def test_what_the_settings_read():
-    settings = ConstrainedSettings(**OmegaConf.create({"rewards": ["a", "b"], "thresholds": [1, 0]}))
+    settings = ConstrainedSettings(
+        **OmegaConf.create({"rewards": ["a", "b"], "thresholds": [1, 0]})
+    )
     assert settings.needs == ("reward/a", "reward/b")
     assert settings.thresholds == (1.0, 0.0)
     assert settings == ConstrainedSettings(rewards=("a", "b"), thresholds=(1.0, 0.0))

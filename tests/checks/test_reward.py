@@ -109,6 +109,7 @@ def test_a_number_that_the_algorithm_reads_is_missed_before_the_run(examine, tmp
                     "path": str(tmp_path / "rewards.py"), "name": "voted",
                 },
                 "algorithm.adv_estimator": "constrained_grpo",
+                "algorithm.hpo": None,
                 "algorithm.constrained": {"rewards": [read], "thresholds": [0.5]},
             }
         ),

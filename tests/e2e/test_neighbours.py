@@ -16,8 +16,21 @@ SHOWN = {
              ("actor/bapo_positive_share", 0.0, 1.0)],
     "hapo": [("actor/entropy", 0.01, 5.0)],
     "aepo_advantage": [("actor/entropy", 0.01, 5.0)],
+    "constrained_grpo": [("hpo/constrained_multiplier/format", 0.4, 0.6),
+                         ("hpo/reward/format", 0.0, 1.0)],
+    "hypervolume": [("hpo/hypervolume_factor", 0.5, 2.0), ("hpo/reward/brevity", 0.01, 1.0)],
     "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
+
+# Further settings: of one that follows validations, and reads three rewards.
+SETTINGS = {
+    "hypervolume": [
+        "algorithm.hypervolume.rewards=[acc,format,brevity]",
+        "algorithm.hypervolume.weights=[0.5,0.25,0.25]",
+        "+reward.custom_reward_function.reward_kwargs.brevity_characters=48",
+        *("trainer.val_before_train=true", "trainer.test_freq=1"),
+    ],
+}
 
 
 def launch(algorithm, place, cache):
@@ -28,6 +41,7 @@ def launch(algorithm, place, cache):
                 *(BIN / "hpo-verl", "train", "countdown-tiny", f"algo={algorithm}", *SMALL),
                 *("trainer.val_before_train=false", "trainer.save_freq=-1"),
                 *("trainer.test_freq=-1", f"hydra.run.dir={place}/{algorithm}"),
+                *SETTINGS.get(algorithm, ()),
             ],
             cache,
             stdout=output,

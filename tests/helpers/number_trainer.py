@@ -68,12 +68,14 @@ class Plain(PPOTrainerSync):
             self.actor_rollout_wg.weight = self.actor_rollout_wg.weight * 0.9 + row
         self.kl_ctrl_in_reward.value *= 1.1
         # As an average over steps, of which every bit counts.
-        self.memory = {
+        self.memory |= {
             "alpha": 0.7 * self.memory.get("alpha", 1 / 3) + 0.3 / (1 + sum(self.last_rows))
         }
         return SimpleNamespace(keys=[], partition_id="train")
 
     def _validate(self):
+        # As an estimator that learns from validations.
+        self.memory = {**self.memory, "validated": self.actor_rollout_wg.weight}
         return {"val": self.actor_rollout_wg.weight / 2}
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):

@@ -315,6 +315,14 @@ def test_a_kl_penalty_in_the_reward_needs_a_mode_that_hands_over_the_scores():
     check_trainer_mode(composed("grpo", penalty, "trainer.v1.trainer_mode=sync"))
 
 
+def test_an_estimator_that_follows_validations_needs_some():
+    mode = "trainer.v1.trainer_mode=hpo_sync"
+    check_trainer_mode(composed("hypervolume", mode, "trainer.test_freq=1"))
+    message = r"^trainer\.test_freq = -1: adv_estimator = 'hypervolume' follows the validations"
+    with pytest.raises(ConfigError, match=message):
+        check_trainer_mode(composed("hypervolume", mode, "trainer.test_freq=-1"))
+
+
 def test_the_hysteretic_settings_reach_the_estimator():
     rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
     for algorithm, override, weight in (

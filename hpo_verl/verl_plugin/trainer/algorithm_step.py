@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from hpo_verl.algorithms.base import REWARD, Advantages, Estimator, Loss, Rollout
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.statistics import batch_statistics
+from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.advantages import (
     TOKEN_VALUES,
@@ -78,6 +79,24 @@ def step_statistics(estimate: Estimate) -> dict[str, float]:
     ) | {**means, **result.statistics}
 
 
+def validation_means(infos: Mapping[str, Any], names: list[str]) -> dict[str, float]:
+    """Mean of what the reward function returned under each name in a validation.
+
+    Raises:
+        DataError: A response has no number under one of the names.
+    """
+    means = {}
+    for name in names:
+        values: list[Any] = infos.get(name) or [None]
+        if not all(isinstance(value, int | float) for value in values):
+            raise DataError(
+                f"the reward function returns no number {name!r} of every response of the "
+                "validation, which the estimator reads"
+            )
+        means[name] = sum(values) / len(values)
+    return means
+
+
 class AlgorithmStep(PromptHistoryTrainer):
     """Mixed into a trainer of verl: serves the algorithm, and adds `hpo/*` to the metrics.
 
@@ -97,7 +116,7 @@ class AlgorithmStep(PromptHistoryTrainer):
     local_trigger_step: int
     _earlier: deque[Rollout]
     _counts: Counter[str]
-    memory: dict[str, float]
+    memory: dict[str, Any]
 
     def __init__(self, config: DictConfig) -> None:
         for warning in check_algorithm(config):
@@ -203,6 +222,20 @@ class AlgorithmStep(PromptHistoryTrainer):
             factors = [*estimator.temperatures(self.memory, settings)]
             tu.assign_non_tensor_data(batch, extras.TEMPERATURES, json.dumps(factors))
         return super()._submit_batch_to_rollout(batch)
+
+    def _val_metrics_update(
+        self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, *others: Any
+    ) -> dict[str, float]:
+        """Let the estimator take in the mean of each of its rewards over a validation."""
+        estimator, _ = self._selected()
+        if estimator.validated is not None:
+            names = reward_names(estimator, self.config.algorithm)
+            means = validation_means(reward_extra_infos_dict, names)
+            settings = read_settings(estimator, self.config.algorithm)
+            self.memory = dict(estimator.validated(self.memory, means, settings))
+        return super()._val_metrics_update(  # type: ignore[misc]
+            data_sources, sample_uids, reward_extra_infos_dict, *others
+        )
 
     def _is_last_part(self) -> bool:
         return self.local_trigger_step == self.parameter_sync_step - 1

@@ -39,7 +39,7 @@ METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
 ASYNC_KEY = "actor_rollout_ref.actor.checkpoint.async_save"
 KL_NAME = "kl_coefficient.json"
 KEPT = {"memory": "estimator_memory.json", "success_rates": "success_rates.json"}
-"""Numbers by name that a trainer has, and their file in a checkpoint."""
+"""What a trainer remembers by name, and its file in a checkpoint."""
 
 
 def run_folder(default_local_dir: str) -> Path:
@@ -317,9 +317,6 @@ class LifeCycle:
             controller = getattr(self, "kl_ctrl_in_reward", None)
             if controller is not None:
                 write_atomically(checkpoint / KL_NAME, json.dumps(controller.value))
-            for name, file in KEPT.items():
-                if numbers := getattr(self, name, None):
-                    write_atomically(checkpoint / file, json.dumps(numbers))
         self._unsealed = checkpoint
         self._saved_step = self.global_steps
 
@@ -329,6 +326,10 @@ class LifeCycle:
         if checkpoint is None:
             return
         with whole_or_not_at_all(checkpoint):
+            # Only now: the validation after the step may have changed it.
+            for name, file in KEPT.items():
+                if kept := getattr(self, name, None):
+                    write_atomically(checkpoint / file, json.dumps(kept))
             file_logger = self.logger.logger.get("file")
             if file_logger is not None:
                 os.fsync(file_logger.fp.fileno())
