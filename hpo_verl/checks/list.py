@@ -16,6 +16,7 @@ from hpo_verl.checks import (
     loaded,
     machine,
     packages,
+    prompts,
     storage,
     values,
 )
@@ -101,9 +102,9 @@ CHECKS = (
     Check("algorithm", configuration.check_algorithm, ("verl",), ("names",), TOGETHER),
     Check("verl's checks", configuration.check_with_verl, ("verl",), ("names",), CORRECT),
     Check("tokenizer", loaded.check_tokenizer, ("policy", "verl"), ("model", "remote code")),
-    Check("prompts", data.check_prompts, ("data", "policy", "verl"), ("schema", "tokenizer")),
-    Check("curriculum", data.check_curriculum, ("data", "verl"), ("schema",), CURRICULUM),
-    Check("hints", data.check_hints, ("data", "policy", "verl"), ("prompts",), HINTS),
+    Check("prompts", prompts.check_prompts, ("data", "policy", "verl"), ("schema", "tokenizer")),
+    Check("curriculum", prompts.check_curriculum, ("data", "verl"), ("schema",), CURRICULUM),
+    Check("hints", prompts.check_hints, ("data", "policy", "verl"), ("prompts",), HINTS),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.

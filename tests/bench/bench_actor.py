@@ -10,7 +10,6 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 
@@ -34,8 +33,7 @@ def make_engine(model):
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
-    store = tempfile.NamedTemporaryFile()
-    dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine = EngineRegistry.new(
         model_type="language_model",
         backend="fsdp2",
