@@ -92,10 +92,11 @@ CHECKS = (
     Check("ports", storage.check_ports, ("own ray",)),
     Check("data files", data.check_files, ("data",)),
     Check("schema", data.check_schema, ("data",), ("data files",), SCHEMA),
-    Check("reward", data.check_reward, ("data",), ("schema",)),
     Check("model", loaded.check_model, ("policy",)),
     Check("remote code", loaded.check_model_code, ("policy",), (), KNOWN_MODEL),
     Check("positions", loaded.check_positions, ("policy",)),
+    # After them: it asks the algorithm's record what it reads of a reward, which loads torch.
+    Check("reward", data.check_reward, ("data",), ("schema",)),
     Check("plugin", packages.check_plugin, ("verl",)),
     Check("driver", packages.check_driver, ("here", "verl"), (), DRIVER),
     Check("names", configuration.check_names, ("verl",), ("plugin",)),

@@ -137,7 +137,7 @@ def test_quick_needs_no_recipe():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["doctor"], "a recipe is missing; one of countdown-tiny, .* or --quick"),
+        (["doctor"], "a recipe is missing; one of countdown-smol, .* or --quick"),
         (["doctor", "countdown-tiny", "--quick"], "--quick with countdown-tiny"),
         (["doctor", "--quick", "--address", "auto"], "--quick with auto"),
     ],

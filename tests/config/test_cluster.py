@@ -126,7 +126,8 @@ def test_code_and_recipes_travel_and_nothing_else(tmp_path):
     assert {file.suffix for file in files} == {".py", ".yaml"}
     there = {path.relative_to(root) for name in folders for path in (root / name).rglob("*.*")}
     assert set(files) == {path for path in there if path.suffix in (".py", ".yaml")}
-    assert sum(sizes.values()) < 1 << 20
+    # Code alone, which Ray packs without compression: a job's start does not wait for it.
+    assert sum(sizes.values()) < 2 << 20
 
 
 def test_data_and_secrets_stay(tmp_path):
