@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from real_runs import BIN, SMALL, STEPS, read_metrics, start
@@ -51,11 +52,15 @@ def launch(algorithm, place, cache):
 
 @pytest.fixture(scope="module")
 def folders(trained, cache, tmp_path_factory):
-    """Run folders of those with hooks, which ran at the same time."""
+    """Run folders of those with hooks, of which a few ran at the same time."""
     place = tmp_path_factory.mktemp("neighbours")
-    processes = {algorithm: launch(algorithm, place, cache) for algorithm in SHOWN}
-    codes = {algorithm: process.wait() for algorithm, process in processes.items()}
-    return {algorithm: (place / algorithm, code) for algorithm, code in codes.items()}
+
+    def run(algorithm):
+        return place / algorithm, launch(algorithm, place, cache).wait()
+
+    # Each takes 3 GB.
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(SHOWN, pool.map(run, SHOWN), strict=True))
 
 
 @pytest.mark.parametrize("algorithm", SHOWN)
