@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hpo_verl.algorithms.registry import LOSSES
+
 TOKENS = 24
 """How many fit into a micro-batch of dynamic size; the longest two sequences are 12 tokens."""
 PADDED = {"use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}
@@ -61,7 +63,7 @@ def mini_batch(rows, micro_batch_size, packed=True):
             "response_mask": nested(masks),
             "old_log_probs": nested(old),
             "advantages": nested(advantages),
-            "entropy_deviation": nested(deviations),
+            **{name: nested(deviations) for one in LOSSES.values() for name in one.token_fields},
         },
         non_tensor_dict={
             "temperature": 1.0,

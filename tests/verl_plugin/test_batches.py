@@ -137,3 +137,18 @@ def test_workers_fetch_no_texts(monkeypatch):
     columns.clear()
     one._update_actor(batch, metrics)
     assert metrics["fetched"] == ["prompts", "a_new_one", "advantages"]
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_validation_is_the_same_in_whatever_order_its_responses_ended(random):
+    """Their order, and the names of their prompts, are those of chance."""
+    rewards = {"a": [0.1, 0.2], "b": [0.3, 0.1], "c": [0.2, 0.1]}
+    rows = [(uid, reward) for uid, values in rewards.items() for reward in values]
+    random.shuffle(rows)
+    names = random.sample("xyz", 3)
+    uids = [names["abc".index(uid)] for uid, _ in rows]
+    infos = {"reward": [reward for _, reward in rows], "empty": []}
+    order = batches.validation_order(["one"] * 6, uids, infos)
+    assert sorted(order) == list(range(6))
+    assert [infos["reward"][row] for row in order] == [0.1, 0.2, 0.1, 0.2, 0.1, 0.3]
+    assert [uids[row] for row in order][::2] == [uids[row] for row in order][1::2]

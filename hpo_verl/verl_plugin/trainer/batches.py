@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,24 @@ def response_order(key: str) -> tuple[str, int, int]:
 def sort_rows(batch: Any) -> None:
     """Sort a batch by prompt, session and output; verl's padding rows come last."""
     batch.reorder(sorted(range(len(batch.keys)), key=lambda row: response_order(batch.keys[row])))
+
+
+def validation_order(
+    data_sources: Sequence[Any], uids: Sequence[str], infos: Mapping[str, Sequence[Any]]
+) -> list[int]:
+    """Rows of a validation, prompt by prompt, in an order that their values alone decide.
+
+    verl hands them over as they were finished, and a mean of the same numbers in another order may
+    differ in its last bit. `infos` are verl's lists by name; one of another length says nothing.
+    """
+    names = sorted(name for name, values in infos.items() if len(values) == len(uids))
+    shown = [[repr(infos[name][row]) for name in names] for row in range(len(uids))]
+    rows_of: dict[str, list[int]] = {}
+    for row, uid in enumerate(uids):
+        rows_of.setdefault(uid, []).append(row)
+    groups = [sorted(rows, key=lambda row: shown[row]) for rows in rows_of.values()]
+    groups.sort(key=lambda rows: [(str(data_sources[row]), shown[row]) for row in rows])
+    return [row for rows in groups for row in rows]
 
 
 def final_outputs(keys: Sequence[str]) -> torch.Tensor:

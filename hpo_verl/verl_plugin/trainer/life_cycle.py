@@ -32,7 +32,12 @@ from hpo_verl.runs.files import write_atomically
 from hpo_verl.runs.samples import SAMPLES, samples_file, samples_text
 from hpo_verl.runs.stop import LISTENING, REQUESTED, STOPPED, stage_message, stop_message
 from hpo_verl.verl_plugin.rollout.reward_guard import check_rewards, is_guarded
-from hpo_verl.verl_plugin.trainer.batches import columns_for_workers, deal_mini_batches, sort_rows
+from hpo_verl.verl_plugin.trainer.batches import (
+    columns_for_workers,
+    deal_mini_batches,
+    sort_rows,
+    validation_order,
+)
 from hpo_verl.verl_plugin.trainer.pass_at_k import pass_at_k_metrics
 
 METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
@@ -281,7 +286,15 @@ class LifeCycle:
         sample_turns: Any,
         expected_acc_counts: Any = None,
     ) -> dict[str, float]:
-        """Add pass@k to the metrics of a validation."""
+        """Add pass@k to the metrics of a validation, which do not depend on who finished first."""
+        order = validation_order(data_sources, sample_uids, reward_extra_infos_dict)
+        data_sources, sample_uids = (
+            [rows[i] for i in order] for rows in (data_sources, sample_uids)
+        )
+        reward_extra_infos_dict = {
+            name: [values[i] for i in order] if len(values) == len(order) else values
+            for name, values in reward_extra_infos_dict.items()
+        }
         metrics = super()._val_metrics_update(  # type: ignore[misc]
             data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts
         )
