@@ -56,7 +56,8 @@ def test_verl_finds_the_engine_by_the_vendor_and_its_own_without(monkeypatch):
         ours = EngineRegistry.get_engine_cls("language_model", backend)
         assert issubclass(ours, FSDPEngineWithLMHead)
         assert ours.__name__ == "GuardedEngine"
-        assert ours.__base__.__name__ == "MiniBatchEngine"
+        parts = {"AdapterEngine", "MiniBatchEngine"}
+        assert parts <= {parent.__name__ for parent in ours.__mro__}
         critic = EngineRegistry.get_engine_cls("value_model", backend)
         monkeypatch.delenv("VERL_ENGINE_VENDOR")
         assert EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead
