@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from aiohttp import web
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.job_submission import JobStatus
 from ray.util import state as ray_state
 
@@ -205,7 +206,7 @@ class Dashboard:
     def __init__(self):
         self.log = "first\nsecond\n"
         self.uploaded, self.submitted = {}, None
-        self.app = web.Application()
+        self.app = web.Application(client_max_size=DASHBOARD_CLIENT_MAX_SIZE)
         self.app.router.add_get("/api/version", self.version)
         self.app.router.add_get("/api/packages/gcs/{name}", self.package)
         self.app.router.add_put("/api/packages/gcs/{name}", self.upload)
