@@ -1,13 +1,11 @@
 """Prompts in stages, responses by value, and hints, in the real trainer; on from a checkpoint."""
 
 import json
-import subprocess
 from collections import Counter
 
 import pytest
-from real_runs import BIN, SMALL, STEPS, read_metrics, repeatable, rollouts, start
+from real_runs import STEPS, repeatable, rollouts, train
 
-SHORT = [*SMALL, "trainer.val_before_train=false", "trainer.test_freq=-1"]
 HINTS = "actor_rollout_ref.rollout.custom.hints"
 # Few prompts, so that they come back within three steps.
 OURS = [
@@ -19,24 +17,15 @@ OURS = [
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
-def train(cache, folder, *overrides):
-    """Metrics of every step of a short run."""
-    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SHORT, *overrides]
-    process = start(
-        [*command, f"trainer.rollout_data_dir={rollouts(folder)}", f"hydra.run.dir={folder}"],
-        cache,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return read_metrics(folder)
+def train_and_record(cache, folder, *overrides):
+    """Metrics of every step of a short run, which writes its responses beside it."""
+    return train(cache, folder, *overrides, f"trainer.rollout_data_dir={rollouts(folder)}")
 
 
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "prompts"
-    return folder, train(cache, folder, *OURS, "trainer.save_freq=2")
+    return folder, train_and_record(cache, folder, *OURS, "trainer.save_freq=2")
 
 
 def test_stages_and_responses_by_value(run):
@@ -69,7 +58,7 @@ def test_stages_and_responses_by_value(run):
 
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(run, cache, tmp_path):
     folder, metrics = run
-    again = train(
+    again = train_and_record(
         cache, tmp_path / "again", *OURS, "trainer.save_freq=-1", "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={folder}/checkpoints/global_step_2",
     )  # fmt: skip
@@ -79,7 +68,7 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(run, cache, tmp_p
 
 def test_groups_that_fail_are_asked_again(cache, tmp_path):
     hints = [f"{HINTS}.enable=true", f"{HINTS}.text=' '", "data.max_prompt_length=40"]
-    metrics = train(cache, tmp_path / "hints", *hints, "trainer.save_freq=-1")
+    metrics = train_and_record(cache, tmp_path / "hints", *hints, "trainer.save_freq=-1")
     for step in range(1, STEPS + 1):
         lines = (rollouts(tmp_path / "hints") / f"{step}.jsonl").read_text().splitlines()
         responses = [json.loads(line) for line in lines]

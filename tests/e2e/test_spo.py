@@ -1,30 +1,13 @@
 """Three steps of the real trainer with SPO, and on from a checkpoint."""
 
-import subprocess
-
 import pytest
 import torch
-from real_runs import BIN, SMALL, STEPS, read_metrics, repeatable, start
+from real_runs import STEPS, repeatable, train
 
-SHORT = [*SMALL, "trainer.val_before_train=false", "trainer.test_freq=-1"]
 # Few prompts, so that they come back within three steps.
 FEW = ["algo=spo", "data.train_max_samples=24"]
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
-
-
-def train(cache, folder, *overrides):
-    """Metrics of every step of a short run."""
-    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SHORT, *overrides]
-    process = start(
-        [*command, f"hydra.run.dir={folder}"],
-        cache,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return read_metrics(folder)
 
 
 @pytest.fixture(scope="module")

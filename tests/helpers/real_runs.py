@@ -41,6 +41,23 @@ def read_metrics(folder):
     return {row["step"]: row["data"] for row in map(json.loads, lines)}
 
 
+def train(cache, folder, *overrides):
+    """Metrics of every step of a short run without validations, which must succeed."""
+    quiet = ["trainer.val_before_train=false", "trainer.test_freq=-1"]
+    process = start(
+        [
+            *(BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, *quiet, *overrides),
+            f"hydra.run.dir={folder}",
+        ],
+        cache,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return read_metrics(folder)
+
+
 def rollouts(folder):
     """Where the run of a folder is told to write its responses: beside it."""
     return folder.parent / "rollouts"
