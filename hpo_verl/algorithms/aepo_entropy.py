@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.settings import require_choice, require_number
+from hpo_verl.core.settings import require_choice, require_integer, require_number
 from hpo_verl.errors import ConfigError
 
 PATH = "algorithm.aepo_entropy"
@@ -60,9 +60,7 @@ class AEPOEntropySettings:
 
     def __post_init__(self) -> None:
         require_number(f"{PATH}.target", self.target, 0.0)
-        require_number(f"{PATH}.responses", self.responses, 1)
-        if not isinstance(self.responses, int):
-            raise ConfigError(f"{PATH}.responses = {self.responses!r}: must be an integer")
+        require_integer(f"{PATH}.responses", self.responses, 1)
         require_number(f"{PATH}.weight", self.weight, 0.0)
         require_choice(f"{PATH}.schedule", self.schedule, ("linear", "switch"))
         require_number(f"{PATH}.temperature_low", self.temperature_low, 0.0, 1.0, open_low=True)
@@ -108,7 +106,7 @@ def advantages_with_successes(
         "aepo_temperature": settings.temperature(memory),
         "aepo_tempered_success": float(successes.sum()) / max(float(others.sum()), 1.0),
     }
-    kept, sampled = dict(memory), rollout.mask & ~tempered.unsqueeze(-1)
+    kept, sampled = {}, rollout.mask & ~tempered.unsqueeze(-1)
     if bool(sampled.any()):
         kept = {MEASURED: float(rollout.extras["entropy"][sampled].double().mean())}
     return base.Advantages(

@@ -33,10 +33,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.settings import require_number
+from hpo_verl.core.settings import require_integer, require_number
+from hpo_verl.core.windows import high_windows, row_quantiles
 from hpo_verl.errors import ConfigError
 
 PATH = "algorithm.ares"
@@ -78,9 +78,7 @@ class ARESSettings:
     kl_window: float = 0.5
 
     def __post_init__(self) -> None:
-        require_number(f"{PATH}.window", self.window, 1)
-        if not isinstance(self.window, int):
-            raise ConfigError(f"{PATH}.window = {self.window!r}: must be an integer")
+        require_integer(f"{PATH}.window", self.window, 1)
         for name in ("quantile", "threshold_decay", "target_decay", "kl_window"):
             require_number(f"{PATH}.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("threshold_decay", "target_decay"):
@@ -90,30 +88,6 @@ class ARESSettings:
         require_number(f"{PATH}.success_reward", self.success_reward, float("-inf"))
         for name in ("penalty_limit", *(f"kl_{bucket}" for bucket in BUCKETS)):
             require_number(f"{PATH}.{name}", getattr(self, name), 0.0)
-
-
-def row_quantiles(values: torch.Tensor, mask: torch.Tensor, quantile: float) -> torch.Tensor:
-    """Quantile of the live values of every row that has one, `[rows]`, linear between two."""
-    rows = mask.any(dim=-1)
-    ordered = values[rows].masked_fill(~mask[rows], torch.inf).sort(dim=-1).values
-    place = quantile * (mask[rows].sum(dim=-1, keepdim=True) - 1).to(values.dtype)
-    low, high = (ordered.gather(-1, end.long()) for end in (place.floor(), place.ceil()))
-    return (low + (place - place.floor()) * (high - low)).squeeze(-1)
-
-
-def high_windows(
-    entropy: torch.Tensor, mask: torch.Tensor, width: int, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the windows of live tokens whose mean entropy exceeds the threshold.
-
-    Returns:
-        Where such a window begins, and which tokens are in one, `[batch, response]` bool each.
-    """
-    ahead = (0, width - 1)
-    means = functional.pad(entropy.masked_fill(~mask, 0.0), ahead).unfold(1, width, 1).mean(-1)
-    whole = functional.pad(mask, ahead).unfold(1, width, 1).all(dim=-1)
-    begins = whole & (means > threshold)
-    return begins, functional.pad(begins, ahead[::-1]).unfold(1, width, 1).any(dim=-1)
 
 
 def difficulty(rollout: base.Rollout, success: torch.Tensor) -> torch.Tensor:
@@ -132,7 +106,7 @@ def shaped_advantages(rollout: base.Rollout, settings: ARESSettings) -> base.Adv
     Returns:
         `[batch]` float64; threshold and targets, for the next step; and beta_d rho_t.
     """
-    memory, kept = rollout.extras["memory"], dict(rollout.extras["memory"])
+    memory, kept = rollout.extras["memory"], dict[str, float]()
     mask, entropy = rollout.mask, rollout.extras["entropy"]
     quantiles = row_quantiles(entropy, mask, settings.quantile)
     threshold = float(quantiles.double().mean()) if len(quantiles) else 0.0

@@ -101,7 +101,7 @@ def constrained_advantages(rollout: base.Rollout, settings: ConstrainedSettings)
     else:
         scores = rollout.rewards if rollout.scores is None else rollout.scores
         objective = rollout.grouped_by(rollout.rewards - scores)
-    live, memory = rollout.live, dict(rollout.extras["memory"])
+    live, memory, kept = rollout.live, rollout.extras["memory"], dict[str, float]()
     weight, constraints = float(len(settings.rewards)), torch.zeros_like(objective)
     statistics: dict[str, float] = {}
     for name, threshold in zip(settings.rewards, settings.thresholds, strict=True):
@@ -116,10 +116,10 @@ def constrained_advantages(rollout: base.Rollout, settings: ConstrainedSettings)
             continue
         violation = float(rewards[live].mean()) - threshold
         statistics[f"constrained_excess/{name}"] = violation
-        memory[velocity_key] = velocity = settings.momentum * velocity + slope * violation
-        memory[key] = z - settings.learning_rate * velocity
+        kept[velocity_key] = velocity = settings.momentum * velocity + slope * violation
+        kept[key] = z - settings.learning_rate * velocity
     statistics["constrained_objective_weight"] = weight
-    return base.Advantages(weight * objective + constraints, statistics=statistics, memory=memory)
+    return base.Advantages(weight * objective + constraints, statistics=statistics, memory=kept)
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -104,7 +104,7 @@ def advantages_with_history(rollout: base.Rollout, settings: EPOHistorySettings)
     memory, mask = rollout.extras["memory"], rollout.mask
     mean, steps = memory.get("epo_entropy", 0.0), memory.get("epo_steps", 0.0)
     weight = settings.weight(rollout.extras["progress"]) if steps else 0.0
-    kept = dict(memory)
+    kept = {}
     statistics = {"epo_smoothing": weight}
     if steps:
         statistics["epo_entropy_history"] = mean

@@ -25,13 +25,14 @@ Left out: the paper's second way, weights from the gradient of each objective.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hpo_verl.algorithms import base
+from hpo_verl.core.hypervolume import hypervolume
 from hpo_verl.core.settings import require_names, require_number, require_numbers
 from hpo_verl.errors import ConfigError
 
@@ -39,8 +40,6 @@ PATH = "algorithm.hypervolume"
 REFERENCE, FRONT, FACTOR = "hypervolume_reference", "hypervolume_front", "hypervolume_factor"
 SMALLEST_GAIN = 1e-12
 """A smaller gain of volume is rounding."""
-
-Point = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -76,29 +75,6 @@ class HypervolumeSettings:
         return tuple(f"{base.REWARD}{name}" for name in self.rewards)
 
 
-def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """Volume of what lies between the reference and a point; more is better in every coordinate.
-
-    Exact, by slices along the first coordinate. A point that is not above the reference in every
-    coordinate adds nothing.
-    """
-    above = {one for one in points if all(x > low for x, low in zip(one, reference, strict=True))}
-    ordered = sorted(above, reverse=True)
-    if not ordered:
-        return 0.0
-    first, *others = reference
-    if not others:
-        return ordered[0][0] - first
-    ends = [*(one[0] for one in ordered[1:]), first]
-    volume = 0.0
-    for count, (start, end) in enumerate(zip(ordered, ends, strict=True), start=1):
-        if start[0] > end:
-            volume += (start[0] - end) * hypervolume(
-                [one[1:] for one in ordered[:count]], tuple(others)
-            )
-    return volume
-
-
 def validated(
     memory: Mapping[str, Any], means: Mapping[str, float], settings: HypervolumeSettings
 ) -> dict[str, Any]:
@@ -116,7 +92,7 @@ def validated(
         # The points that the new one dominates add nothing any more.
         front = [*(one for one in front if one not in dominated), point]
     factor = settings.lowest + settings.span * math.tanh(max(gain, 0.0))
-    return {**memory, FRONT: [list(one) for one in front], FACTOR: factor}
+    return {FRONT: [list(one) for one in front], FACTOR: factor}
 
 
 def weighted_advantages(rollout: base.Rollout, settings: HypervolumeSettings) -> base.Advantages:

@@ -29,6 +29,12 @@ def require_number(
         raise ConfigError(f"{key} = {value!r}: must be {permitted}")
 
 
+def require_integer(key: str, value: object, low: int) -> None:
+    """Refuse anything but an integer of at least `low` with a ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{key} = {value!r}: must be an integer of at least {low}")
+
+
 def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse anything but one of the named choices with a ConfigError."""
     if value not in choices:

@@ -91,7 +91,7 @@ class Objective:
         """What the estimator remembers after a validation with these means of numbers by name."""
         if (learn := self.estimator.validated) is None:
             return memory
-        return dict(learn(memory, means, read_settings(self.estimator, self.section)))
+        return {**memory, **learn(memory, means, read_settings(self.estimator, self.section))}
 
     def history(self, prompts: int) -> PromptHistory | None:
         """What the estimator keeps of so many prompts; None if it keeps nothing."""

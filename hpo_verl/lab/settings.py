@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.policies import tiny as tiny_policy
 from hpo_verl.config.overrides import nearest
 from hpo_verl.config.recipes import leaf_keys, recipes_directory, require_study
-from hpo_verl.core.settings import parse_settings, require_number
+from hpo_verl.core.settings import parse_settings, require_integer, require_number
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.tasks import find_task
@@ -54,7 +54,7 @@ class Training:
             ("mini_batches", 1), ("questions", self.prompts_per_step),
             ("max_generation_batches", 1),
         ):  # fmt: skip
-            _require_integer(f"training.{name}", getattr(self, name), low)
+            require_integer(f"training.{name}", getattr(self, name), low)
         for name in ("learning_rate", "max_grad_norm"):
             require_number(f"training.{name}", getattr(self, name), 0.0, open_low=True)
         if self.prompts_per_step % self.mini_batches:
@@ -72,8 +72,8 @@ class Evaluation:
     questions: int
 
     def __post_init__(self) -> None:
-        _require_integer("evaluation.every", self.every, 1)
-        _require_integer("evaluation.questions", self.questions, 1)
+        require_integer("evaluation.every", self.every, 1)
+        require_integer("evaluation.questions", self.questions, 1)
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Study:
     variants: dict[str, Variant]
 
     def __post_init__(self) -> None:
-        _require_integer("seeds", self.seeds, 1)
-        _require_integer("first_seed", self.first_seed, 0)
+        require_integer("seeds", self.seeds, 1)
+        require_integer("first_seed", self.first_seed, 0)
         for key in ("tasks", "warm_starts", "variants"):
             if not getattr(self, key):
                 raise ConfigError(f"study {self.name}: {key} is empty")
@@ -203,8 +203,3 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         if not only or variant in only
     }
     return parse_settings(Study, {"name": name, **values}, f"study {name}")
-
-
-def _require_integer(key: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{key} = {value!r}: must be an integer of at least {low}")

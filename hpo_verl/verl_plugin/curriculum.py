@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from hpo_verl.core.settings import parse_settings, require_flag, require_number
+from hpo_verl.core.settings import parse_settings, require_flag, require_integer
 from hpo_verl.errors import ConfigError, DataError
 
 SECTION = "data.curriculum"
@@ -49,9 +49,7 @@ class CurriculumSettings:
         if self.by is not None and (not isinstance(self.by, str) or not self.by):
             raise ConfigError(f"{SECTION}.by = {self.by!r}: must be a name in extra_info, or null")
         require_flag(f"{SECTION}.descending", self.descending)
-        require_number(f"{SECTION}.stages", self.stages, 1)
-        if not isinstance(self.stages, int):
-            raise ConfigError(f"{SECTION}.stages = {self.stages!r}: must be an integer")
+        require_integer(f"{SECTION}.stages", self.stages, 1)
         require_flag(f"{SECTION}.cumulative", self.cumulative)
 
 

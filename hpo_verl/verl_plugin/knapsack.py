@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo_verl.core.settings import parse_settings, require_flag, require_number
+from hpo_verl.core.settings import parse_settings, require_flag, require_integer
 from hpo_verl.errors import ConfigError
 
 SECTION = "actor_rollout_ref.rollout.custom.knapsack"
@@ -42,11 +42,8 @@ class KnapsackSettings:
 
     def __post_init__(self) -> None:
         require_flag(f"{SECTION}.enable", self.enable)
-        for name, least in (("low", 2), ("high", self.low)):
-            value = getattr(self, name)
-            require_number(f"{SECTION}.{name}", value, least)
-            if not isinstance(value, int):
-                raise ConfigError(f"{SECTION}.{name} = {value!r}: must be an integer")
+        require_integer(f"{SECTION}.low", self.low, 2)
+        require_integer(f"{SECTION}.high", self.high, self.low)
 
 
 def knapsack_settings(config: Mapping[str, Any]) -> KnapsackSettings:

@@ -81,7 +81,7 @@ def test_the_entropy_is_measured_on_the_responses_sampled_at_one():
     # Rows 1 to 3, 5 and 6 hold 2..7 and 10..13.
     assert estimate(mask=mask).memory == {MEASURED: (27 + 46) / 10}
     nothing = torch.zeros_like(mask)
-    assert estimate({MEASURED: 0.3}, mask=nothing).memory == {MEASURED: 0.3}
+    assert estimate({MEASURED: 0.3}, mask=nothing).memory == {}
 
 
 def test_what_counts_as_a_success():
@@ -146,7 +146,7 @@ def test_defaults_are_those_of_the_papers_latest_version():
     ("name", "value", "permitted"),
     [
         ("target", -0.1, "must be a number in [0, inf)"),
-        ("responses", 0, "must be a number in [1, inf)"),
+        ("responses", 0, "must be an integer of at least 1"),
         ("responses", 1.5, "must be an integer"),
         ("weight", NAN, "must be a number in [0, inf)"),
         ("schedule", "clip", "must be one of linear, switch"),

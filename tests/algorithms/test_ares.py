@@ -11,13 +11,12 @@ from hpo_verl.algorithms.ares import (
     KL_WEIGHT,
     ARESSettings,
     difficulty,
-    high_windows,
-    row_quantiles,
     shaped_advantages,
 )
 from hpo_verl.algorithms.base import Rollout
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.groups import group_relative_advantages
+from hpo_verl.core.windows import high_windows, row_quantiles
 from hpo_verl.errors import ConfigError
 
 NAN = float("nan")
@@ -204,7 +203,7 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("name", "value", "permitted"),
     [
-        ("window", 0, "must be a number in [1, inf)"),
+        ("window", 0, "must be an integer of at least 1"),
         ("window", 2.0, "must be an integer"),
         ("quantile", 1.1, "must be a number in [0, 1]"),
         ("threshold_decay", 1, "must be below 1, or nothing new counts"),

@@ -119,7 +119,7 @@ def test_rows_that_are_not_live_count_for_nothing():
     assert result.values.tolist() == [0.0, 0.0, 0.0]
     assert result.statistics["constrained_excess/format"] == pytest.approx(-0.4)
     empty = step(memory={DUAL: 1.0}, live=[False, False])
-    assert empty.memory == {DUAL: 1.0}
+    assert empty.memory == {}
     assert empty.values.tolist() == [0.0, 0.0]
 
 

@@ -13,10 +13,10 @@ from hpo_verl.algorithms.hypervolume import (
     FRONT,
     REFERENCE,
     HypervolumeSettings,
-    hypervolume,
     validated,
     weighted_advantages,
 )
+from hpo_verl.core.hypervolume import hypervolume
 from hpo_verl.errors import ConfigError
 
 # ---------------------------------------------------------------- volumes
@@ -63,7 +63,7 @@ def after(*validations, settings=None):
     memory, factors = {}, []
     for acc, format_ in validations:
         means = {"acc": acc, "format": format_, "brevity": 0.3}
-        memory = validated(memory, means, settings or HypervolumeSettings())
+        memory |= validated(memory, means, settings or HypervolumeSettings())
         factors.append(memory[FACTOR])
         memory = json.loads(json.dumps(memory))
     return factors, memory

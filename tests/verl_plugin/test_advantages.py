@@ -16,7 +16,8 @@ from verl.trainer.ppo.core_algos import (
 
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.verl_plugin import advantages as adapter
-from hpo_verl.verl_plugin.advantages import group_codes, register
+from hpo_verl.verl_plugin.advantages import register
+from hpo_verl.verl_plugin.estimator_input import group_codes
 
 BOTH = pytest.mark.parametrize("name", ["hpo", "a_hpo"])
 

@@ -148,7 +148,10 @@ def test_a_validation_is_the_same_in_whatever_order_its_responses_ended(random):
     names = random.sample("xyz", 3)
     uids = [names["abc".index(uid)] for uid, _ in rows]
     infos = {"reward": [reward for _, reward in rows], "empty": []}
-    order = batches.validation_order(["one"] * 6, uids, infos)
-    assert sorted(order) == list(range(6))
-    assert [infos["reward"][row] for row in order] == [0.1, 0.2, 0.1, 0.2, 0.1, 0.3]
-    assert [uids[row] for row in order][::2] == [uids[row] for row in order][1::2]
+    sources, names, ordered = batches.ordered_validation(["one"] * 6, uids, infos)
+    assert (sources, ordered["empty"]) == (["one"] * 6, [])
+    assert ordered["reward"] == [0.1, 0.2, 0.1, 0.2, 0.1, 0.3]
+    assert names[::2] == names[1::2]
+    assert sorted(zip(names, ordered["reward"], strict=True)) == sorted(
+        zip(uids, infos["reward"], strict=True)
+    )

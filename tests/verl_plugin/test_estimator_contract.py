@@ -8,7 +8,7 @@ from estimator_calls import NAMED, call, named_rewards, token_rewards
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import DataError
-from hpo_verl.verl_plugin.advantages import TOKEN_VALUES
+from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES
 
 EVERY = pytest.mark.parametrize("name", OUR_ESTIMATORS)
 UIDS = list("aaaabbbbcc")

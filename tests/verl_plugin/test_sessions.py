@@ -12,7 +12,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.advantages import TOKEN_VALUES, joined, make_rollout
+from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, joined, make_rollout
 from hpo_verl.verl_plugin.trainer.batches import final_outputs
 
 # SPO whitens over the batch, one response a prompt; the others compare within a prompt.

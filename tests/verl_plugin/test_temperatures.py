@@ -15,7 +15,8 @@ from verl.utils import tensordict_utils as tu
 from hpo_verl.algorithms.aepo_entropy import MEASURED
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.advantages import joined, make_rollout, trainer_modes
+from hpo_verl.verl_plugin.advantages import trainer_modes
+from hpo_verl.verl_plugin.estimator_input import joined, make_rollout
 from hpo_verl.verl_plugin.extras import TEMPERATURES
 from hpo_verl.verl_plugin.rollout.agent_loop import SeededSingleTurnAgentLoop
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from hpo_verl.core.settings import parse_settings, require_flag, require_number
-from hpo_verl.errors import ConfigError, NotFiniteError
+from hpo_verl.core.settings import parse_settings, require_flag, require_integer, require_number
+from hpo_verl.errors import NotFiniteError
 from hpo_verl.installed import package_versions
 from hpo_verl.verl_plugin.engine.replay import (
     COUNTS,
@@ -71,10 +71,7 @@ class StepGuardSettings:
     max_seconds_without_progress: float | None = None
 
     def __post_init__(self) -> None:
-        key, value = f"{SECTION}.max_not_finite_in_a_row", self.max_not_finite_in_a_row
-        require_number(key, value, 1)
-        if not isinstance(value, int):
-            raise ConfigError(f"{key} = {value!r}: must be an integer")
+        require_integer(f"{SECTION}.max_not_finite_in_a_row", self.max_not_finite_in_a_row, 1)
         require_flag(f"{SECTION}.skip_without_advantage", self.skip_without_advantage)
         if self.max_seconds_without_progress is not None:
             key = f"{SECTION}.max_seconds_without_progress"

@@ -18,19 +18,10 @@ from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import (
-    TOKEN_VALUES,
-    Estimate,
-    group_codes,
-    joined,
-    make_rollout,
-    needs,
-    penalizes,
-    read_settings,
-    reward_names,
-)
+from hpo_verl.verl_plugin.advantages import Estimate, needs, penalizes, read_settings, reward_names
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
+from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, group_codes, joined, make_rollout
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
 from hpo_verl.verl_plugin.trainer.batches import final_outputs, named_rewards, session_numbers
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
@@ -202,7 +193,7 @@ class AlgorithmStep(PromptHistoryTrainer):
         statistics |= self.note_rewards(estimate.part, estimate.labels)
         metrics.update({f"hpo/{name}": value for name, value in statistics.items()})
         if estimate.result.memory and self._is_last_part():
-            self.memory = dict(estimate.result.memory)
+            self.memory = {**self.memory, **estimate.result.memory}
         part = estimate.part
         if loss is not None and loss.token_fields:
             entropy = data["entropy"].to_padded_tensor(0.0)
@@ -232,7 +223,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             names = reward_names(estimator, self.config.algorithm)
             means = validation_means(reward_extra_infos_dict, names)
             settings = read_settings(estimator, self.config.algorithm)
-            self.memory = dict(estimator.validated(self.memory, means, settings))
+            self.memory = {**self.memory, **estimator.validated(self.memory, means, settings)}
         return super()._val_metrics_update(  # type: ignore[misc]
             data_sources, sample_uids, reward_extra_infos_dict, *others
         )

@@ -31,22 +31,24 @@ def sort_rows(batch: Any) -> None:
     batch.reorder(sorted(range(len(batch.keys)), key=lambda row: response_order(batch.keys[row])))
 
 
-def validation_order(
+def ordered_validation(
     data_sources: Sequence[Any], uids: Sequence[str], infos: Mapping[str, Sequence[Any]]
-) -> list[int]:
-    """Rows of a validation, prompt by prompt, in an order that their values alone decide.
+) -> tuple[list[Any], list[str], dict[str, Any]]:
+    """The rows of a validation, prompt by prompt, in an order that their values alone decide.
 
     verl hands them over as they were finished, and a mean of the same numbers in another order may
-    differ in its last bit. `infos` are verl's lists by name; one of another length says nothing.
+    differ in its last bit. `infos` are verl's lists by name; one of another length stays as it is.
     """
-    names = sorted(name for name, values in infos.items() if len(values) == len(uids))
-    shown = [[repr(infos[name][row]) for name in names] for row in range(len(uids))]
+    whole = {name: values for name, values in sorted(infos.items()) if len(values) == len(uids)}
+    shown = [[repr(values[row]) for values in whole.values()] for row in range(len(uids))]
     rows_of: dict[str, list[int]] = {}
     for row, uid in enumerate(uids):
         rows_of.setdefault(uid, []).append(row)
     groups = [sorted(rows, key=lambda row: shown[row]) for rows in rows_of.values()]
     groups.sort(key=lambda rows: [(str(data_sources[row]), shown[row]) for row in rows])
-    return [row for rows in groups for row in rows]
+    order = [row for rows in groups for row in rows]
+    ordered = {name: [values[row] for row in order] for name, values in whole.items()}
+    return [data_sources[row] for row in order], [uids[row] for row in order], {**infos, **ordered}
 
 
 def final_outputs(keys: Sequence[str]) -> torch.Tensor:

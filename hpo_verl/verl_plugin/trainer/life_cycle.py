@@ -35,8 +35,8 @@ from hpo_verl.verl_plugin.rollout.reward_guard import check_rewards, is_guarded
 from hpo_verl.verl_plugin.trainer.batches import (
     columns_for_workers,
     deal_mini_batches,
+    ordered_validation,
     sort_rows,
-    validation_order,
 )
 from hpo_verl.verl_plugin.trainer.pass_at_k import pass_at_k_metrics
 
@@ -287,14 +287,9 @@ class LifeCycle:
         expected_acc_counts: Any = None,
     ) -> dict[str, float]:
         """Add pass@k to the metrics of a validation, which do not depend on who finished first."""
-        order = validation_order(data_sources, sample_uids, reward_extra_infos_dict)
-        data_sources, sample_uids = (
-            [rows[i] for i in order] for rows in (data_sources, sample_uids)
+        data_sources, sample_uids, reward_extra_infos_dict = ordered_validation(
+            data_sources, sample_uids, reward_extra_infos_dict
         )
-        reward_extra_infos_dict = {
-            name: [values[i] for i in order] if len(values) == len(order) else values
-            for name, values in reward_extra_infos_dict.items()
-        }
         metrics = super()._val_metrics_update(  # type: ignore[misc]
             data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts
         )

@@ -1,0 +1,5 @@
+"""Fixtures of several files here."""
+
+from algorithm_steps import step
+
+__all__ = ["step"]
