@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from hpo_verl.algorithms import base
-from hpo_verl.core.hypervolume import hypervolume
+from hpo_verl.core.pareto import dominated_volume
 from hpo_verl.core.settings import require_names, require_number, require_numbers
 from hpo_verl.errors import ConfigError
 
@@ -84,7 +84,7 @@ def validated(
     if REFERENCE not in memory:
         return {REFERENCE: list(point), FRONT: [], FACTOR: 1.0}
     reference, front = tuple(memory[REFERENCE]), [tuple(one) for one in memory[FRONT]]
-    gain = hypervolume([*front, point], reference) - hypervolume(front, reference)
+    gain = dominated_volume([*front, point], reference) - dominated_volume(front, reference)
     if gain > SMALLEST_GAIN:
         dominated = {
             one for one in front if all(x <= new for x, new in zip(one, point, strict=True))
@@ -109,7 +109,7 @@ def weighted_advantages(rollout: base.Rollout, settings: HypervolumeSettings) ->
     front = [tuple(one) for one in memory.get(FRONT, ())]
     statistics = {
         FACTOR: factor,
-        "hypervolume": hypervolume(front, tuple(memory.get(REFERENCE, ()))) if front else 0.0,
+        "hypervolume": dominated_volume(front, tuple(memory.get(REFERENCE, ()))) if front else 0.0,
     }
     return base.Advantages(factor * rollout.grouped_by(total), statistics=statistics)
 

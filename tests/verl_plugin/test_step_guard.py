@@ -281,9 +281,9 @@ def test_other_loss_functions_and_engines_are_left_alone(engine, tmp_path):
 @pytest.mark.parametrize(
     ("guard", "message"),
     [
-        ({"max_not_finite_in_a_row": 0}, r"a_row = 0: must be a number in \[1, inf\)"),
+        ({"max_not_finite_in_a_row": 0}, r"a_row = 0: must be an integer of at least 1"),
         ({"max_not_finite_in_a_row": 1.5}, "a_row = 1.5: must be an integer"),
-        ({"max_not_finite_in_a_row": True}, "a_row = True: must be a number"),
+        ({"max_not_finite_in_a_row": True}, "a_row = True: must be an integer of at least 1"),
         ({"skip_without_advantage": 1}, "advantage = 1: must be true or false"),
         ({"max_in_a_row": 2}, r"trainer\.guard\.max_in_a_row = 2: unknown setting"),
         (3, "must be a mapping"),

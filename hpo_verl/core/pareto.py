@@ -7,7 +7,7 @@ from collections.abc import Sequence
 Point = tuple[float, ...]
 
 
-def hypervolume(points: Sequence[Point], reference: Point) -> float:
+def dominated_volume(points: Sequence[Point], reference: Point) -> float:
     """Volume of what lies between the reference and a point; more is better in every coordinate.
 
     Exact, by slices along the first coordinate. A point that is not above the reference in every
@@ -24,7 +24,7 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     volume = 0.0
     for count, (start, end) in enumerate(zip(ordered, ends, strict=True), start=1):
         if start[0] > end:
-            volume += (start[0] - end) * hypervolume(
+            volume += (start[0] - end) * dominated_volume(
                 [one[1:] for one in ordered[:count]], tuple(others)
             )
     return volume
