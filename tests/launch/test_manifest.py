@@ -199,13 +199,14 @@ def test_another_run_does_not_go_on_from_its_checkpoints(run, name, mode):
     assert {file: file.read_bytes() for file in folder.iterdir()} == files
 
 
-def test_checkpoints_of_before_the_number_of_workers_was_recorded(run):
+@pytest.mark.parametrize("unknown", ["data.dataloader_num_workers", "adapter"])
+def test_checkpoints_of_before_something_was_recorded(run, unknown):
     config, folder, tmp_path = run
     record(config, folder)
     trained(tmp_path)
     path = tmp_path / "checkpoints" / "manifest.json"
     older = json.loads(path.read_text())
-    del older["data.dataloader_num_workers"]
+    del older[unknown]
     path.write_text(json.dumps(older))
     record(config, folder)
 
