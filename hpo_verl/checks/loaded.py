@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.policies.folder import check_no_code_in, turn_end
 from hpo_verl.checks.finding import Finding, error, ok, one_line, skipped, warning
-from hpo_verl.checks.memory import weight_shapes
+from hpo_verl.checks.model_size import weight_shapes
 from hpo_verl.checks.planned_run import PlannedRun
 from hpo_verl.config.settings import POLICY_KEY, leaves
 from hpo_verl.errors import DataError

@@ -12,120 +12,19 @@ vLLM's cache and the host's memory. Nothing was run on a GPU.
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from omegaconf import DictConfig
 
+from hpo_verl.checks.model_size import ModelSize
 from hpo_verl.config.settings import cards_a_copy
-from hpo_verl.errors import DataError
 
 GIB = 1 << 30
 # CUDA, NCCL, a sleeping vLLM and fragments; likewise beside vLLM's share. GiB.
 OVERHEAD_GIB = 4.0
 # The cards that the recipes are written for.
 RECIPE_CARD_GIB = 80.0
-OUTPUT_EMBEDDING = "lm_head.weight"
-HEAD_NORM = "q_norm.weight"
 HALF = ("bf16", "bfloat16", "fp16", "float16", "16")
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Dimensions of a dense decoder.
-
-    Attributes:
-        tied: whether input and output embedding are one matrix.
-        head_norms: whether queries and keys are normalised, as in Qwen3.
-    """
-
-    parameters: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool
-    head_norms: bool = False
-
-    @property
-    def query_width(self) -> int:
-        """Width of all queries, which need not be the hidden size."""
-        return self.heads * self.head_size
-
-    @property
-    def key_width(self) -> int:
-        """Width of all keys."""
-        return self.key_value_heads * self.head_size
-
-    @property
-    def layer_parameters(self) -> float:
-        """Parameters of one decoder layer, the last norm shared out."""
-        embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden_size
-        return (self.parameters - embeddings) / self.layers
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values in bfloat16 that one token takes in the cache."""
-        return 2 * 2 * self.layers * self.key_width
-
-
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name and shape of every tensor of a model, from the headers of its safetensors files.
-
-    Raises:
-        DataError: a file is damaged or cut off, or there is none.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as weights:
-                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{file} is not a whole safetensors file ({error})") from error
-    if not shapes:
-        raise DataError(f"{folder} holds no weights (*.safetensors)")
-    return shapes
-
-
-def read_model_size(folder: Path) -> ModelSize:
-    """Read a model's dimensions from its `config.json` and the headers of its weights.
-
-    Raises:
-        DataError: names the file and what it lacks.
-    """
-    path, shapes = folder / "config.json", weight_shapes(folder)
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        # A shared matrix is stored once; config.json may leave its default out.
-        tied = config.get("tie_word_embeddings", OUTPUT_EMBEDDING not in shapes)
-        if tied:
-            # The files of Qwen3-0.6B hold it twice all the same.
-            shapes.pop(OUTPUT_EMBEDDING, None)
-        return ModelSize(
-            parameters=sum(map(math.prod, shapes.values())),
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            key_value_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or hidden // heads,
-            vocabulary=config["vocab_size"],
-            tied=bool(tied),
-            head_norms=any(name.endswith(HEAD_NORM) for name in shapes),
-        )
-    except KeyError as error:
-        raise DataError(f"{path}: has no {error.args[0]}") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 class CardMemory(NamedTuple):
@@ -193,14 +92,24 @@ def adapter_parameters(size: ModelSize, config: DictConfig) -> int:
     """Parameters of a run's LoRA adapter, two matrices for each layer's target; 0 without one."""
     model, hidden, middle = config.actor_rollout_ref.model, size.hidden_size, size.intermediate_size
     # Input and output of each.
-    widths = {
-        **dict.fromkeys(("q_proj", "o_proj"), hidden + size.query_width),
+    gate = size.query_width if size.delta else 0
+    attention = {
+        "q_proj": hidden + size.query_width + gate,
+        "o_proj": hidden + size.query_width,
         **dict.fromkeys(("k_proj", "v_proj"), hidden + size.key_width),
-        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + middle),
     }
+    feed_forward = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + middle)
+    kinds = [(size.attention_layers, attention), (size.layers, feed_forward)]
+    if size.delta:
+        kinds.append((size.delta.layers, size.delta.adapted(hidden)))
     # A text is `all-linear` or a pattern, of which that is the most.
-    targets = widths if isinstance(model.target_modules, str) else model.target_modules
-    return size.layers * model.lora_rank * sum(widths.get(name, 0) for name in targets)
+    every = isinstance(model.target_modules, str)
+    return model.lora_rank * sum(
+        layers * width
+        for layers, widths in kinds
+        for name, width in widths.items()
+        if every or name in model.target_modules
+    )
 
 
 def trained_parameters(size: ModelSize, config: DictConfig) -> int:
@@ -217,7 +126,8 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     weights = on_card * (parameters + adapter_parameters(size, config))
     whole = fsdp.use_no_sync_for_gradient_accumulation
     share, parallel = card * rollout.gpu_memory_utilization, rollout.tensor_model_parallel_size
-    cache = (share - OVERHEAD_GIB) * GIB - 2 * parameters / parallel
+    states = size.delta.state_bytes * rollout.max_num_seqs if size.delta else 0
+    cache = (share - OVERHEAD_GIB) * GIB - (2 * parameters + states) / parallel
     loss, layer = _backward_moments(size, config, 2)
     adam = 2 * on_card * trained
     gradients = stored * trained if whole else on_card * trained
@@ -244,7 +154,8 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
     of each of two norms (a float32 value counts twice), query, attention's output,
     key and value; and 3 (q + k) if queries and keys are normalised. A frozen norm keeps
     one value less. Its backward pass takes 2 m + h more at most. Gradient checkpointing
-    keeps the layer's input (h) until it is recomputed.
+    keeps the layer's input (h) until it is recomputed. In Qwen3.5 a norm that is trained
+    keeps one more, attention's gate three of q, and other layers what `DeltaLayers` says.
 
     Returns:
         - loss: beside what the layers keep, 5 h of the last norm and the logits. Further
@@ -259,12 +170,17 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
     adapter = adapter_parameters(size, config)
     frozen = adapter > 0
     heads = size.query_width + size.key_width
-    saved = 4 * middle + (8 - 2 * frozen) * hidden + 2 * heads
-    saved += size.head_norms * (3 - frozen) * heads
-    kept, work = saved, 2 * middle + hidden
+    # What a norm keeps of each value beside its output, that of the last layer included.
+    norm = (2 if frozen else 4) if size.delta else 3 - frozen
+    same = 4 * middle + 2 * (norm + 1) * hidden
+    attention = 2 * heads + size.head_norms * norm * heads
+    delta, others = (size.delta.saved, size.delta.layers) if size.delta else (0, 0)
+    attention += 3 * size.query_width * bool(size.delta)
+    kept, work = size.layers * same + size.attention_layers * attention, 2 * middle + hidden
+    kept += others * delta
     if config.actor_rollout_ref.model.enable_gradient_checkpointing:
-        kept, work = hidden, work + saved
-    kept, matrix = kept * size.layers, (2 - frozen) * vocabulary * hidden
+        kept, work = size.layers * hidden, work + same + max(attention, delta)
+    matrix = (2 - frozen) * vocabulary * hidden
     layer = size.layer_parameters + adapter / size.layers
     more = max(matrix + layer, (copies - 1) * tokens * vocabulary)
     loss_values = tokens * (kept + 5 * hidden + vocabulary) + more

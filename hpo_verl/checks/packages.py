@@ -99,6 +99,7 @@ MODULES: dict[str, dict[Any, tuple[str, ...]]] = {
 PACKAGES = {
     **REQUIREMENTS,
     "cupy": "'verl[cupy-cu130]'",
+    "fla": "flash-linear-attention",
     "flash_attn": "--constraint constraints-gpu.txt '.[gpu]'",
     "flash_attn_interface": "flash-attn-3",
     "megatron": "'verl[megatron]'",
@@ -213,6 +214,9 @@ def _needed_modules(run: PlannedRun) -> Iterator[tuple[str, str]]:
     # Without it verl takes the logarithms of the probabilities token by token.
     if run.get("trainer.device") == "cuda" and run.get(f"{MODEL}.use_remove_padding"):
         yield f"{MODEL}.use_remove_padding=true", "flash_attn"
+    # Without it transformers' own gated delta rule runs on from one packed sequence to the next.
+    if run.get(f"{MODEL}.use_remove_padding") and run.size and run.size.delta:
+        yield f"linear attention with {MODEL}.use_remove_padding=true", "fla"
 
 
 def _is_installed(module: str) -> bool:

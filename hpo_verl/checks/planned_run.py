@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.checks.finding import one_line
-from hpo_verl.checks.memory import ModelSize, read_model_size
+from hpo_verl.checks.model_size import ModelSize, read_model_size
 from hpo_verl.checks.prepare import Preparation, preparations
 from hpo_verl.checks.rows import Sample, read_rows
 from hpo_verl.config.cluster import join, joined_address

@@ -44,12 +44,16 @@ RECIPES = {
     "Qwen/Qwen3-0.6B": ("countdown3-1.5b", ("model=qwen3-0.6b",)),
     "Qwen/Qwen3-1.7B": ("countdown3-1.5b", ("model=qwen3-1.7b",)),
     "Qwen/Qwen3-4B": ("countdown3-1.5b", ("model=qwen3-4b",)),
+    "Qwen/Qwen3.5-0.8B": ("countdown3-1.5b", ("model=qwen3.5-0.8b",)),
+    "Qwen/Qwen3.5-2B": ("countdown3-1.5b", ("model=qwen3.5-2b",)),
 }
 STEPS = [
     *((repo, hardware) for repo in list(RECIPES)[:4] for hardware in ("1gpu", "8gpu")),
     *(("Qwen/Qwen3-0.6B", "1gpu"), ("Qwen/Qwen3-4B", "8gpu")),
+    ("Qwen/Qwen3.5-2B", "1gpu"),
     # With an adapter.
     *((repo, "1gpu24") for repo in ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-1.7B")),
+    ("Qwen/Qwen3.5-0.8B", "1gpu24"),
 ]
 # With fewer, no layer has one before it and one behind it.
 FEW = 3
@@ -84,15 +88,19 @@ def test_dimensions_and_parameters_are_those_of_the_architecture(repo):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     assert sum(p.numel() for p in model.parameters()) == size.parameters
-    decoder = model.model.layers[0]
+    # Where some layers have no attention, the last one has it.
+    decoder = model.model.layers[-1]
     norm = sum(p.numel() for p in model.model.norm.parameters())
-    layer = sum(p.numel() for p in decoder.parameters())
-    assert isclose(layer, size.layer_parameters - norm / size.layers)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    assert isclose(layers + norm, size.layer_parameters * size.layers)
     assert model.config.vocab_size == size.vocabulary
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == size.tied
     assert decoder.self_attn.k_proj.out_features == size.key_value_heads * size.head_size
     assert decoder.mlp.gate_proj.out_features == size.intermediate_size
-    assert decoder.self_attn.q_proj.out_features == size.query_width
+    gated = 2 if size.delta else 1
+    assert decoder.self_attn.q_proj.out_features == size.query_width * gated
+    with_attention = [layer for layer in model.model.layers if hasattr(layer, "self_attn")]
+    assert len(with_attention) == size.attention_layers
     assert hasattr(decoder.self_attn, "q_norm") == size.head_norms
     assert len(model.model.layers) == size.layers
 
@@ -101,15 +109,18 @@ def test_dimensions_and_parameters_are_those_of_the_architecture(repo):
 def test_a_step_of_each_recipe_takes_what_the_doctor_says(repo, hardware):
     config, size = recipe(repo, hardware), MODEL_SIZES[repo]
     memory = card_memory(size, config, RECIPE_CARD_GIB)
-    # Each further layer adds the same: the whole model follows from a few layers.
-    counts = (FEW, FEW + 1, FEW + 2) if hardware == "8gpu" else (FEW, FEW + 1)
+    # Each further layer adds the same, or each further four of which one has attention: the
+    # whole model follows from a few layers.
+    some = size.layers // size.attention_layers
+    few = max(FEW, some)
+    counts = [few + some * more for more in range(3 if hardware == "8gpu" else 2)]
     measured = [measure_update(config, repo, layers) for layers in counts]
     whole = {}
     for part in ("parameters", "weights", "trained", "loss", "layer"):
         values = [getattr(one, part) for one in measured]
         each = {later - one for one, later in pairwise(values)}
         assert max(each) - min(each) < 1e-6
-        whole[part] = values[0] + each.pop() * (size.layers - FEW)
+        whole[part] = values[0] + each.pop() * (size.layers - few) / some
     parameters = size.parameters + adapter_parameters(size, config)
     assert whole["parameters"] == parameters
     assert isclose(whole["weights"], 4 * parameters / cards_a_copy(config) / GIB, rel_tol=1e-4)
@@ -155,6 +166,19 @@ def test_other_settings(changes):
     assert near(measured.loss, memory.loss)
     assert near(measured.layer, memory.layer)
     assert near(measure_scoring(config, repo), memory.scoring)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_layers_without_attention_keep_what_the_doctor_says(rank):
+    repo = "Qwen/Qwen3.5-2B"
+    config = recipe(repo, model__enable_gradient_checkpointing=False, model__lora_rank=rank)
+    measured = measure_update(config, repo, 4)
+    size = MODEL_SIZES[repo]
+    delta = replace(size.delta, layers=3)
+    few = replace(size, layers=4, delta=delta, parameters=few_parameters(size))
+    memory = card_memory(few, config, RECIPE_CARD_GIB)
+    assert near(measured.loss, memory.loss)
+    assert near(measured.layer, memory.layer)
 
 
 def test_gradients_that_are_exchanged_once_are_whole_on_every_card():

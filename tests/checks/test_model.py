@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from findings import only
 
 from hpo_verl.checks.list import CHECKS, run_checks
-from hpo_verl.checks.memory import read_model_size
+from hpo_verl.checks.model_size import DeltaLayers, read_model_size
 from hpo_verl.errors import DataError
 
 HUB = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -59,6 +60,28 @@ def test_a_shared_matrix_that_is_stored_twice_counts_once(policy):
     assert size.tied
     assert size.parameters == whole.parameters - size.vocabulary * size.hidden_size
     assert size.layer_parameters == whole.layer_parameters
+
+
+def test_a_decoder_inside_a_model_that_sees_images(policy):
+    plain = read_model_size(policy)
+    config = json.loads((policy / "config.json").read_text())
+    whole = {"model_type": "qwen3_5", "text_config": config | {
+        "layer_types": ["linear_attention"] + ["full_attention"] * (plain.layers - 1),
+        "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 3, "linear_value_head_dim": 5,
+    }}  # fmt: skip
+    (policy / "config.json").write_text(json.dumps(whole))
+    size = read_model_size(policy)
+    assert size == replace(plain, delta=DeltaLayers(1, 1, 2, 3, 5))
+    assert size.cache_bytes_per_token * plain.layers == (
+        plain.cache_bytes_per_token * (plain.layers - 1)
+    )
+    # float32 states, and three inputs of the convolution in bfloat16.
+    assert size.delta.state_bytes == 4 * 2 * 3 * 5 + 2 * 3 * (3 + 3 + 10)
+    del whole["text_config"]["linear_num_key_heads"]
+    (policy / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(DataError, match=r"config\.json: has no linear_num_key_heads"):
+        read_model_size(policy)
 
 
 @pytest.mark.parametrize("damage", ["{}", "[]", "no json"])

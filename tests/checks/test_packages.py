@@ -11,6 +11,7 @@ import pytest
 import torch
 import verl
 from findings import only
+from model_sizes import MODEL_SIZES
 from typer.testing import CliRunner
 from verl.utils.tracking import Tracking
 
@@ -226,6 +227,21 @@ def test_flash_attention_on_a_gpu(planned, absent, changes, needs):
     assert finding.fix == (
         "pip install --constraint constraints-gpu.txt '.[gpu]', or another value" if needs else ""
     )
+
+
+def test_packed_linear_attention_needs_its_kernels(planned, absent):
+    absent("fla")
+    plain, packed = planned(), planned({f"{packages.MODEL}.use_remove_padding": True})
+    assert packages.check_modules(packed).status == "ok"
+    for run in (plain, packed):
+        vars(run)["size"] = MODEL_SIZES["Qwen/Qwen3.5-0.8B"]
+    assert packages.check_modules(plain).status == "ok"
+    finding = packages.check_modules(packed)
+    assert finding.detail == (
+        "linear attention with actor_rollout_ref.model.use_remove_padding=true imports fla, "
+        "not installed"
+    )
+    assert finding.fix == "pip install flash-linear-attention, or another value"
 
 
 def test_the_tiny_recipe_needs_no_flash_attention(planned, absent):

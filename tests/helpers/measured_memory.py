@@ -1,15 +1,14 @@
 """Measures the memory of verl's FSDP2 engine with tensors that have shapes and no data.
 
 torch's `FakeTensorMode` runs the real model, verl's real engine and FSDP2 without
-allocating; torch's `FSDPMemTracker` counts the storages. Two CUDA kernels of
-flash-attn are replaced by functions that keep and allocate what its sources do
-(flash_attn_interface.py `FlashAttnVarlenFunc`, csrc/flash_attn/flash_api.cpp
-`mha_varlen_bwd`, ops/triton/cross_entropy.py `CrossEntropyLoss`).
+allocating; torch's `FSDPMemTracker` counts the storages. CUDA's kernels are those of
+`kernels_without_data`.
 """
 
 import gc
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,15 +16,23 @@ import torch
 import torch.distributed as dist
 import verl.utils.model
 import verl.utils.torch_functional as verl_functional
+from kernels_without_data import Convolution, CrossEntropy, FlashAttention, GatedNorm, delta_rule
 from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPOptimizerConfig
 from verl.workers.engine.fsdp import transformer_impl
@@ -44,41 +51,9 @@ DIMENSIONS = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 151_936, True),
     "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 151_936, True),
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8, 151_936, True),
+    "Qwen/Qwen3.5-0.8B": (1024, 3584, 24, 8, 2, 248_320, True),
+    "Qwen/Qwen3.5-2B": (2048, 6144, 24, 8, 2, 248_320, True),
 }
-
-
-class FlashAttention(torch.autograd.Function):
-    """What flash-attn's attention over packed sequences keeps and allocates."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:2]).float())
-        return out
-
-    @staticmethod
-    def backward(ctx, _):
-        query, key, value, _, _ = ctx.saved_tensors
-        # Sums of the query's gradient in float32, and key and value once for each query head.
-        buffers = [query.new_empty(query.shape, dtype=torch.float32)]
-        buffers += [torch.empty_like(query), torch.empty_like(query)]
-        return tuple(torch.empty_like(t) for t in (query, key, value))
-
-
-class CrossEntropy(torch.autograd.Function):
-    """What flash-attn's cross entropy keeps and allocates."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, in_place):
-        losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-        ctx.save_for_backward(logits, log_sums, labels)
-        ctx.in_place = in_place
-        return losses
-
-    @staticmethod
-    def backward(ctx, _):
-        logits = ctx.saved_tensors[0]
-        return (logits if ctx.in_place else torch.empty_like(logits)), None, None
 
 
 def attention(module, query, key, value, mask, **_):
@@ -125,14 +100,18 @@ class Measured:
 def hf_config(repo, layers=None):
     """The model's configuration for transformers, with another number of layers."""
     hidden, middle, depth, heads, key_value_heads, vocabulary, tied = DIMENSIONS[repo]
-    kinds = {"Llama": LlamaConfig, "Qwen3": Qwen3Config, "Qwen2.5": Qwen2Config}
+    kinds = {
+        "Llama": LlamaConfig, "Qwen3-": Qwen3Config, "Qwen2.5": Qwen2Config,
+        # Without the tower that sees images.
+        "Qwen3.5": partial(Qwen3_5TextConfig, linear_num_value_heads=16),
+    }  # fmt: skip
     return next(kind for name, kind in kinds.items() if name in repo)(
         hidden_size=hidden,
         intermediate_size=middle,
         num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        head_dim=128,
+        head_dim=256 if "Qwen3.5" in repo else 128,
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
         attn_implementation=ATTENTION,
@@ -141,7 +120,13 @@ def hf_config(repo, layers=None):
 
 def from_config(config, torch_dtype, **_):
     """Instead of `from_pretrained`."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    for module in model.modules():
+        if isinstance(module, Qwen3_5GatedDeltaNet):
+            module.chunk_gated_delta_rule = delta_rule
+            module.causal_conv1d_fn = lambda x, weight, **_: Convolution.apply(x, weight)
+            module.norm = GatedNorm(module.norm.weight)
+    return model
 
 
 @contextmanager

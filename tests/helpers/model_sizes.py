@@ -1,7 +1,8 @@
 """What config.json and the weights of the recipes' models say."""
 
-from hpo_verl.checks.memory import ModelSize
+from hpo_verl.checks.model_size import DeltaLayers, ModelSize
 
+DELTA = DeltaLayers(layers=18, key_heads=16, heads=16, key_size=128, value_size=128)
 MODEL_SIZES = {
     "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(
         1_543_714_304, 1536, 8960, 28, 12, 2, 128, 151_936, tied=True
@@ -23,5 +24,12 @@ MODEL_SIZES = {
     ),
     "Qwen/Qwen3-4B": ModelSize(
         4_022_468_096, 2560, 9728, 36, 32, 8, 128, 151_936, tied=True, head_norms=True
+    ),
+    # Without the tower that sees images.
+    "Qwen/Qwen3.5-0.8B": ModelSize(
+        752_393_024, 1024, 3584, 24, 8, 2, 256, 248_320, tied=True, head_norms=True, delta=DELTA
+    ),
+    "Qwen/Qwen3.5-2B": ModelSize(
+        1_881_825_088, 2048, 6144, 24, 8, 2, 256, 248_320, tied=True, head_norms=True, delta=DELTA
     ),
 }

@@ -21,10 +21,11 @@ HUB_IDS = {
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b")},
+    **{f"qwen3.5-{size}": f"Qwen/Qwen3.5-{size.upper()}" for size in ("0.8b", "2b")},
 }
 # What is left of the smallest cards of "24 GB".
 SMALL_CARD_GIB = 22.5
-ON_SMALL_CARDS = ("qwen2.5-1.5b", "qwen3-0.6b", "qwen3-1.7b")
+ON_SMALL_CARDS = ("qwen2.5-1.5b", "qwen3-0.6b", "qwen3-1.7b", "qwen3.5-0.8b")
 RECIPE_OF = {
     "qwen2.5-1.5b": ("countdown3-1.5b", ()),
     "qwen2.5-3b": ("countdown3-3b", ()),
@@ -47,9 +48,15 @@ def test_parameter_counts_follow_from_the_dimensions():
         norms = 2 * hidden + 2 * size.head_size * size.head_norms
         bias = query + 2 * width if "Qwen2.5" in name else 0
         feed_forward = 3 * hidden * size.intermediate_size
-        layer = 2 * hidden * query + 2 * hidden * width + bias + feed_forward + norms
+        gate = hidden * query if size.delta else 0
+        layer = 2 * hidden * query + 2 * hidden * width + gate + bias + feed_forward + norms
+        layers = size.attention_layers * layer
+        if delta := size.delta:
+            mixed, narrow = 2 * delta.key_width + delta.value_width, 2 * delta.heads
+            layer = hidden * (mixed + 2 * delta.value_width + narrow) + 4 * mixed + narrow
+            layers += delta.layers * (layer + delta.value_size + feed_forward + 2 * hidden)
         matrices = 1 if size.tied else 2
-        assert size.parameters == size.layers * layer + hidden + matrices * size.vocabulary * hidden
+        assert size.parameters == layers + hidden + matrices * size.vocabulary * hidden
 
 
 def memory_row(name, hardware):
