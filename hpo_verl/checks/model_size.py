@@ -177,7 +177,8 @@ def read_model_size(folder: Path) -> ModelSize:
 
 def _delta_layers(config: dict[str, Any]) -> DeltaLayers | None:
     """The layers without attention; a KeyError names what is missing of them."""
-    layers = list(config.get("layer_types") or ()).count("linear_attention")
+    kinds: list[str] = config.get("layer_types") or []
+    layers = kinds.count("linear_attention")
     if not layers:
         return None
     return DeltaLayers(
