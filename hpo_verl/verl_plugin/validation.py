@@ -296,6 +296,31 @@ def check_with_verl(config: DictConfig) -> None:
         )
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"verl refuses the configuration: {_innermost(error)}") from error
+    if (mode := config.trainer.v1.trainer_mode) in ("separate_async", "hpo_separate_async"):
+        _check_separate(config, f"trainer.v1.trainer_mode = {mode!r}")
+
+
+def _check_separate(config: DictConfig, who: str) -> None:
+    """What verl's trainer of that mode asserts of the configuration, once Ray runs."""
+    rollout, path = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
+    parts = config.trainer.v1.separate_async.parameter_sync_step
+    batch = parts * config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if config.data.train_batch_size != batch:
+        raise ConfigError(
+            f"data.train_batch_size = {config.data.train_batch_size}: {who} updates it in "
+            f"separate_async.parameter_sync_step = {parts} mini-batches; must be {batch}"
+        )
+    for key in ("nnodes", "n_gpus_per_node"):
+        if rollout[key] < 1:
+            raise ConfigError(
+                f"{path}.{key} = {rollout[key]}: {who} samples on cards of its own; "
+                "must be at least 1"
+            )
+    if rollout.checkpoint_engine.backend == "naive":
+        raise ConfigError(
+            f"{path}.checkpoint_engine.backend = 'naive': {who} sends weights to other cards; "
+            "must be nccl, nixl or another"
+        )
 
 
 def read_tokenizer(config: DictConfig, model: str) -> Any:

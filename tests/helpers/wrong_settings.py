@@ -68,7 +68,17 @@ UNKNOWN_NAMES = [
     ({f"{ROLLOUT}.checkpoint_engine.backend": "ncll"}, "backend=ncll: not registered with verl"),
     ({f"{ACTOR}.strategy": "fsdp3"}, "strategy=fsdp3: not registered with verl"),
 ]
+# verl's four parts are the tiny recipe's four mini-batches.
+SEPARATE = {
+    "trainer.v1.trainer_mode": "hpo_separate_async",
+    f"{ROLLOUT}.nnodes": 1,
+    f"{ROLLOUT}.n_gpus_per_node": 1,
+}
 REFUSED_BY_VERL = [
+    (SEPARATE | {"trainer.v1.separate_async.parameter_sync_step": 3}, "3 mini-batches; must be"),
+    (SEPARATE | {f"{ROLLOUT}.nnodes": 0}, "rollout.nnodes = 0: trainer.v1.trainer_mode = 'hpo_sep"),
+    (SEPARATE | {f"{ROLLOUT}.n_gpus_per_node": 0}, "n_gpus_per_node = 0: trainer.v1.trainer_mode"),
+    (SEPARATE, "checkpoint_engine.backend = 'naive': trainer.v1.trainer_mode = 'hpo_sep"),
     ({f"{ROLLOUT}.dtype_": 1}, ROLLOUT),
 ]
 TOO_SHORT = [
