@@ -4,8 +4,9 @@ Each row has `data_source` "countdown", the `prompt` as chat messages, and
 
 - `reward_model.ground_truth`: {"target": int, "numbers": [int, ...]};
 - `extra_info`: `split`, `index` (row in its file), `numbers` (in the order of the
-  prompt), `difficulty` (how many expression trees solve it, see `trees.py`)
-  and `solution` (one of them; the prompt does not show it).
+  prompt), `difficulty` (how many expression trees solve it, see `trees.py`),
+  `solution` (one of them; the prompt does not show it) and, for training, `expert` (it, worked
+  out, as a response to imitate).
 """
 
 from __future__ import annotations
@@ -14,9 +15,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from data_prep.command import CommandParser, check_output, integer_in, progress_bar, run
-from data_prep.countdown.puzzles import OPERATORS, PROMPTS, Puzzle, Ranges, sample_puzzles
+from data_prep.countdown.puzzles import (
+    OPERATORS,
+    PROMPTS,
+    Puzzle,
+    Ranges,
+    sample_puzzles,
+    worked,
+)
 from data_prep.countdown.trees import SIZES
 from data_prep.splits import Row, verl_row, write_splits
 
@@ -49,13 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _rows(puzzles: Sequence[Puzzle], split: str, prompt: str) -> Iterator[Row]:
     for index, puzzle in enumerate(puzzles):
         numbers = list(puzzle.numbers)
-        extra_info = {
+        extra_info: dict[str, Any] = {
             "split": split,
             "index": index,
             "numbers": numbers,
             "difficulty": puzzle.difficulty,
             "solution": puzzle.solution,
         }
+        if split == "train":
+            extra_info["expert"] = worked(puzzle.solution)
         messages = PROMPTS[prompt](numbers, puzzle.target)
         truth = {"target": puzzle.target, "numbers": numbers}
         yield verl_row(DATA_SOURCE, messages, "math", truth, extra_info)

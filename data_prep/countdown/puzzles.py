@@ -7,10 +7,13 @@ are found exactly, and each is kept with one probability that is the same for ev
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,12 @@ PuzzleKey = tuple[tuple[int, ...], int]
 Messages = list[dict[str, str]]
 
 OPERATORS = "+-*/"
+_OPERATIONS: dict[type[ast.operator], tuple[str, Callable[[Fraction, Fraction], Fraction]]] = {
+    ast.Add: ("+", operator.add),
+    ast.Sub: ("-", operator.sub),
+    ast.Mult: ("*", operator.mul),
+    ast.Div: ("/", operator.truediv),
+}
 # How many sets to solve between two reports of progress, by count of numbers.
 SETS_AT_ONCE = {3: 4096, 4: 2048}
 # Most number sets, whose order is one permutation in memory.
@@ -124,6 +133,31 @@ def sample_puzzles(
 def expression(numbers: Sequence[int], tree: int) -> str:
     """Return a tree over the numbers as text with the fewest parentheses, `(3 + 7) * 2`."""
     return trees(len(numbers))[tree].text.format(*numbers)
+
+
+def worked(solution: str) -> str:
+    r"""The solver's answer to imitate: every step of a solution, and the solution itself.
+
+    `(3 + 7) * 2` gives `3+7=10\n10*2=20\n<answer>(3+7)*2</answer>`.
+    """
+    lines: list[str] = []
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return Fraction(node.value)
+        assert isinstance(node, ast.BinOp)  # noqa: S101 - for the type checker
+        symbol, operation = _OPERATIONS[type(node.op)]
+        left, right = value(node.left), value(node.right)
+        result = operation(left, right)
+        lines.append(f"{_operand(left)}{symbol}{_operand(right)}={result}")
+        return result
+
+    value(ast.parse(solution, mode="eval").body)
+    return "\n".join([*lines, f"<answer>{solution.replace(' ', '')}</answer>"])
+
+
+def _operand(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 and value >= 0 else f"({value})"
 
 
 def puzzle_key(ground_truth: Mapping[str, Any]) -> PuzzleKey:

@@ -4,7 +4,8 @@ r"""Write TeleLogs, or its synthetic twin, as parquet for verl.
     python -m data_prep.telelogs --source hub --out ~/telelogs
     python -m data_prep.telelogs --source train.jsonl --val-source test.jsonl --out ~/telelogs
 
-Synthetic rows have data_source `telelogs_synthetic`, real ones `telelogs`.
+Synthetic rows have data_source `telelogs_synthetic`, real ones `telelogs`. Of the former, those for
+training have the simulator's answer as a response to imitate, `extra_info.expert`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.command import CommandParser, check_output, commit, integer_in, progress_bar, run
 from data_prep.examples import Example, choose
 from data_prep.splits import Row, verl_row, write_splits
-from data_prep.telelogs.prompt import render, tiny_prompt
+from data_prep.telelogs.prompt import expert_answer, render, tiny_prompt
 from data_prep.telelogs.simulator import simulate
 from data_prep.telelogs.sources import (
     check_outside_repositories,
@@ -76,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with progress_bar() as progress:
         rows = {
             split: progress.track(
-                _verl_rows(read, split, data_source), counts[split], description=split
+                _verl_rows(read, split, data_source, options.prompt),
+                counts[split],
+                description=split,
             )
             for split, read in examples.items()
         }
@@ -106,10 +110,14 @@ def synthetic_rows(split: str, count: int, seed: int, prompt: str = "full") -> I
         yield Example(question, cause)
 
 
-def _verl_rows(examples: Iterable[Example], split: str, data_source: str) -> Iterator[Row]:
+def _verl_rows(
+    examples: Iterable[Example], split: str, data_source: str, form: str
+) -> Iterator[Row]:
     for index, example in enumerate(examples):
         prompt = [{"role": "user", "content": example.question}]
-        extra_info = {"split": split, "index": index}
+        extra_info: dict[str, Any] = {"split": split, "index": index}
+        if data_source == SYNTHETIC and split == "train":
+            extra_info["expert"] = expert_answer(example.answer, form)
         yield verl_row(data_source, prompt, "root_cause_analysis", example.answer, extra_info)
 
 

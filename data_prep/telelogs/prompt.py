@@ -57,6 +57,12 @@ FEATURES = (
 )
 
 
+def expert_answer(cause: str, prompt: str) -> str:
+    """The simulator's answer to imitate; to the question in words, the cause in words first."""
+    box = f"\\boxed{{{cause}}}"
+    return box if prompt == "tiny" else f"{_CAUSES[cause]}\n{box}"
+
+
 def render(drive: DriveTest) -> str:
     """Return the question about a simulated drive."""
     user_plane = _table([_user_plane_row(drive, row) for row in range(len(drive.serving))])

@@ -83,6 +83,9 @@ def test_generated_files(tmp_path, capsys, numbers, prompt):
             assert row["prompt"] == PROMPTS[prompt](truth["numbers"], truth["target"])
             assert info["solution"] not in json.dumps(row["prompt"])
             assert compute_score("c", f"<answer>{info['solution']}</answer>", truth)["score"] == 1
+            assert ("expert" in info) == (split == "train")
+            if split == "train":
+                assert compute_score("c", info["expert"], truth)["score"] == 1
         keys += map(key, table)
     assert len(set(keys)) == len(keys)
 

@@ -6,7 +6,7 @@ import pytest
 from countdown_values import expressions
 
 from data_prep.countdown import puzzles as countdown_puzzles
-from data_prep.countdown.puzzles import Ranges, sample_puzzles
+from data_prep.countdown.puzzles import Ranges, sample_puzzles, worked
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.rewards.countdown import compute_score
 
@@ -175,3 +175,15 @@ def test_operators_suffice_and_none_is_missed():
 def test_unknown_operators_are_refused(operators):
     with pytest.raises(ConfigError, match=r"permitted: one or more of \+ - \* /"):
         Ranges(3, operators=operators)
+
+
+@pytest.mark.parametrize(
+    ("solution", "lines"),
+    [
+        ("(3 + 7) * 2", ["3+7=10", "10*2=20", "<answer>(3+7)*2</answer>"]),
+        ("9 * (3 - 7) + 40", ["3-7=-4", "9*(-4)=-36", "(-36)+40=4", "<answer>9*(3-7)+40</answer>"]),
+        ("8 / (3 / 6)", ["3/6=1/2", "8/(1/2)=16", "<answer>8/(3/6)</answer>"]),
+    ],
+)
+def test_a_solution_is_worked_out_by_hand(solution, lines):
+    assert worked(solution).splitlines() == lines

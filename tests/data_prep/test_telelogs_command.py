@@ -44,7 +44,14 @@ def test_synthetic_rows_have_verls_schema_and_score(tmp_path: Path) -> None:
             assert [message["role"] for message in row["prompt"]] == ["user"]
             assert row["reward_model"]["style"] == "rule"
             truth = row["reward_model"]["ground_truth"]
-            assert row["extra_info"] == {"split": split, "index": index}
+            info = row["extra_info"]
+            assert {key: info[key] for key in ("split", "index")} == {
+                "split": split,
+                "index": index,
+            }
+            assert ("expert" in info) == (split == "train")
+            if split == "train":
+                assert compute_score("t", info["expert"], truth)["score"] == 1.0
             answer = compute_score(row["data_source"], f"\\boxed{{{truth}}}", truth)
             assert answer["score"] == 1.0
             # The prompt itself is worth nothing.

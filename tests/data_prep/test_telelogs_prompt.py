@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.telelogs.__main__ import synthetic_rows
-from data_prep.telelogs.prompt import FEATURES, render, tiny_prompt
+from data_prep.telelogs.prompt import FEATURES, expert_answer, render, tiny_prompt
 from data_prep.telelogs.simulator import simulate
 from hpo_verl.rewards.telelogs import CAUSES
 
@@ -175,6 +175,13 @@ def test_the_tiny_prompt_does_not_read_the_cause() -> None:
     drive = simulate((7, 0), "C7")
     drive.speed[:] = 30.0
     assert tiny_prompt(drive)[0] == "B"
+
+
+def test_the_simulators_answer_to_either_form() -> None:
+    assert expert_answer("C7", "tiny") == r"\boxed{C7}"
+    words, box = expert_answer("C7", "full").splitlines()
+    assert words in render(simulate((7, 0), "C7"))
+    assert box == r"\boxed{C7}"
 
 
 if __name__ == "__main__":
