@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +27,19 @@ REWARD = "reward/"
 
 CLIP = "-min(r A, clip(r, 1 - e_low, 1 + e_high) A)"
 """Part of many an equation."""
+
+
+class Opening(NamedTuple):
+    """What a response begins with, or is, instead of what the policy would sample.
+
+    Attributes:
+        text: A beginning, masked, from which the policy goes on.
+        whole: Name of a text in the prompt's `extra_info` that is the whole response, trained on;
+            a prompt without it, or whose text is too long, is sampled as usual.
+    """
+
+    text: str = ""
+    whole: str = ""
 
 
 class PromptHistory(Protocol):
@@ -105,6 +118,7 @@ class Estimator:
         check: Raises ConfigError where verl's whole configuration does not go with the estimator.
         temperatures: From the memory of the last step and the settings to factors on the sampling
             temperature of a prompt's first responses; the others are sampled at factor 1.
+        openings: From the settings to the openings of a prompt's first responses.
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
         weight: Its weight by sign, where others can have it in front.
@@ -123,6 +137,7 @@ class Estimator:
     drops_tokens: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
     temperatures: Callable[[Mapping[str, float], Any], Sequence[float]] | None = None
+    openings: Callable[[Any], Sequence[Opening]] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
     weight: SignWeight | None = None
     validated: Callable[[Mapping[str, Any], Mapping[str, float], Any], Mapping[str, Any]] | None = (

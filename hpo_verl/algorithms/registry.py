@@ -34,6 +34,8 @@ MODULES = (
     "ares",
     "constrained_grpo",
     "hypervolume",
+    "ahpo",
+    "apo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

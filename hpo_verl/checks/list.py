@@ -106,6 +106,7 @@ CHECKS = (
     Check("prompts", prompts.check_prompts, ("data", "policy", "verl"), ("schema", "tokenizer")),
     Check("curriculum", prompts.check_curriculum, ("data", "verl"), ("schema",), CURRICULUM),
     Check("hints", prompts.check_hints, ("data", "policy", "verl"), ("prompts",), HINTS),
+    Check("openings", prompts.check_openings, ("data", "policy", "verl"), ("prompts", "algorithm")),
     Check(cluster.NAME, cluster.check_cluster, ("verl", "ray")),
 )
 # What is known without asking Ray, and of that what is known on any machine.

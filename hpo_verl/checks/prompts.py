@@ -1,4 +1,4 @@
-"""Whether prompts are short enough, and rows hold what stages and hints need."""
+"""Whether prompts are short enough, and rows hold what stages, hints and openings need."""
 
 from __future__ import annotations
 
@@ -116,3 +116,41 @@ def check_hints(run: PlannedRun) -> list[Finding]:
     if too_long == len(lengths):
         return [error(f"{text} longer, so none would be asked", fix)]
     return [warning(f"{text} longer, and not asked", fix)]
+
+
+def check_openings(run: PlannedRun) -> list[Finding]:
+    """Whether what the estimator gives responses as their beginning is there, and fits."""
+    with quiet_imports():
+        from hpo_verl.algorithms.registry import OUR_ESTIMATORS
+        from hpo_verl.verl_plugin.advantages import read_settings
+
+    estimator = OUR_ESTIMATORS.get(str(run.get("algorithm.adv_estimator", "")))
+    if estimator is None or estimator.openings is None:
+        return []
+    openings = dict.fromkeys(estimator.openings(read_settings(estimator, run.config.algorithm)))
+    limit = run.get("data.max_response_length")
+    paths = [path for key, path in run.data_files if key == "data.train_files"]
+    rows = [row for path in paths for row in run.rows[path].spread.values()]
+    findings = []
+    for text, name in openings:
+        texts = [(row.get("extra_info") or {}).get(name) for row in rows] if name else [text]
+        texts = [one for one in texts if isinstance(one, str) and one]
+        if not texts:
+            found = f"no sampled row of {paths[0]} has a text extra_info.{name}, a response to give"
+            again = f"move {paths[0].parent} away if an older version prepared it"
+            findings.append(error(found, f"{again}, and it is prepared anew; or add that text"))
+            continue
+        # A beginning needs a token after it, an answer the one that ends it.
+        lengths = [len(run.tokenizer.encode(one, add_special_tokens=False)) + 1 for one in texts]
+        too_long, longest = sum(length > limit for length in lengths), max(lengths)
+        what = f"extra_info.{name} of {len(texts)} of {len(rows)} sampled rows" if name else text
+        told = f"{what!r}: up to {longest} tokens" if text else f"{what}: up to {longest} tokens"
+        fix = f"data.max_response_length={longest} or more"
+        if too_long == len(lengths):
+            findings.append(error(f"data.max_response_length={limit}: {told}", fix))
+        elif too_long:
+            told = f"{told}; {too_long} are too long, and not given"
+            findings.append(warning(f"data.max_response_length={limit}: {told}", fix))
+        else:
+            findings.append(ok(told))
+    return findings

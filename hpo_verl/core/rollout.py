@@ -29,7 +29,10 @@ class Rollout(NamedTuple):
             at the last; `values`, one per output, `[batch]` float64, from the history of its
             prompt; `memory`, what `Advantages.memory` was at the last step, or
             `Estimator.validated` returned since, empty at the first; `reward/NAME`, what the
-            reward function returned under that name, `[batch]` float64.
+            reward function returned under that name, `[batch]` float64; `opening`, the number of
+            each output's opening among the different ones of `Estimator.openings`, in their
+            order, `[batch]` int64: the one that it was given, or the text that it begins with by
+            itself; -1 without one.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.

@@ -121,8 +121,9 @@ def trainer_modes(estimator: Estimator, config: Mapping[str, Any] | None) -> tup
     `config` is verl's `algorithm` section: with a KL penalty in the rewards, an estimator of ours
     needs the scores too, for signs and spread.
     """
-    if estimator.history is not None or estimator.temperatures is not None:
-        # In the others prompts are drawn and submitted long before the last step is known.
+    # In the others prompts are drawn and submitted long before the last step is known, and a
+    # response must say which weights sampled it.
+    if any((estimator.history, estimator.temperatures, estimator.openings)):
         return OUR_MODES[:1]
     needs_scores = estimator.advantage is not None and penalizes(config)
     return OUR_MODES if needs(estimator, config) or needs_scores else ()
@@ -165,6 +166,10 @@ def _extras(
             raise DataError(f"{name} {tuple(values.shape)}: must be {tuple(live.shape)}")
         require_finite(name, values, live)
         found[name] = values.masked_fill(~live, 0.0)
+    if extras.OPENING in found:
+        found[extras.OPENING] = opening = found[extras.OPENING].to(mask.device)
+        if opening.shape != live.shape:
+            raise DataError(f"{extras.OPENING} {tuple(opening.shape)}: must be {tuple(live.shape)}")
     if "values" in found:
         of_prompt: Mapping[Hashable, float] = found["values"]
         for row in live.nonzero().squeeze(-1).tolist():

@@ -126,8 +126,9 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     found = dict(parts[-1].extras)
     for name in found.keys() & TOKEN_VALUES.keys():
         found[name] = wide(part.extras[name] for part in parts)
-    for name in filter(is_reward, found):
-        found[name] = torch.cat([part.extras[name] for part in parts])
+    for name in found:
+        if is_reward(name) or name == extras.OPENING:
+            found[name] = torch.cat([part.extras[name] for part in parts])
     scores = [part.scores for part in parts if part.scores is not None]
     sessions = [part.session for part in parts if part.session is not None]
     return parts[-1]._replace(

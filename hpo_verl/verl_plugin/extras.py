@@ -35,6 +35,12 @@ EARLIER = "earlier"
 TEMPERATURES = "hpo_temperatures"
 """Column of a training prompt: JSON, factors on the temperature of its first samples."""
 
+OPENINGS = "hpo_openings"
+"""Column of a training prompt: JSON, (text, whole) of the openings of its first samples."""
+
+OPENING = "opening"
+"""Number of each output's opening, `[batch]` int64; also its name among verl's `extra_fields`."""
+
 _provided: ContextVar[Mapping[str, Any]] = ContextVar("hpo_verl_extras", default={})  # noqa: B039
 
 

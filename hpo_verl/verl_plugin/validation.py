@@ -55,8 +55,8 @@ def check_algorithm(config: DictConfig) -> list[str]:
         read_settings(estimator, algorithm)
         normalizes_by_std(algorithm)
         warnings += _check_composition(estimator, loss, config)
-        if estimator.temperatures is not None:
-            _check_temperatures(estimator, config)
+        if estimator.temperatures is not None or estimator.openings is not None:
+            _check_samples(estimator, config)
         if estimator.check is not None:
             estimator.check(config)
     _check_sections(str(algorithm.get("adv_estimator")), algorithm)
@@ -176,11 +176,14 @@ def _check_entropy(
         )
 
 
-def _check_temperatures(estimator: Estimator, config: DictConfig) -> None:
-    """Refuse what would not sample at the estimator's temperatures, or undo them."""
+def _check_samples(estimator: Estimator, config: DictConfig) -> None:
+    """Refuse what would not sample at the estimator's temperatures or openings, or undo them."""
     from hpo_verl.verl_plugin.rollout.agent_loop import NAME
 
-    who = f"adv_estimator = {estimator.name!r} samples at several temperatures"
+    way = "samples at several temperatures"
+    if estimator.openings is not None:
+        way = "gives responses their beginning"
+    who = f"adv_estimator = {estimator.name!r} {way}"
     rollout = config["actor_rollout_ref"]["rollout"]
     if (loop := rollout["agent"].get("default_agent_loop")) != NAME:
         raise ConfigError(
@@ -193,6 +196,20 @@ def _check_temperatures(estimator: Estimator, config: DictConfig) -> None:
                 f"algorithm.rollout_correction.{name} = {correction[name]!r}: {who}, which it "
                 "would correct; must be null"
             )
+    if estimator.openings is None:
+        return
+    # Responses dealt by value may all have openings; where one is given, a group seldom fails
+    # whole; what no server sampled was routed nowhere.
+    custom = rollout.get("custom") or {}
+    for key, given in (
+        ("enable_rollout_routing_replay", rollout.get("enable_rollout_routing_replay")),
+        *(
+            (f"custom.{name}.enable", (custom.get(name) or {}).get("enable"))
+            for name in ("knapsack", "hints")
+        ),
+    ):
+        if given:
+            raise ConfigError(f"actor_rollout_ref.rollout.{key} = True: {who}; must be false")
 
 
 def _check_engine(loss: Loss, config: DictConfig) -> None:

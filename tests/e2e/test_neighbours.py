@@ -23,7 +23,10 @@ SHOWN = {
     "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
 
-# Further settings: of one that follows validations, and reads three rewards.
+# Of the others, what tells that a hook was there at every step.
+ALWAYS = {"ahpo": {"hpo/ahpo_expert_fraction": 1.0}}
+
+# Further settings: of one that follows validations, and reads three rewards; and of prefixes.
 SETTINGS = {
     "hypervolume": [
         "algorithm.hypervolume.rewards=[acc,format,brevity]",
@@ -31,6 +34,8 @@ SETTINGS = {
         "+reward.custom_reward_function.reward_kwargs.brevity_characters=48",
         *("trainer.val_before_train=true", "trainer.test_freq=1"),
     ],
+    # Short enough for responses of 24 tokens.
+    "apo": ["algorithm.apo.modes=['<r>','<i>']"],
 }
 
 
@@ -95,6 +100,8 @@ def test_three_steps_of_every_other(algorithm, cache, tmp_path):
     assert code == 0, (tmp_path / f"{algorithm}.txt").read_text()
     metrics = read_metrics(tmp_path / algorithm)
     assert set(metrics) == set(range(1, STEPS + 1))
+    for data in metrics.values():
+        assert data.items() >= ALWAYS.get(algorithm, {}).items()
     norms = [data["actor/grad_norm"] for data in metrics.values()]
     assert all(math.isfinite(norm) for norm in norms)
     assert max(norms) > 0

@@ -10,14 +10,17 @@ from hpo_verl.verl_plugin.advantages import reward_names
 
 NAMED = sorted(
     {f"{REWARD}{name}" for one in OUR_ESTIMATORS.values() for name in reward_names(one, None)}
+    | {extras.OPENING}
 )
-"""What estimators with their default settings read of the reward function's numbers."""
+"""What estimators with their default settings read of each response beside its reward."""
 
 
 def named_rewards(rows):
-    """A number of each response under every name of `NAMED`."""
+    """A number of each response under every name of `NAMED`; all have the second opening."""
     generator = torch.Generator().manual_seed(2)
-    return {name: torch.rand(rows, generator=generator) for name in NAMED}
+    return {name: torch.rand(rows, generator=generator) for name in NAMED} | {
+        extras.OPENING: torch.ones(rows, dtype=torch.int64)
+    }
 
 
 def token_rewards(rewards, width=4):

@@ -7,10 +7,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from data_prep.policies.folder import save_policy
 from data_prep.policies.tokenizer import build_tokenizer
+from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.lab import warm_start
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.settings import read_study, warm_start_versions
 
+# The lab gives no response its beginning.
+IN_LAB = {name: one for name, one in ALGORITHMS.items() if one.estimator.openings is None}
 END, PAD = 0, 1
 QUICK = [
     "seeds=2", "training.steps=2", "training.prompts_per_step=4", "training.mini_batches=2",

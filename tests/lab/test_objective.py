@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lab_policies import IN_LAB
 
-from hpo_verl.algorithms.registry import ALGORITHMS
+from hpo_verl.algorithms.registry import ALGORITHMS, OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.tasks import find_task
@@ -18,11 +19,19 @@ def read(name, changes=None, length=24):
     return read_objective(task, name, changes)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", IN_LAB)
 def test_every_algorithm_is_read_from_its_recipe(name):
     objective, record = read(name), ALGORITHMS[name]
     assert objective.actor.loss_agg_mode == record.loss_agg_mode
     assert (objective.estimator, objective.loss) == (record.estimator, record.loss)
+
+
+def test_what_the_lab_does_not_sample_is_refused_by_name():
+    others = {*ALGORITHMS} - {*IN_LAB}
+    assert others == {name for name, one in OUR_ESTIMATORS.items() if one.openings}
+    for name in others:
+        with pytest.raises(ConfigError, match=r"the lab's task has no opening$"):
+            read(name)
 
 
 # A group with one success in four: A-HPO's alpha is 1/3 where its lower bound permits.
@@ -175,7 +184,7 @@ def gradient_of(objective, log_prob, old, advantages, mask, rows=slice(None)):
     return slopes, sums
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", IN_LAB)
 def test_rows_without_advantage_may_be_left_out(name):
     objective = read(name, length=5)
     log_prob, old, advantages, mask = batch()

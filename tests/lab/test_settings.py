@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from lab_policies import IN_LAB
 
-from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.config.recipes import study_names
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.settings import Variant, read_study
@@ -18,7 +18,7 @@ def test_the_five_studies_exist_and_hold_what_the_specification_asks_for():
     assert sparse.warm_starts == [0.02, 0.05, 0.1, 0.3]
     assert sparse.seeds >= 10
     names = {variant.algorithm for variant in sparse.variants.values()}
-    assert names == set(ALGORITHMS)
+    assert names == set(IN_LAB)
     alpha = read_study("alpha").variants
     fixed = [v.settings["algorithm.hpo.alpha"] for v in alpha.values() if v.algorithm == "hpo"]
     assert fixed == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]

@@ -12,11 +12,10 @@ import sys
 import psutil
 import pytest
 import torch
-from lab_policies import QUICK, keep_warm_starts, quick_study
+from lab_policies import IN_LAB, QUICK, keep_warm_starts, quick_study
 from waiting import wait_until
 
 from hpo_verl import cli
-from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.errors import ConfigError, DataError, EnvironmentCheckError
 from hpo_verl.lab import study as study_module
 from hpo_verl.lab import warm_start
@@ -99,7 +98,7 @@ def test_variants_of_a_seed_share_their_first_batch(study, graded):
     "name",
     [
         n
-        for n, a in ALGORITHMS.items()
+        for n, a in IN_LAB.items()
         if a.loss.token_fields or a.loss.mini_batch_sums or a.estimator.needs
     ],
 )

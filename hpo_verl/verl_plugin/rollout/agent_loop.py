@@ -3,7 +3,8 @@
 verl gives every request a random id, so a rollout server cannot tell which
 noise belongs to which sample. This loop adds a seed to the sampling parameters
 that follows from the sample itself; vLLM and the backend `hf` both honour it.
-A prompt may come with factors on the temperature of its first samples.
+A prompt may come with factors on the temperature of its first samples, and with what these begin
+with or are.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from copy import copy
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from hpo_verl.verl_plugin.extras import TEMPERATURES
+from hpo_verl.verl_plugin.extras import OPENINGS, TEMPERATURES
+from hpo_verl.verl_plugin.rollout.openings import OpenedServers
 
 NAME = "seeded_single_turn_agent"
 PROMPTS_KEPT = 4096
@@ -60,6 +63,13 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any
     ) -> AgentLoopOutput:
         """Generate one response with noise that depends on the sample's name alone."""
+        if openings := kwargs.pop(OPENINGS, None):
+            loop, longest = copy(self), self.rollout_config.response_length
+            opened = OpenedServers(self.server_manager, self.tokenizer, longest, openings, kwargs)
+            loop.server_manager = opened
+            output = await loop.run(sampling_params, priority, **kwargs)
+            opened.mark(output)
+            return output
         seed = sample_seed(
             self.rollout_config.seed,
             kwargs["global_steps"],

@@ -23,7 +23,12 @@ from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, po
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, group_codes, joined, make_rollout
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
-from hpo_verl.verl_plugin.trainer.batches import final_outputs, named_rewards, session_numbers
+from hpo_verl.verl_plugin.trainer.batches import (
+    final_outputs,
+    named_rewards,
+    opening_numbers,
+    session_numbers,
+)
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 from hpo_verl.verl_plugin.validation import check_algorithm
@@ -151,7 +156,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             if estimator.advantage is None:
                 fields += ["token_level_rewards"]
         fields += [field for name, field in TOKEN_VALUES.items() if name in estimator.needs]
-        if reward_names(estimator, self.config.algorithm):
+        if reward_names(estimator, self.config.algorithm) or extras.OPENING in estimator.needs:
             fields += ["extra_fields"]
         if loss is not None and loss.token_fields:
             fields += ["entropy"]
@@ -205,13 +210,16 @@ class AlgorithmStep(PromptHistoryTrainer):
         return batch
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
-        estimator, _ = self._selected()
-        if estimator.temperatures is not None:
-            from verl.utils import tensordict_utils as tu
+        from verl.utils import tensordict_utils as tu
 
-            settings = read_settings(estimator, self.config.algorithm)
+        estimator, _ = self._selected()
+        settings = read_settings(estimator, self.config.algorithm)
+        if estimator.temperatures is not None:
             factors = [*estimator.temperatures(self.memory, settings)]
             tu.assign_non_tensor_data(batch, extras.TEMPERATURES, json.dumps(factors))
+        if estimator.openings is not None:
+            openings = [*estimator.openings(settings)]
+            tu.assign_non_tensor_data(batch, extras.OPENINGS, json.dumps(openings))
         return super()._submit_batch_to_rollout(batch)
 
     def _val_metrics_update(
@@ -245,8 +253,12 @@ class AlgorithmStep(PromptHistoryTrainer):
         for name, field in TOKEN_VALUES.items():
             if name in estimator.needs:
                 found[name] = data[field].to_padded_tensor(0.0)
-        if names := reward_names(estimator, self.config.algorithm):
-            found |= named_rewards(data.pop("extra_fields").tolist(), names)
+        names, opens = reward_names(estimator, self.config.algorithm), extras.OPENING in wanted
+        if names or opens:
+            columns = data.pop("extra_fields").tolist()
+            found |= named_rewards(columns, names)
+            if opens:
+                found[extras.OPENING] = opening_numbers(columns)
         if "progress" in wanted:
             steps = max(self.total_training_steps - 1, 1)
             found["progress"] = min(max((self.global_steps - 1) / steps, 0.0), 1.0)

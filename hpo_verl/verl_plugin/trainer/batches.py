@@ -12,6 +12,7 @@ from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
 from hpo_verl.algorithms.base import REWARD
 from hpo_verl.errors import DataError
+from hpo_verl.verl_plugin.extras import OPENING
 
 # Columns that no worker reads.
 FOR_THE_DRIVER_ALONE = {
@@ -86,6 +87,12 @@ def named_rewards(extra_fields: Sequence[Any], names: Sequence[str]) -> dict[str
             )
         found[f"{REWARD}{name}"] = torch.tensor(numbers, dtype=torch.float64)
     return found
+
+
+def opening_numbers(extra_fields: Sequence[Any]) -> torch.Tensor:
+    """Number of each row's opening, `[rows]` int64, of verl's column `extra_fields`; or -1."""
+    fields = [one if isinstance(one, dict) else {} for one in extra_fields]
+    return torch.tensor([one.get(OPENING, -1) for one in fields], dtype=torch.int64)
 
 
 def deal_mini_batches(lengths: Sequence[int], mini_batch_size: int, ranks: int) -> list[list[int]]:
