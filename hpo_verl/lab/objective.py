@@ -299,6 +299,8 @@ def _composed(
     try:
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         objective = Objective(config.algorithm, actor)
+        if objective.loss.head_fields is not None:
+            raise ConfigError("its loss reads the head of the model, which the lab does not catch")
         weights = [one.section for one in ESTIMATORS.values() if one.weight]
         sections = (objective.estimator.section, *weights)
         read = (*_READ, *(f"algorithm.{section}" for section in sections))

@@ -61,8 +61,10 @@ def check_algorithm(config: DictConfig) -> list[str]:
             estimator.check(config)
     _check_sections(str(algorithm.get("adv_estimator")), algorithm)
     _check_entropy(estimator, loss, algorithm)
-    if loss is not None and loss.mini_batch_sums is not None:
+    if loss is not None and (loss.mini_batch_sums is not None or loss.head_fields is not None):
         _check_engine(loss, config)
+    if loss is not None and loss.head_fields is not None:
+        _check_head(loss, config)
     return warnings
 
 
@@ -196,7 +198,7 @@ def _check_temperatures(estimator: Estimator, config: DictConfig) -> None:
 
 
 def _check_engine(loss: Loss, config: DictConfig) -> None:
-    """Refuse a loss that reads sums over mini-batches where verl would select another engine."""
+    """Refuse a loss that needs an engine of ours where verl would select another."""
     who = f"policy_loss.loss_mode = {loss.name!r}"
     strategy = config["actor_rollout_ref"]["actor"].get("strategy", None)
     if strategy not in STRATEGIES:
@@ -215,6 +217,31 @@ def _check_engine(loss: Loss, config: DictConfig) -> None:
         )
 
 
+def _check_head(loss: Loss, config: DictConfig) -> None:
+    """Refuse what hides the head of the model, or Adam's averages for it, from the engine."""
+    for key, default, permitted in (
+        ("actor.strategy", None, ("fsdp2",)),
+        ("actor.optim.optimizer", "AdamW", ("AdamW", "Adam")),
+        ("actor.optim.optimizer_impl", "torch.optim", ("torch.optim",)),
+        ("actor.fsdp_config.offload_policy", False, (False,)),
+        ("actor.ulysses_sequence_parallel_size", 1, (1,)),
+        ("actor.fsdp_config.ulysses_sequence_parallel_size", 1, (1,)),
+        ("model.use_fused_kernels", False, (False,)),
+        ("model.lora_rank", 0, (0,)),
+    ):
+        value: Any = config["actor_rollout_ref"]
+        *sections, name = key.split(".")
+        for section in sections:
+            value = value.get(section) or {}
+        value = value.get(name, default)
+        if value not in permitted:
+            raise ConfigError(
+                f"actor_rollout_ref.{key} = {value!r}: policy_loss.loss_mode = {loss.name!r} reads "
+                "logits, and Adam's averages for the model's head; must be "
+                + " or ".join(map(str, permitted))
+            )
+
+
 def check_trainer_mode(config: DictConfig) -> None:
     """Refuse, by a ConfigError, a trainer that lacks what the estimator or loss needs."""
     estimator = ESTIMATORS.get(str(config["algorithm"].get("adv_estimator")))
@@ -226,7 +253,7 @@ def check_trainer_mode(config: DictConfig) -> None:
             estimator,
             trainer_modes(estimator, config["algorithm"]) if estimator else (),
         ),
-        (f"{ACTOR}.policy_loss.loss_mode", loss, OUR_MODES if loss and loss.token_fields else ()),
+        (f"{ACTOR}.policy_loss.loss_mode", loss, OUR_MODES if loss and loss.fields else ()),
     ):
         if record is not None and modes and mode not in modes:
             raise ConfigError(
