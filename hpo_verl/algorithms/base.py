@@ -19,6 +19,7 @@ from hpo_verl.core.rollout import (
     HeadTokens,
     Rollout,
     TokenBatch,
+    TokenTemperature,
 )
 from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 from hpo_verl.errors import ConfigError
@@ -111,6 +112,8 @@ class Estimator:
         check: Raises ConfigError where verl's whole configuration does not go with the estimator.
         temperatures: From the memory of the last step and the settings to factors on the sampling
             temperature of a prompt's first responses; the others are sampled at factor 1.
+        token_temperature: From the memory of the last step and the settings to a rule for the
+            temperature of every token; None where the settings ask for none.
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
         weight: Its weight by sign, where others can have it in front.
@@ -129,6 +132,7 @@ class Estimator:
     drops_tokens: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
     temperatures: Callable[[Mapping[str, float], Any], Sequence[float]] | None = None
+    token_temperature: Callable[[Mapping[str, Any], Any], TokenTemperature | None] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
     weight: SignWeight | None = None
     validated: Callable[[Mapping[str, Any], Mapping[str, float], Any], Mapping[str, Any]] | None = (

@@ -160,3 +160,23 @@ class HeadTokens(NamedTuple):
     logits: torch.Tensor
     tokens: torch.Tensor
     advantages: torch.Tensor
+
+
+class TokenTemperature(NamedTuple):
+    """A temperature for every token, by the entropy H (nats) of the policy before it is drawn.
+
+    T (1 + scale h), where h in [-1, 1] is log H - pivot, divided by high - pivot above the pivot
+    and by pivot - low below; 0 where that divisor is 0. T is the temperature of the request, at
+    which H is taken, too.
+
+    Attributes:
+        scale: In [0, 1).
+        pivot: Logarithm of an entropy where h is 0.
+        low: Logarithm of an entropy where h is -1.
+        high: Logarithm of an entropy where h is 1.
+    """
+
+    scale: float
+    pivot: float
+    low: float
+    high: float

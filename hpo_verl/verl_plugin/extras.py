@@ -35,6 +35,10 @@ EARLIER = "earlier"
 TEMPERATURES = "hpo_temperatures"
 """Column of a training prompt: JSON, factors on the temperature of its first samples."""
 
+TEMPERATURE_RULE = "hpo_temperature_rule"
+"""Column of a training prompt: JSON, the entries of a `TokenTemperature`; and their name among the
+sampling parameters of the rollout `hf`."""
+
 _provided: ContextVar[Mapping[str, Any]] = ContextVar("hpo_verl_extras", default={})  # noqa: B039
 
 

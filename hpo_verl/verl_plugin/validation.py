@@ -13,8 +13,10 @@ from hpo_verl.algorithms.registry import ESTIMATORS, LOSSES, OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.advantages import (
     OUR_MODES,
+    needs,
     normalizes_by_std,
     read_settings,
+    token_temperature,
     trainer_modes,
     weight_in_front,
 )
@@ -55,7 +57,10 @@ def check_algorithm(config: DictConfig) -> list[str]:
         read_settings(estimator, algorithm)
         normalizes_by_std(algorithm)
         warnings += _check_composition(estimator, loss, config)
-        if estimator.temperatures is not None:
+        by_token = token_temperature(estimator, algorithm, {}) is not None
+        if by_token:
+            _check_token_temperature(estimator, config)
+        if estimator.temperatures is not None or by_token:
             _check_temperatures(estimator, config)
         if estimator.check is not None:
             estimator.check(config)
@@ -169,7 +174,9 @@ def _check_entropy(
     estimator: Estimator | None, loss: Loss | None, algorithm: Mapping[str, Any]
 ) -> None:
     """Refuse to skip verl's pass that computes the entropies which the algorithm needs."""
-    needed = (estimator and "entropy" in estimator.needs) or (loss and loss.token_fields)
+    needed = (estimator and "entropy" in needs(estimator, algorithm)) or (
+        loss and loss.token_fields
+    )
     correction = algorithm.get("rollout_correction", None)
     if needed and correction and correction.get("bypass_mode", False):
         raise ConfigError(
@@ -195,6 +202,15 @@ def _check_temperatures(estimator: Estimator, config: DictConfig) -> None:
                 f"algorithm.rollout_correction.{name} = {correction[name]!r}: {who}, which it "
                 "would correct; must be null"
             )
+
+
+def _check_token_temperature(estimator: Estimator, config: DictConfig) -> None:
+    """Refuse a rollout that takes one temperature for all tokens of a response."""
+    if (name := config["actor_rollout_ref"]["rollout"]["name"]) != "hf":
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.name = {name!r}: algorithm.{estimator.section} asks for a "
+            "temperature per token, which vLLM has not; must be hf"
+        )
 
 
 def _check_engine(loss: Loss, config: DictConfig) -> None:

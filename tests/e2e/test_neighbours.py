@@ -24,8 +24,8 @@ SHOWN = {
     "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
 
-# Further settings: of one whose bounds follow the learning rate, and of one that follows
-# validations, and reads three rewards.
+# Further settings: of one whose bounds follow the learning rate, of one with a temperature per
+# token, and of one that follows validations, and reads three rewards.
 SETTINGS = {
     # The recipe's bounds belong to a learning rate of 1.5e-5; this leaves out a few tokens.
     "capo": [
@@ -33,6 +33,7 @@ SETTINGS = {
         "actor_rollout_ref.actor.policy_loss.hessian_high=1.0",
         "actor_rollout_ref.actor.policy_loss.fisher_high=2e-4",
     ],
+    "hapo": ["algorithm.hapo.temperature_scale=0.1"],
     "hypervolume": [
         "algorithm.hypervolume.rewards=[acc,format,brevity]",
         "algorithm.hypervolume.weights=[0.5,0.25,0.25]",

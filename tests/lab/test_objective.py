@@ -112,6 +112,7 @@ def test_token_fields_are_made_of_the_whole_batch():
         ("hpo", {f"{ACTOR}.policy_loss.loss_mode": "nothing"}, "Unsupported loss mode: nothing"),
         ("hpo", {"algorithm.adv_estimator": "gae"}, "values"),
         ("grpo", {f"{ACTOR}.grad_clip": 0.5}, "grad_clip, which the lab does not read"),
+        ("hapo", {"algorithm.hapo.temperature_scale": 0.1}, "per token, which the lab does not"),
         ("capo", {}, "reads the head of the model, which the lab does not catch"),
     ],
 )

@@ -18,7 +18,14 @@ from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import Estimate, needs, penalizes, read_settings, reward_names
+from hpo_verl.verl_plugin.advantages import (
+    Estimate,
+    needs,
+    penalizes,
+    read_settings,
+    reward_names,
+    token_temperature,
+)
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, group_codes, joined, make_rollout
@@ -150,7 +157,8 @@ class AlgorithmStep(PromptHistoryTrainer):
             fields += ["rm_scores"]
             if estimator.advantage is None:
                 fields += ["token_level_rewards"]
-        fields += [field for name, field in TOKEN_VALUES.items() if name in estimator.needs]
+        wanted = needs(estimator, self.config.algorithm)
+        fields += [field for name, field in TOKEN_VALUES.items() if name in wanted]
         if reward_names(estimator, self.config.algorithm):
             fields += ["extra_fields"]
         if loss is not None and loss.token_fields:
@@ -205,13 +213,16 @@ class AlgorithmStep(PromptHistoryTrainer):
         return batch
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
+        from verl.utils import tensordict_utils as tu
+
         estimator, _ = self._selected()
         if estimator.temperatures is not None:
-            from verl.utils import tensordict_utils as tu
-
             settings = read_settings(estimator, self.config.algorithm)
             factors = [*estimator.temperatures(self.memory, settings)]
             tu.assign_non_tensor_data(batch, extras.TEMPERATURES, json.dumps(factors))
+        by_token = token_temperature(estimator, self.config.algorithm, self.memory)
+        if by_token is not None:
+            tu.assign_non_tensor_data(batch, extras.TEMPERATURE_RULE, json.dumps(by_token))
         return super()._submit_batch_to_rollout(batch)
 
     def _val_metrics_update(
@@ -243,7 +254,7 @@ class AlgorithmStep(PromptHistoryTrainer):
         found = self._scores(data)
         wanted = needs(estimator, self.config.algorithm)
         for name, field in TOKEN_VALUES.items():
-            if name in estimator.needs:
+            if name in wanted:
                 found[name] = data[field].to_padded_tensor(0.0)
         if names := reward_names(estimator, self.config.algorithm):
             found |= named_rewards(data.pop("extra_fields").tolist(), names)
