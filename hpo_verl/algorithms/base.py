@@ -13,7 +13,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hpo_verl.core.rollout import Advantages, Rollout, TokenBatch
+from hpo_verl.core.rollout import (
+    Advantages,
+    HeadOptimizer,
+    HeadTokens,
+    Rollout,
+    TokenBatch,
+    TokenTemperature,
+)
 from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 from hpo_verl.errors import ConfigError
 
@@ -119,6 +126,8 @@ class Estimator:
         temperatures: From the memory of the last step and the settings to factors on the sampling
             temperature of a prompt's first responses; the others are sampled at factor 1.
         openings: From the settings to the openings of a prompt's first responses.
+        token_temperature: From the memory of the last step and the settings to a rule for the
+            temperature of every token; None where the settings ask for none.
         history: Makes what is kept of every prompt, from their number and the settings. Prompts
             are then drawn by it, one response each.
         weight: Its weight by sign, where others can have it in front.
@@ -138,6 +147,7 @@ class Estimator:
     check: Callable[[Mapping[str, Any]], None] | None = None
     temperatures: Callable[[Mapping[str, float], Any], Sequence[float]] | None = None
     openings: Callable[[Any], Sequence[Opening]] | None = None
+    token_temperature: Callable[[Mapping[str, Any], Any], TokenTemperature | None] | None = None
     history: Callable[[int, Any], PromptHistory] | None = None
     weight: SignWeight | None = None
     validated: Callable[[Mapping[str, Any], Mapping[str, float], Any], Mapping[str, Any]] | None = (
@@ -164,6 +174,20 @@ class MiniBatchSums:
 
 
 @dataclass(frozen=True)
+class HeadFields:
+    """Fields of the tokens that a loss reads, made in the workers where the head is computed.
+
+    Attributes:
+        names: Of the fields; the mean of each over live tokens is logged as `actor/<name>`.
+        make: From some tokens, the optimizer and the settings to the fields by name, `[tokens]`.
+            They are 0 at tokens without an advantage.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[[HeadTokens, HeadOptimizer, Any], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class Loss:
     """A loss per token.
 
@@ -184,6 +208,7 @@ class Loss:
         token_fields: Made on the driver for the whole rollout batch, by name, from the entropies
             (nats, `[batch, response]`), the mask (bool) and the settings; None for a field that
             the estimator gives.
+        head_fields: What it needs of the head of the model.
         mini_batch_sums: What it needs of the whole mini-batch.
         entropy_penalty: From the entropies of a micro-batch (nats, `[batch, response]`, with their
             graph), its mask (bool), its token fields and the settings to what is taken off each
@@ -204,11 +229,17 @@ class Loss:
     token_fields: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None] = (
         field(default_factory=dict)
     )
+    head_fields: HeadFields | None = None
     mini_batch_sums: MiniBatchSums | None = None
     entropy_penalty: (
         Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], Any], torch.Tensor] | None
     ) = None
     kl_weight: str = ""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of all fields that it reads of every token."""
+        return (*self.token_fields, *(self.head_fields.names if self.head_fields else ()))
 
 
 def clipped_loss(batch: TokenBatch, settings: object) -> TokenLoss:

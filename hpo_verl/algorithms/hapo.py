@@ -20,13 +20,20 @@ advantage grows and their upper bound widens, against the paper's text. The text
 is the default; `repo_compatible` gives the other sign, and the neutral zone of
 the public code, halfway to the adapted bounds e_low' and e_high'.
 
-Left out: the paper's sampling temperature per token, T (1 + tau h_t), which the
-public code obtains by patching vLLM's sampler. Its dual clip is `clip_ratio_c` = 10.
+A token is sampled at the temperature T (1 + tau h_t), with Q and the extremes of the
+last step, which checkpoints keep; at T in the first one. It takes the rollout `hf`:
+the public code patches vLLM's sampler. So tau is 0 by default; the paper's is 0.1, the
+code's 0.05. Decided here: H is that at T, as in verl's old-policy pass; h is bounded to
+[-1, 1], as in the code; the ratio's old policy is that at T, not the one that sampled.
+
+The public code's dual clip is `clip_ratio_c` = 10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,23 +45,38 @@ from hpo_verl.core.surrogate import TokenLoss, clipped_surrogate
 DEVIATION = "entropy_deviation"
 """The field with h of every token."""
 
+LOG_ENTROPY = "hapo_log_entropy"
+"""In the memory: the quantile and the extremes of the last step's log entropies."""
+
 SMALLEST_ENTROPY = 1e-8
 """In nats; smaller entropies count as this much, so that their logarithm is finite."""
 
 
 @dataclass(frozen=True)
 class HAPOAdvantageSettings:
-    """Settings of the token-level group average, under `algorithm.hapo`.
+    """Settings of the token-level group average and of sampling, under `algorithm.hapo`.
 
     Attributes:
         advantage_limit: A group with an |A| of at least this gets GRPO's advantage; above 0.
+        temperature_scale: Scale tau of the temperature per token, in [0, 0.9]; 0 switches it off.
+        temperature_pivot: Quantile of log entropy where the temperature is the rollout's, in
+            [0, 1].
     """
 
     advantage_limit: float = 5.0
+    temperature_scale: float = 0.0
+    temperature_pivot: float = 0.8
 
     def __post_init__(self) -> None:
-        key = "algorithm.hapo.advantage_limit"
-        require_number(key, self.advantage_limit, 0.0, open_low=True)
+        path = "algorithm.hapo"
+        require_number(f"{path}.advantage_limit", self.advantage_limit, 0.0, open_low=True)
+        require_number(f"{path}.temperature_scale", self.temperature_scale, 0.0, 0.9)
+        require_number(f"{path}.temperature_pivot", self.temperature_pivot, 0.0, 1.0)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a temperature per token needs."""
+        return ("entropy",) if self.temperature_scale else ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,32 @@ def token_group_advantages(
 
     largest = zeros.scatter_reduce(0, codes, advantages.abs(), "amax")
     beyond = (largest >= settings.advantage_limit).index_select(0, codes)
-    return base.Advantages(torch.where(beyond, grpo.advantages, advantages))
+    found = base.Advantages(torch.where(beyond, grpo.advantages, advantages))
+    if not settings.temperature_scale or not rollout.mask.any():
+        return found
+    entropies = log_entropies(rollout.extras["entropy"], rollout.mask, settings.temperature_pivot)
+    return found._replace(memory={LOG_ENTROPY: [float(one) for one in entropies[1:]]})
+
+
+def token_temperature(
+    memory: Mapping[str, Any], settings: HAPOAdvantageSettings
+) -> base.TokenTemperature | None:
+    """T (1 + tau h) by the last step's log entropies; T before there are any."""
+    if not settings.temperature_scale:
+        return None
+    pivot, low, high = memory.get(LOG_ENTROPY, (0.0, 0.0, 0.0))
+    return base.TokenTemperature(settings.temperature_scale, pivot, low, high)
+
+
+def log_entropies(
+    entropy: torch.Tensor, mask: torch.Tensor, pivot: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logarithms of the live tokens' entropies, `[tokens]` float32, of which there is one at least.
+
+    Behind them their quantile, the token whose rank is nearest; the smallest and the largest.
+    """
+    live = entropy[mask].float().clamp(min=SMALLEST_ENTROPY).log()
+    return live, live.kthvalue(1 + round(pivot * (len(live) - 1))).values, live.min(), live.max()
 
 
 def entropy_deviation(
@@ -116,20 +163,16 @@ def entropy_deviation(
 ) -> torch.Tensor:
     """Place the entropy of every token, nats, `[batch, response]`, between the batch's extremes.
 
-    The quantile is the live token whose rank is nearest to `entropy_pivot`.
-
     Returns:
         h in [-1, 1], `[batch, response]` float32; with `repo_compatible` in [0, 1].
         0 at masked tokens, and on a side of the quantile where all tokens lie on it.
     """
     deviation = entropy.new_zeros(entropy.shape, dtype=torch.float32)
-    live = entropy[mask].float().clamp(min=SMALLEST_ENTROPY).log()
-    if len(live):
-        rank = 1 + round(settings.entropy_pivot * (len(live) - 1))
-        distance = live - live.kthvalue(rank).values
-        above, below = distance.max(), -distance.min()
+    if mask.any():
+        live, pivot, low, high = log_entropies(entropy, mask, settings.entropy_pivot)
+        distance = live - pivot
         sign = -1.0 if settings.repo_compatible else 1.0
-        scale = torch.where(distance > 0, above, sign * below)
+        scale = torch.where(distance > 0, high - pivot, sign * (pivot - low))
         # Where a scale is 0 so are the distances on that side.
         deviation[mask] = distance / torch.where(scale == 0, 1.0, scale)
     return deviation
@@ -158,7 +201,13 @@ ALGORITHMS = (
         ("2509.16591",),
         f"{base.CLIP}, A and both bounds adapted to each token's entropy",
         base.TOKEN_MEAN,
-        base.Estimator("hapo", token_group_advantages, HAPOAdvantageSettings, section="hapo"),
+        base.Estimator(
+            "hapo",
+            token_group_advantages,
+            HAPOAdvantageSettings,
+            section="hapo",
+            token_temperature=token_temperature,
+        ),
         base.Loss(
             "hapo",
             hapo_loss,

@@ -36,6 +36,7 @@ MODULES = (
     "hypervolume",
     "ahpo",
     "apo",
+    "capo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

@@ -121,7 +121,7 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     """Estimate the memory taken in each phase of a card of so many GiB."""
     rollout, fsdp = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.fsdp_config
     parameters, trained = size.parameters, trained_parameters(size, config)
-    stored = (2 if str(fsdp.model_dtype) in HALF else 4) / GIB
+    stored = _stored_bytes(config) / GIB
     on_card = 0.0 if fsdp.offload_policy else stored / cards_a_copy(config)
     weights = on_card * (parameters + adapter_parameters(size, config))
     whole = fsdp.use_no_sync_for_gradient_accumulation
@@ -147,6 +147,27 @@ def card_memory(size: ModelSize, config: DictConfig, card: float) -> CardMemory:
     )
 
 
+def _stored_bytes(config: DictConfig) -> int:
+    """Of a value of weights, gradients and moments."""
+    dtype = str(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
+    return 2 if dtype in HALF else 4
+
+
+def _head_moments(size: ModelSize, config: DictConfig) -> float:
+    """Adam's moments of the output matrix, GiB, where a loss has them whole on every card.
+
+    A card that shares with no other has no second copy of them.
+    """
+    if cards_a_copy(config) == 1:
+        return 0.0
+    from hpo_verl.algorithms.registry import LOSSES
+
+    loss = LOSSES.get(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    if loss is None or loss.head_fields is None:
+        return 0.0
+    return 2 * _stored_bytes(config) * size.vocabulary * size.hidden_size / GIB
+
+
 def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[float, float]:
     """The two peaks of the backward pass, GiB; `width` is the bytes of a value.
 
@@ -163,7 +184,7 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
           gradient and one layer that is fetched ahead: the larger of the two counts.
         - layer: beside what the layers keep, the work on the last one, the matrix with
           its gradient, and three times a layer: itself, its gradient, the next one.
-        What is frozen has no gradient in either.
+        What is frozen has no gradient in either. Both have what a loss reads of the head.
     """
     tokens, copies = tokens_at_once(config), _logits_copies(config, width)
     hidden, middle, vocabulary = size.hidden_size, size.intermediate_size, size.vocabulary
@@ -185,7 +206,8 @@ def _backward_moments(size: ModelSize, config: DictConfig, width: int) -> tuple[
     more = max(matrix + layer, (copies - 1) * tokens * vocabulary)
     loss_values = tokens * (kept + 5 * hidden + vocabulary) + more
     layer_values = tokens * (kept + work) + matrix + (3 - frozen) * layer
-    return width * loss_values / GIB, width * layer_values / GIB
+    head = _head_moments(size, config)
+    return head + width * loss_values / GIB, head + width * layer_values / GIB
 
 
 def _logits_copies(config: DictConfig, width: int) -> int:

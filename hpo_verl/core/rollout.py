@@ -1,4 +1,4 @@
-"""What an estimator of advantages reads and returns, and what a loss per token reads."""
+"""What an estimator of advantages reads and returns, and what a loss per token is made of."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class TokenBatch(NamedTuple):
         mask: Bool, `[batch, response]`.
         old_log_prob: Under the policy that sampled, nats, `[batch, response]`.
         clip_range: `clip_ratio_low` and `clip_ratio_high`, where `Loss.clips`.
-        extras: The loss's `token_fields` by name, `[batch, response]`; and `mini_batch`, the
-            result of its `mini_batch_sums`.
+        extras: The loss's `fields` by name, `[batch, response]`; and `mini_batch`, the result of
+            its `mini_batch_sums`.
         clip_ratio_c: Largest ratio of tokens with a negative advantage, where `Loss.dual_clips`.
     """
 
@@ -127,3 +127,59 @@ class TokenBatch(NamedTuple):
     clip_range: tuple[float, float] = (0.0, 0.0)
     extras: Mapping[str, Any] = {}
     clip_ratio_c: float = math.inf
+
+
+class HeadOptimizer(NamedTuple):
+    """Adam's next step on the weights of a model's head, but for the gradient.
+
+    Attributes:
+        lr: Learning rate.
+        betas: Decay of both averages.
+        epsilon: Added to the root of the second one.
+        steps: Steps made so far.
+        moments: The averages, without a correction, of the gradient of the loss and of its
+            square, `[vocabulary, hidden]` each; None before the first step.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    epsilon: float
+    steps: int
+    moments: tuple[torch.Tensor, torch.Tensor] | None
+
+
+class HeadTokens(NamedTuple):
+    """Tokens with an advantage, where the head of the model predicts them; without a graph.
+
+    Attributes:
+        hidden: What the head multiplies its weights by, over the temperature of sampling,
+            `[tokens, hidden]`.
+        logits: Over the temperature, `[tokens, vocabulary]`.
+        tokens: Those that were sampled, `[tokens]` int64.
+        advantages: `[tokens]`, none of them 0.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    advantages: torch.Tensor
+
+
+class TokenTemperature(NamedTuple):
+    """A temperature for every token, by the entropy H (nats) of the policy before it is drawn.
+
+    T (1 + scale h), where h in [-1, 1] is log H - pivot, divided by high - pivot above the pivot
+    and by pivot - low below; 0 where that divisor is 0. T is the temperature of the request, at
+    which H is taken, too.
+
+    Attributes:
+        scale: In [0, 1).
+        pivot: Logarithm of an entropy where h is 0.
+        low: Logarithm of an entropy where h is -1.
+        high: Logarithm of an entropy where h is 1.
+    """
+
+    scale: float
+    pivot: float
+    low: float
+    high: float

@@ -26,7 +26,13 @@ from hpo_verl.core.statistics import token_sums
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.tasks import Task
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import Estimate, needs, read_settings, reward_names
+from hpo_verl.verl_plugin.advantages import (
+    Estimate,
+    needs,
+    read_settings,
+    reward_names,
+    token_temperature,
+)
 from hpo_verl.verl_plugin.engine.actor_loss import added_kl, entropy_penalty
 from hpo_verl.verl_plugin.losses import loss_settings, prepare
 from hpo_verl.verl_plugin.trainer.algorithm_step import step_statistics
@@ -299,12 +305,16 @@ def _composed(
     try:
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         objective = Objective(config.algorithm, actor)
+        if objective.loss.head_fields is not None:
+            raise ConfigError("its loss reads the head of the model, which the lab does not catch")
         weights = [one.section for one in ESTIMATORS.values() if one.weight]
         sections = (objective.estimator.section, *weights)
         read = (*_READ, *(f"algorithm.{section}" for section in sections))
         for key in (*dict(changes), *dict(leaves(OmegaConf.to_container(own)))):
             if not key.lstrip("+").startswith(read):
                 raise ConfigError(f"sets {key}, which the lab does not read yet")
+        if token_temperature(objective.estimator, objective.section, {}) is not None:
+            raise ConfigError("asks for a temperature per token, which the lab does not sample at")
         if (check := objective.estimator.check) is not None:
             check(config)
         _try(objective)

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpo_verl.algorithms.base import REWARD, Advantages, Estimator, Rollout, SignWeight
+from hpo_verl.algorithms.base import (
+    REWARD,
+    Advantages,
+    Estimator,
+    Rollout,
+    SignWeight,
+    TokenTemperature,
+)
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.core.masking import require_finite
 from hpo_verl.core.settings import parse_settings, require_flag
@@ -103,6 +110,15 @@ def needs(estimator: Estimator, config: Mapping[str, Any] | None) -> tuple[str, 
     return (*estimator.needs, *(name for one in given for name in getattr(one, "needs", ())))
 
 
+def token_temperature(
+    estimator: Estimator, config: Mapping[str, Any] | None, memory: Mapping[str, Any]
+) -> TokenTemperature | None:
+    """The rule for the temperature of every token after a step that left this memory, if any."""
+    if estimator.token_temperature is None:
+        return None
+    return estimator.token_temperature(memory, read_settings(estimator, config))
+
+
 def reward_names(estimator: Estimator, config: Mapping[str, Any] | None) -> list[str]:
     """Names under which the reward function must return numbers for the estimator."""
     return [name.removeprefix(REWARD) for name in filter(is_reward, needs(estimator, config))]
@@ -121,9 +137,10 @@ def trainer_modes(estimator: Estimator, config: Mapping[str, Any] | None) -> tup
     `config` is verl's `algorithm` section: with a KL penalty in the rewards, an estimator of ours
     needs the scores too, for signs and spread.
     """
+    by_token = token_temperature(estimator, config, {}) is not None
     # In the others prompts are drawn and submitted long before the last step is known, and a
     # response must say which weights sampled it.
-    if any((estimator.history, estimator.temperatures, estimator.openings)):
+    if any((estimator.history, estimator.temperatures, estimator.openings, by_token)):
         return OUR_MODES[:1]
     needs_scores = estimator.advantage is not None and penalizes(config)
     return OUR_MODES if needs(estimator, config) or needs_scores else ()

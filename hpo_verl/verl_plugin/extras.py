@@ -41,6 +41,10 @@ OPENINGS = "hpo_openings"
 OPENING = "opening"
 """Number of each output's opening, `[batch]` int64; also its name among verl's `extra_fields`."""
 
+TEMPERATURE_RULE = "hpo_temperature_rule"
+"""Column of a training prompt: JSON, the entries of a `TokenTemperature`; and their name among the
+sampling parameters of the rollout `hf`."""
+
 _provided: ContextVar[Mapping[str, Any]] = ContextVar("hpo_verl_extras", default={})  # noqa: B039
 
 

@@ -108,8 +108,11 @@ def selected_loss(policy_loss: Any) -> Loss | None:
 def _token_extras(loss: Loss, mask: torch.Tensor) -> dict[str, Any]:
     """Take what a loss needs beyond verl's arguments from the channel, checked and masked."""
     who, found = f"policy_loss.loss_mode = {loss.name!r}", {}
-    for name in loss.token_fields:
-        source = "the tokens' entropies: a trainer.v1.trainer_mode of ours, hpo_sync for example"
+    mode = "a trainer.v1.trainer_mode of ours, hpo_sync for example"
+    for name in loss.fields:
+        source = f"the tokens' entropies: {mode}"
+        if name not in loss.token_fields:
+            source = f"the model's head: {mode}, and {ENGINE_VENDOR} = {VENDOR} for the workers"
         values = extras.require(name, who, source)
         _require_shape(name, values, mask)
         require_finite(name, values, mask)

@@ -13,8 +13,10 @@ from hpo_verl.algorithms.registry import ESTIMATORS, LOSSES, OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.advantages import (
     OUR_MODES,
+    needs,
     normalizes_by_std,
     read_settings,
+    token_temperature,
     trainer_modes,
     weight_in_front,
 )
@@ -55,14 +57,19 @@ def check_algorithm(config: DictConfig) -> list[str]:
         read_settings(estimator, algorithm)
         normalizes_by_std(algorithm)
         warnings += _check_composition(estimator, loss, config)
-        if estimator.temperatures is not None or estimator.openings is not None:
+        by_token = token_temperature(estimator, algorithm, {}) is not None
+        if by_token:
+            _check_token_temperature(estimator, config)
+        if by_token or estimator.temperatures is not None or estimator.openings is not None:
             _check_samples(estimator, config)
         if estimator.check is not None:
             estimator.check(config)
     _check_sections(str(algorithm.get("adv_estimator")), algorithm)
     _check_entropy(estimator, loss, algorithm)
-    if loss is not None and loss.mini_batch_sums is not None:
+    if loss is not None and (loss.mini_batch_sums is not None or loss.head_fields is not None):
         _check_engine(loss, config)
+    if loss is not None and loss.head_fields is not None:
+        _check_head(loss, config)
     return warnings
 
 
@@ -167,7 +174,9 @@ def _check_entropy(
     estimator: Estimator | None, loss: Loss | None, algorithm: Mapping[str, Any]
 ) -> None:
     """Refuse to skip verl's pass that computes the entropies which the algorithm needs."""
-    needed = (estimator and "entropy" in estimator.needs) or (loss and loss.token_fields)
+    needed = (estimator and "entropy" in needs(estimator, algorithm)) or (
+        loss and loss.token_fields
+    )
     correction = algorithm.get("rollout_correction", None)
     if needed and correction and correction.get("bypass_mode", False):
         raise ConfigError(
@@ -212,8 +221,17 @@ def _check_samples(estimator: Estimator, config: DictConfig) -> None:
             raise ConfigError(f"actor_rollout_ref.rollout.{key} = True: {who}; must be false")
 
 
+def _check_token_temperature(estimator: Estimator, config: DictConfig) -> None:
+    """Refuse a rollout that takes one temperature for all tokens of a response."""
+    if (name := config["actor_rollout_ref"]["rollout"]["name"]) != "hf":
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.name = {name!r}: algorithm.{estimator.section} asks for a "
+            "temperature per token, which vLLM has not; must be hf"
+        )
+
+
 def _check_engine(loss: Loss, config: DictConfig) -> None:
-    """Refuse a loss that reads sums over mini-batches where verl would select another engine."""
+    """Refuse a loss that needs an engine of ours where verl would select another."""
     who = f"policy_loss.loss_mode = {loss.name!r}"
     strategy = config["actor_rollout_ref"]["actor"].get("strategy", None)
     if strategy not in STRATEGIES:
@@ -232,6 +250,31 @@ def _check_engine(loss: Loss, config: DictConfig) -> None:
         )
 
 
+def _check_head(loss: Loss, config: DictConfig) -> None:
+    """Refuse what hides the head of the model, or Adam's averages for it, from the engine."""
+    for key, default, permitted in (
+        ("actor.strategy", None, ("fsdp2",)),
+        ("actor.optim.optimizer", "AdamW", ("AdamW", "Adam")),
+        ("actor.optim.optimizer_impl", "torch.optim", ("torch.optim",)),
+        ("actor.fsdp_config.offload_policy", False, (False,)),
+        ("actor.ulysses_sequence_parallel_size", 1, (1,)),
+        ("actor.fsdp_config.ulysses_sequence_parallel_size", 1, (1,)),
+        ("model.use_fused_kernels", False, (False,)),
+        ("model.lora_rank", 0, (0,)),
+    ):
+        value: Any = config["actor_rollout_ref"]
+        *sections, name = key.split(".")
+        for section in sections:
+            value = value.get(section) or {}
+        value = value.get(name, default)
+        if value not in permitted:
+            raise ConfigError(
+                f"actor_rollout_ref.{key} = {value!r}: policy_loss.loss_mode = {loss.name!r} reads "
+                "logits, and Adam's averages for the model's head; must be "
+                + " or ".join(map(str, permitted))
+            )
+
+
 def check_trainer_mode(config: DictConfig) -> None:
     """Refuse, by a ConfigError, a trainer that lacks what the estimator or loss needs."""
     estimator = ESTIMATORS.get(str(config["algorithm"].get("adv_estimator")))
@@ -243,7 +286,7 @@ def check_trainer_mode(config: DictConfig) -> None:
             estimator,
             trainer_modes(estimator, config["algorithm"]) if estimator else (),
         ),
-        (f"{ACTOR}.policy_loss.loss_mode", loss, OUR_MODES if loss and loss.token_fields else ()),
+        (f"{ACTOR}.policy_loss.loss_mode", loss, OUR_MODES if loss and loss.fields else ()),
     ):
         if record is not None and modes and mode not in modes:
             raise ConfigError(

@@ -102,7 +102,7 @@ def token_batch(loss, settings):
     old = -torch.rand(16, 16, generator=generator, dtype=torch.float64)
     fields = {
         name: (2 * torch.rand(16, 16, generator=generator, dtype=torch.float64) - 1) * mask
-        for name in loss.token_fields
+        for name in loss.fields
     }
     batch = TokenBatch(log_ratio * mask, advantages * mask, mask, old * mask, (0.2, 0.3), fields)
     if loss.mini_batch_sums is not None:
@@ -183,7 +183,12 @@ def test_a_loss_is_proportional_or_says_what_it_does():
     for loss in LOSSES.values():
         assert loss.proportional or loss.caveat
         assert not (loss.proportional and loss.selects)
-    assert {n for n, loss in LOSSES.items() if loss.selects} == {"bapo", "clip_cov", "kl_cov"}
+    assert {n for n, loss in LOSSES.items() if loss.selects} == {
+        "bapo",
+        "capo",
+        "clip_cov",
+        "kl_cov",
+    }
 
 
 def test_every_estimator_that_is_not_verls_has_a_section_of_settings():
@@ -314,7 +319,7 @@ def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
     ]
     papers = {paper[1:11] for _, paper, _, _ in rows}
     assert papers == {
-        "2510.14545", "2510.00819", "2511.07327", "2509.11452", "2407.00617",
+        "2510.14545", "2511.07327", "2509.11452", "2407.00617",
     }  # fmt: skip
     assert all(official.startswith(("yes", "no", "partly: ")) for *_, official in rows)
     assert "(other-systems.md)" in (PAGES / "algorithms.md").read_text()

@@ -97,6 +97,19 @@ def test_cards_share_weights_gradients_and_moments(config):
     assert isclose(card_memory(QWEN_7B, grouped, 80.0).weights, one.weights / 4)
 
 
+@pytest.mark.parametrize(("hardware", "copies"), [("1gpu", 0), ("8gpu", 1)])
+def test_a_loss_that_reads_the_head_has_its_moments_whole_on_each_card(config, hardware, copies):
+    mode = f"{ACTOR}.policy_loss.loss_mode"
+    plain, reading = (
+        card_memory(QWEN_7B, config({mode: name}, hardware), 80.0) for name in ("vanilla", "capo")
+    )
+    # Two of 152,064 x 3,584, in float32.
+    more = copies * 8 * 152_064 * 3584 / GIB
+    assert isclose(reading.loss, plain.loss + more)
+    assert isclose(reading.layer, plain.layer + more)
+    assert isclose(reading.update, plain.update + more)
+
+
 def test_offloading_takes_them_off_the_card(config):
     fsdp = f"{ACTOR}.fsdp_config"
     waiting = card_memory(

@@ -5,7 +5,7 @@ Rank 0 first trains one mini-batch alone, padded and with torch's attention, in 
 else is packed, through flash attention and its cross-entropy, as on GPUs: rank 0 alone in 1, 2
 and 8 micro-batches and in those that fit a number of tokens; then both ranks together, half of
 the mini-batch each; last with a copy of the weights each. Gradients, statistics and what the
-model returned are written to the folder.
+model returned are written to the folder. Adam has made a step of length 0 before, for its moments.
 """
 
 import os
@@ -20,6 +20,8 @@ from hpo_verl.algorithms.registry import LOSSES
 
 TOKENS = 24
 """How many fit into a micro-batch of dynamic size; the longest two sequences are 12 tokens."""
+LR, FISHER = 0.01, 0.014
+"""Length of the step that CAPO asks about, which is never made, and a bound that some reach."""
 PADDED = {"use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}
 # verl's own values, for the model of a test in float32.
 PACKED = {"use_remove_padding": True, "override_config": {}}
@@ -119,7 +121,6 @@ def make_engine(model_path, lr=0.0, path=None, fsdp_size=-1, **model):
 def train(model_path, rank, world, packed=True):
     """Return gradients, sums of statistics and clip bounds for every loss and split."""
     from verl.utils.metric import Metric
-    from verl.workers.config import ActorConfig, PolicyLossConfig
 
     from hpo_verl.algorithms.registry import OUR_LOSSES
     from hpo_verl.verl_plugin.config import SECTIONS
@@ -132,20 +133,17 @@ def train(model_path, rank, world, packed=True):
     splits = {parts * world: share // parts for parts in (1, 2, 8 // world)}
     splits = splits | {"tokens": None} if packed else {1: 8}
     results = {"outputs": outputs(engine, mini_batch(rows, None, packed))}
-    # A share that the upper bound reaches on its way.
-    special = {"bapo": SECTIONS["bapo"](positive_share=0.77, clip_high_start=1.0)}
+    special = {
+        # A share that the upper bound reaches on its way.
+        "bapo": SECTIONS["bapo"](positive_share=0.77, clip_high_start=1.0),
+        # Bounds for the step that Adam would make.
+        "capo": SECTIONS["capo"](hessian_low=-1.0, hessian_high=1.0, fisher_high=FISHER),
+    }
+    with_moments(engine, mini_batch(rows, None, packed))
     for loss, record in OUR_LOSSES.items():
         for mode in record.aggregations:
             for name, size in splits.items():
-                config = ActorConfig(
-                    strategy="fsdp2",
-                    rollout_n=1,
-                    ppo_micro_batch_size_per_gpu=1,
-                    loss_agg_mode=mode,
-                    # Without one verl takes the width of the micro-batch.
-                    loss_scale_factor=7,
-                    policy_loss=special.get(loss, PolicyLossConfig(loss_mode=loss)),
-                )
+                config = actor_config(special.get(loss, loss), mode)
                 with engine.train_mode():
                     engine.optimizer_zero_grad()
                     output = engine.forward_backward_batch(
@@ -165,10 +163,38 @@ def train(model_path, rank, world, packed=True):
                     bounds = {
                         key: value
                         for key, value in output["metrics"].items()
-                        if key.startswith("actor/bapo_")
+                        if key.startswith(("actor/bapo_", "actor/curvature_"))
                     }
                     results[loss, mode, name] = (gradients(engine), sums, bounds)
     return results | {"calls": calls()}
+
+
+def actor_config(policy_loss="hpo", mode="token-mean"):
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    if isinstance(policy_loss, str):
+        policy_loss = PolicyLossConfig(loss_mode=policy_loss)
+    return ActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        loss_agg_mode=mode,
+        # Without one verl takes the width of the micro-batch.
+        loss_scale_factor=7,
+        policy_loss=policy_loss,
+    )
+
+
+def with_moments(engine, data):
+    """Let Adam see a gradient in a step of length 0, and then have a length."""
+    from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
+
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        engine.forward_backward_batch(data, partial(loss_with_statistics, config=actor_config()))
+        engine.optimizer.step()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = LR
 
 
 def outputs(engine, data):
@@ -190,23 +216,14 @@ def calls():
 
 def train_copies(model_path, rank):
     """Mesh, gradients and their norm where each of the two ranks has a copy of its own."""
-    from verl.workers.config import ActorConfig, PolicyLossConfig
-
     from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
 
     engine = make_engine(model_path, fsdp_size=1)
-    config = ActorConfig(
-        strategy="fsdp2",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        loss_agg_mode="token-mean",
-        policy_loss=PolicyLossConfig(loss_mode="hpo"),
-    )
     with engine.train_mode():
         engine.optimizer_zero_grad()
         engine.forward_backward_batch(
             mini_batch(range(4 * rank, 4 * rank + 4), 2),
-            partial(loss_with_statistics, config=config),
+            partial(loss_with_statistics, config=actor_config()),
         )
         found, norm = gradients(engine), engine.optimizer_step()
     mesh = engine.module.lm_head.weight.device_mesh

@@ -79,6 +79,17 @@ def test_the_clip_bounds_of_bapo_are_those_of_the_whole_mini_batch(results):
     assert results[0]["hpo", "token-mean", 1][2] == {}
 
 
+def test_capo_leaves_out_the_same_tokens_whatever_the_split(results):
+    """Tied weights: Adam's moments are those of head and embedding, sharded over the ranks."""
+    expected = results[0]["capo", "seq-mean-token-mean", 1][2]
+    assert set(expected) == {f"actor/curvature_{one}" for one in ("masked", "hessian", "fisher")}
+    assert 0.1 < expected["actor/curvature_masked"][0] < 0.9
+    for ranks, parts in SPLITS:
+        split = results[ranks]["capo", "seq-mean-token-mean", parts][2]
+        for key, values in expected.items():
+            assert split[key] == pytest.approx(values, rel=1e-4), key
+
+
 def test_machines_with_a_copy_each_have_the_gradients_of_one(folder, results):
     """`fsdp_size` below the number of ranks, as in hardware=2x8gpu."""
     expected, _, _ = results[0]["hpo", "token-mean", 1]

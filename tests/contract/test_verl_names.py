@@ -91,6 +91,9 @@ SIGNATURES = {
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.forward_backward_batch": (
         "self data loss_function forward_only="
     ),
+    "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.prepare_model_outputs": (
+        "self output output_args micro_batch logits_processor_func"
+    ),
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine._merged_lora_per_tensor_param": "self",
     "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_step": "self",
     "verl.utils.fsdp_utils:merged_lora_context": "actor backup_adapters=",

@@ -12,8 +12,12 @@ from hpo_verl.lab import warm_start
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.settings import read_study, warm_start_versions
 
-# The lab gives no response its beginning.
-IN_LAB = {name: one for name, one in ALGORITHMS.items() if one.estimator.openings is None}
+# The lab gives no response its beginning, and a loss nothing of the model's head.
+IN_LAB = {
+    name: one
+    for name, one in ALGORITHMS.items()
+    if one.estimator.openings is None and one.loss.head_fields is None
+}
 END, PAD = 0, 1
 QUICK = [
     "seeds=2", "training.steps=2", "training.prompts_per_step=4", "training.mini_batches=2",

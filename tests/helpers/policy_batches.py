@@ -63,7 +63,7 @@ def provided_to(name, config, batch):
         batch[key].detach() for key in ("log_prob", "old_log_prob", "advantages")
     )
     # Some function of the token with values in [-1, 1], NaN where the token's are.
-    found = {field: torch.sin(7 * old.float()) for field in record.token_fields}
+    found = {field: torch.sin(7 * old.float()) for field in record.fields}
     sums = record.mini_batch_sums
     if sums is not None and len({t.shape for t in (log_prob, old, advantages, mask)}) > 1:
         found[extras.MINI_BATCH] = sums.kind(0.8, 1.2, 0.5)

@@ -27,9 +27,7 @@ def test_every_algorithm_is_read_from_its_recipe(name):
 
 
 def test_what_the_lab_does_not_sample_is_refused_by_name():
-    others = {*ALGORITHMS} - {*IN_LAB}
-    assert others == {name for name, one in OUR_ESTIMATORS.items() if one.openings}
-    for name in others:
+    for name in (name for name, one in OUR_ESTIMATORS.items() if one.openings):
         with pytest.raises(ConfigError, match=r"the lab's task has no opening$"):
             read(name)
 
@@ -120,6 +118,8 @@ def test_token_fields_are_made_of_the_whole_batch():
         ("hpo", {f"{ACTOR}.policy_loss.loss_mode": "nothing"}, "Unsupported loss mode: nothing"),
         ("hpo", {"algorithm.adv_estimator": "gae"}, "values"),
         ("grpo", {f"{ACTOR}.grad_clip": 0.5}, "grad_clip, which the lab does not read"),
+        ("hapo", {"algorithm.hapo.temperature_scale": 0.1}, "per token, which the lab does not"),
+        ("capo", {}, "reads the head of the model, which the lab does not catch"),
     ],
 )
 def test_settings_of_an_algorithm_are_checked(name, changes, message):

@@ -56,7 +56,7 @@ def test_verl_finds_the_engine_by_the_vendor_and_its_own_without(monkeypatch):
         ours = EngineRegistry.get_engine_cls("language_model", backend)
         assert issubclass(ours, FSDPEngineWithLMHead)
         assert ours.__name__ == "GuardedEngine"
-        parts = {"AdapterEngine", "MiniBatchEngine"}
+        parts = {"AdapterEngine", "MiniBatchEngine", "HeadEngine"}
         assert parts <= {parent.__name__ for parent in ours.__mro__}
         critic = EngineRegistry.get_engine_cls("value_model", backend)
         monkeypatch.delenv("VERL_ENGINE_VENDOR")

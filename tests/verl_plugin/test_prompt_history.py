@@ -108,6 +108,7 @@ def trainer(monkeypatch):
     result = type("Mode", (AlgorithmStep, Parent), {})
     result = result.__new__(result)
     result.parameter_sync_step, result.local_trigger_step, result._earlier = 1, 0, deque(maxlen=0)
+    result.memory = {}
     result.config = OmegaConf.create(
         {
             "algorithm": {

@@ -13,12 +13,15 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.utils import tensordict_utils as tu
 
 from hpo_verl.algorithms.aepo_entropy import MEASURED
+from hpo_verl.algorithms.base import TokenTemperature
+from hpo_verl.algorithms.hapo import LOG_ENTROPY
 from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.advantages import trainer_modes
+from hpo_verl.verl_plugin.cpu.server import request_from_sampling_params
 from hpo_verl.verl_plugin.estimator_input import joined, make_rollout
-from hpo_verl.verl_plugin.extras import TEMPERATURES
-from hpo_verl.verl_plugin.rollout.agent_loop import SeededSingleTurnAgentLoop
+from hpo_verl.verl_plugin.extras import TEMPERATURE_RULE, TEMPERATURES
+from hpo_verl.verl_plugin.rollout.agent_loop import NAME, SeededSingleTurnAgentLoop
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
 from hpo_verl.verl_plugin.trainer.batches import session_numbers
 from hpo_verl.verl_plugin.validation import check_algorithm
@@ -116,7 +119,53 @@ def test_the_first_samples_of_a_prompt_have_their_factors_on_the_temperature(mon
     assert plain["seed"] == samples[0]["seed"] != samples[1]["seed"]
 
 
+def test_a_rule_for_every_token_goes_from_the_memory_to_the_rollout(monkeypatch):
+    seen = []
+
+    class Parent:
+        def _submit_batch_to_rollout(self, batch):
+            seen.append(batch)
+            return len(batch)
+
+    trainer = object.__new__(type("Mode", (AlgorithmStep, Parent), {}))
+    trainer.config = by_token()
+    trainer.memory = {LOG_ENTROPY: [-1.0, -3.0, 0.5]}
+    trainer._submit_batch_to_rollout(tu.get_tensordict({"a": torch.zeros(3)}))
+    column = tu.get(seen[0], TEMPERATURE_RULE)
+    assert json.loads(column) == [0.1, -1.0, -3.0, 0.5]
+    sample = sampling_of(monkeypatch, 0, **{TEMPERATURE_RULE: column})
+    assert sample[TEMPERATURE_RULE] == [0.1, -1.0, -3.0, 0.5]
+    assert TEMPERATURE_RULE not in sample["columns"]
+    config = SimpleNamespace(max_model_len=None, prompt_length=4, response_length=4, seed=0)
+    sample.pop("columns")
+    request = request_from_sampling_params([1], sample, "id", config)
+    assert request.sampling == (0.5, -1, 1.0, TokenTemperature(0.1, -1.0, -3.0, 0.5))
+    assert TEMPERATURE_RULE not in submitted("hapo", {})
+    assert request_from_sampling_params([1], {}, "id", config).token_temperature is None
+
+
 # ---------------------------------------------------------------- validation
+
+
+def by_token(**rollout):
+    rollout = {"name": "hf", "agent": {"default_agent_loop": NAME}, **rollout}
+    return recipe("hapo", {"hapo": {"temperature_scale": 0.1}}, **rollout)
+
+
+def test_a_temperature_per_token_needs_the_rollout_hf_and_the_synchronous_mode():
+    assert check_algorithm(by_token()) == []
+    assert check_algorithm(recipe("hapo")) == []
+    estimator = ESTIMATORS["hapo"]
+    assert trainer_modes(estimator, by_token().algorithm) == ("hpo_sync",)
+    assert trainer_modes(estimator, recipe("hapo").algorithm) == ()
+    message = (
+        "actor_rollout_ref.rollout.name = 'vllm': algorithm.hapo asks for a temperature per "
+        "token, which vLLM has not; must be hf"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_algorithm(by_token(name="vllm"))
+    with pytest.raises(ConfigError, match="default_agent_loop = 'tool_agent'"):
+        check_algorithm(by_token(agent={"default_agent_loop": "tool_agent"}))
 
 
 def test_the_recipe_is_accepted_and_needs_the_synchronous_mode():

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hpo_verl.algorithms.base import TokenTemperature
 from hpo_verl.core.settings import require_number
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.cpu import attention
@@ -37,6 +38,8 @@ ROW_MULTIPLE = 16
 # Responses enter when this share of a block is free, so that their prompts are read together.
 _FREE_SHARE = 8
 
+Sampling = tuple[float, int, float, TokenTemperature | None]
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -48,6 +51,7 @@ class GenerationRequest:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    token_temperature: TokenTemperature | None = None
 
     def __post_init__(self) -> None:
         require_number("sampling parameter max_tokens", self.max_tokens, 0)
@@ -57,9 +61,9 @@ class GenerationRequest:
             raise ConfigError("sampling parameter prompt_ids: must be at least one token")
 
     @property
-    def sampling(self) -> tuple[float, int, float]:
-        """Temperature, top-k and top-p."""
-        return self.temperature, self.top_k, self.top_p
+    def sampling(self) -> Sampling:
+        """Temperature, top-k, top-p, and a rule for the temperature of every token."""
+        return self.temperature, self.top_k, self.top_p, self.token_temperature
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class _Block:
         self._uniforms = torch.zeros((places, longest), dtype=torch.float64)
         # The live places in order of length, and those of equal settings as part of the order.
         self._live = torch.empty(0, dtype=torch.long)
-        self._settings: list[tuple[tuple[float, int, float], torch.Tensor]] = []
+        self._settings: list[tuple[Sampling, torch.Tensor]] = []
         # The last prompts that were read, and where.
         self._read: dict[tuple[int, ...], tuple[attention.Prompts, int]] = {}
 
@@ -267,7 +271,7 @@ class _Block:
         """Put the live places in order."""
         live = (self._request >= 0).nonzero().squeeze(-1)
         self._live = live[self._before[live].argsort(stable=True)]
-        rows: dict[tuple[float, int, float], list[int]] = {}
+        rows: dict[Sampling, list[int]] = {}
         for row, position in enumerate(self._request[self._live].tolist()):
             rows.setdefault(self._requests[position].sampling, []).append(row)
         self._settings = [(settings, torch.tensor(those)) for settings, those in rows.items()]

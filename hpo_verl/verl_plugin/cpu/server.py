@@ -22,8 +22,10 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
+from hpo_verl.algorithms.base import TokenTemperature
 from hpo_verl.errors import ConfigError, WeightSyncError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
+from hpo_verl.verl_plugin.extras import TEMPERATURE_RULE
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
 from hpo_verl.verl_plugin.rollout.hf_settings import hf_settings
 from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout, within
@@ -32,7 +34,7 @@ from hpo_verl.verl_plugin.rollout.weight_update import weight_update_timeout, wi
 ARRIVAL_PAUSE_SECONDS = 0.02
 SAMPLING_KEYS = {
     *("temperature", "top_p", "top_k", "max_tokens", "max_new_tokens", "seed"),
-    *("logprobs", "repetition_penalty"),
+    *("logprobs", "repetition_penalty", TEMPERATURE_RULE),
 }
 
 
@@ -60,7 +62,7 @@ def request_from_sampling_params(
     prompt = tuple(int(token) for token in prompt_ids)
     room = (config.max_model_len or config.prompt_length + config.response_length) - len(prompt)
     wanted = sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens")
-    seed = sampling_params.get("seed")
+    seed, by_token = sampling_params.get("seed"), sampling_params.get(TEMPERATURE_RULE)
     return GenerationRequest(
         prompt_ids=prompt,
         seed=zlib.crc32(request_id.encode()) ^ config.seed if seed is None else int(seed),
@@ -68,6 +70,7 @@ def request_from_sampling_params(
         temperature=float(sampling_params.get("temperature", 1.0)),
         top_k=int(sampling_params.get("top_k", -1)),
         top_p=float(sampling_params.get("top_p", 1.0)),
+        token_temperature=None if by_token is None else TokenTemperature(*map(float, by_token)),
     )
 
 

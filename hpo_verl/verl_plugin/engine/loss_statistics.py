@@ -30,10 +30,13 @@ def loss_with_statistics(
     The fields that the loss reads and verl does not pass to it are provided meanwhile.
     """
     from verl.utils.metric import AggregationType, Metric
+    from verl.workers.utils.padding import no_padding_2_padding
 
     record = selected_loss(config.policy_loss)
-    names = () if record is None else record.token_fields
+    names = () if record is None else record.fields
     fields = {name: data[name].to_padded_tensor(0.0) for name in names if name in data}
+    made = [name for name in names if name in model_output]
+    fields |= {name: no_padding_2_padding(model_output[name], data) for name in made}
     loss, metrics = actor_loss(config, model_output, data, dp_group, fields=fields)
     with extras.provide(**fields):
         sums = policy_loss_sums(config, model_output, data)

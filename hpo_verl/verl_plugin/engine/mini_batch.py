@@ -19,6 +19,7 @@ import torch
 
 from hpo_verl.algorithms.base import Loss, MiniBatchSums
 from hpo_verl.verl_plugin import extras
+from hpo_verl.verl_plugin.engine.head import head_engine
 from hpo_verl.verl_plugin.engine.merged_adapter import adapter_engine
 from hpo_verl.verl_plugin.engine.step_guard import guarded_engine
 from hpo_verl.verl_plugin.losses import STRATEGIES, VENDOR, loss_settings, prepare, selected_loss
@@ -97,7 +98,7 @@ def mini_batch_engine(parent: type) -> type:
 @cache
 def register(engines: Any) -> None:
     """Register the engine with verl; a second call changes nothing."""
-    engine = adapter_engine(mini_batch_engine(engines.FSDPEngineWithLMHead))
+    engine = adapter_engine(mini_batch_engine(head_engine(engines.FSDPEngineWithLMHead)))
     engines.EngineRegistry.register(
         model_type="language_model",
         backend=list(STRATEGIES),

@@ -46,7 +46,16 @@ FIELDS = {
     "advantages": "advantages",
 }
 # Name here -> key of the model's output.
-OUTPUTS = {"log_prob": "log_probs", "entropy": "entropy"}
+OUTPUTS = {
+    "log_prob": "log_probs",
+    "entropy": "entropy",
+    **{
+        name: name
+        for loss in OUR_LOSSES.values()
+        for name in loss.fields
+        if name not in loss.token_fields
+    },
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -200,7 +209,7 @@ def evaluate(
     }
     fields, sums, loss = {}, {}, selected_loss(config.policy_loss)
     if loss is not None:
-        fields = {name: tensors[name] for name in loss.token_fields}
+        fields = {name: tensors[name] for name in loss.fields}
         if loss.mini_batch_sums is not None:
             sums[MINI_BATCH] = loss.mini_batch_sums.kind(*recording[MINI_BATCH])
     with extras.provide(**sums), torch.random.fork_rng(devices=[]):

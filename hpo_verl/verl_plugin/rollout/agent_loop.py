@@ -3,8 +3,8 @@
 verl gives every request a random id, so a rollout server cannot tell which
 noise belongs to which sample. This loop adds a seed to the sampling parameters
 that follows from the sample itself; vLLM and the backend `hf` both honour it.
-A prompt may come with factors on the temperature of its first samples, and with what these begin
-with or are.
+A prompt may come with factors on the temperature of its first samples, with what these begin
+with or are, and with a rule for the temperature of every token, which `hf` alone follows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from hpo_verl.verl_plugin.extras import OPENINGS, TEMPERATURES
+from hpo_verl.verl_plugin.extras import OPENINGS, TEMPERATURE_RULE, TEMPERATURES
 from hpo_verl.verl_plugin.rollout.openings import OpenedServers
 
 NAME = "seeded_single_turn_agent"
@@ -80,6 +80,8 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         factors = json.loads(kwargs.pop(TEMPERATURES, "[]"))[kwargs["session_id"] :]
         temperature = sampling_params["temperature"] * (factors[0] if factors else 1.0)
         seeded = {**sampling_params, "seed": seed, "temperature": temperature}
+        if (by_token := kwargs.pop(TEMPERATURE_RULE, None)) is not None:
+            seeded[TEMPERATURE_RULE] = json.loads(by_token)
         # Concrete in the parent, though verl's decorator hides that from a type checker.
         return await super().run(  # pyright: ignore[reportAbstractUsage]
             seeded, priority=priority, **kwargs

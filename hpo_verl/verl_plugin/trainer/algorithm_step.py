@@ -18,7 +18,14 @@ from hpo_verl.algorithms.registry import ESTIMATORS
 from hpo_verl.core.statistics import batch_statistics
 from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin import extras
-from hpo_verl.verl_plugin.advantages import Estimate, needs, penalizes, read_settings, reward_names
+from hpo_verl.verl_plugin.advantages import (
+    Estimate,
+    needs,
+    penalizes,
+    read_settings,
+    reward_names,
+    token_temperature,
+)
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, group_codes, joined, make_rollout
@@ -155,8 +162,9 @@ class AlgorithmStep(PromptHistoryTrainer):
             fields += ["rm_scores"]
             if estimator.advantage is None:
                 fields += ["token_level_rewards"]
-        fields += [field for name, field in TOKEN_VALUES.items() if name in estimator.needs]
-        if reward_names(estimator, self.config.algorithm) or extras.OPENING in estimator.needs:
+        wanted = needs(estimator, self.config.algorithm)
+        fields += [field for name, field in TOKEN_VALUES.items() if name in wanted]
+        if reward_names(estimator, self.config.algorithm) or extras.OPENING in wanted:
             fields += ["extra_fields"]
         if loss is not None and loss.token_fields:
             fields += ["entropy"]
@@ -220,6 +228,9 @@ class AlgorithmStep(PromptHistoryTrainer):
         if estimator.openings is not None:
             openings = [*estimator.openings(settings)]
             tu.assign_non_tensor_data(batch, extras.OPENINGS, json.dumps(openings))
+        by_token = token_temperature(estimator, self.config.algorithm, self.memory)
+        if by_token is not None:
+            tu.assign_non_tensor_data(batch, extras.TEMPERATURE_RULE, json.dumps(by_token))
         return super()._submit_batch_to_rollout(batch)
 
     def _val_metrics_update(
@@ -251,7 +262,7 @@ class AlgorithmStep(PromptHistoryTrainer):
         found = self._scores(data)
         wanted = needs(estimator, self.config.algorithm)
         for name, field in TOKEN_VALUES.items():
-            if name in estimator.needs:
+            if name in wanted:
                 found[name] = data[field].to_padded_tensor(0.0)
         names, opens = reward_names(estimator, self.config.algorithm), extras.OPENING in wanted
         if names or opens:

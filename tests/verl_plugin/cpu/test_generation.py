@@ -13,6 +13,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from hpo_verl.algorithms.base import TokenTemperature
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.cpu import attention
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
@@ -87,6 +88,28 @@ def test_bfloat16_draws_by_float32_log_probs_of_its_own_logits():
     # Two orders of sums differ by a few units in the last of 8 bits of logits up to 8.
     torch.testing.assert_close(given, expected, atol=0.15, rtol=0)
     assert bool((given != given.bfloat16()).any())
+
+
+def test_a_temperature_per_token_follows_the_entropy_before_each_token(model):
+    rule = TokenTemperature(0.5, pivot=0.5, low=-0.5, high=1.5)
+    requests = make_requests(20, token_temperature=rule)
+    results = make_generator(model).generate(requests)
+    factors = []
+    for request, result in zip(requests, results, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *result.token_ids]])
+        with torch.inference_mode():
+            logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        given = torch.distributions.Categorical(logits=logits).entropy().log()
+        h = (given - 0.5).clamp(-1.0, 1.0)
+        factors.append(1.0 + 0.5 * h)
+        log_prob = (logits / factors[-1][:, None]).log_softmax(-1)
+        expected = log_prob.gather(-1, torch.tensor(result.token_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(result.log_probs), expected, atol=1e-4, rtol=1e-4)
+    assert torch.cat(factors).min() < 0.95
+    assert torch.cat(factors).max() > 1.05
+    # Alone as in company, which may be sampled by another rule.
+    mixed = make_generator(model).generate([requests[3], *make_requests(5)])
+    assert mixed[0] == results[3]
 
 
 def test_greedy_equals_transformers_own(model):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_verl.verl_plugin.cpu.sampling import sample_tokens
+from hpo_verl.algorithms.base import TokenTemperature
+from hpo_verl.verl_plugin.cpu.sampling import adapted, entropies, sample_tokens
 
 
 def logits_of(*probabilities):
@@ -125,3 +126,40 @@ def test_a_drawn_token_is_always_permitted(logits, uniform, temperature, top_k, 
     assert 0 <= token.item() < len(logits)
     assert torch.isfinite(log_prob).all()
     assert log_prob.item() <= 1e-6
+
+
+# ---------------------------------------------------------------- temperature per token
+
+
+def test_entropies_are_those_of_the_rows():
+    # 300 equal tokens are more than a chunk; an impossible token has no mass.
+    logits = torch.zeros(2, 300, dtype=torch.float64)
+    logits[1, 2:] = -torch.inf
+    logits[1, 0] = math.log(3.0)
+    two = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert entropies(logits).tolist() == pytest.approx([math.log(300), two], rel=1e-12)
+
+
+def test_the_factor_is_linear_in_the_log_entropy_on_either_side_of_the_pivot():
+    rule = TokenTemperature(scale=0.5, pivot=0.0, low=-2.0, high=4.0)
+    entropy = torch.tensor([-9.0, -2.0, -1.0, 0.0, 1.0, 4.0, 9.0]).double().exp()
+    expected = [0.5, 0.5, 0.75, 1.0, 1.125, 1.5, 1.5]
+    assert adapted(entropy, rule).tolist() == pytest.approx(expected, rel=1e-6)
+    assert adapted(torch.zeros(1), rule).tolist() == [0.5]
+    unknown = rule._replace(low=0.0, high=0.0)
+    assert adapted(entropy, unknown).tolist() == [1.0] * 7
+
+
+def test_every_row_is_sampled_at_its_own_temperature():
+    # Entropies of 2 tokens: log 2 at (1/2, 1/2), less at (4/5, 1/5), where T is halved: 16 : 1.
+    logits = torch.cat([logits_of(0.5, 0.5), logits_of(0.8, 0.2)])
+    pivot = math.log(math.log(2))
+    rule = TokenTemperature(0.5, pivot, pivot - 1e-6, pivot + 1.0)
+    token, log_prob = sample_tokens(logits, torch.tensor([0.0, 0.0]), by_token=rule)
+    assert token.tolist() == [0, 0]
+    assert log_prob.tolist() == pytest.approx([math.log(1 / 2), math.log(16 / 17)], rel=1e-5)
+    # The request's own temperature comes first: at T = 2 they are 2 : 1, and halved 4 : 1.
+    _, log_prob = sample_tokens(logits, torch.tensor([0.0, 0.0]), 2.0, by_token=rule)
+    assert log_prob[1].item() == pytest.approx(math.log(4 / 5), rel=1e-5)
+    greedy = sample_tokens(logits, torch.tensor([0.9, 0.9]), 0.0, by_token=rule)
+    assert greedy[1].tolist() == pytest.approx([math.log(0.5), math.log(0.8)], rel=1e-6)
