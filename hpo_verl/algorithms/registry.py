@@ -34,6 +34,7 @@ MODULES = (
     "ares",
     "constrained_grpo",
     "hypervolume",
+    "eapo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

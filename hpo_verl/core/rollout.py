@@ -29,7 +29,8 @@ class Rollout(NamedTuple):
             at the last; `values`, one per output, `[batch]` float64, from the history of its
             prompt; `memory`, what `Advantages.memory` was at the last step, or
             `Estimator.validated` returned since, empty at the first; `reward/NAME`, what the
-            reward function returned under that name, `[batch]` float64.
+            reward function returned under that name, `[batch]` float64; `output`, the number of
+            each output among those of its session, rising, `[batch]` int64.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.

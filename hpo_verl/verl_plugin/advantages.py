@@ -165,6 +165,8 @@ def _extras(
             raise DataError(f"{name} {tuple(values.shape)}: must be {tuple(live.shape)}")
         require_finite(name, values, live)
         found[name] = values.masked_fill(~live, 0.0)
+    if extras.OUTPUT in found:
+        found[extras.OUTPUT] = found[extras.OUTPUT].to(mask.device)
     if "values" in found:
         of_prompt: Mapping[Hashable, float] = found["values"]
         for row in live.nonzero().squeeze(-1).tolist():

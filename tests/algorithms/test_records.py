@@ -218,7 +218,7 @@ def test_algorithms_import_no_other_algorithm():
 
 
 # The project's own name, and what is verl's, which others build on.
-COMMON = {"hpo", "grpo", "vanilla", "gpg"}
+COMMON = {"hpo", "grpo", "vanilla", "gpg", "gspo"}
 
 
 def words_of_code(path):

@@ -13,11 +13,15 @@ NAMED = sorted(
 )
 """What estimators with their default settings read of the reward function's numbers."""
 
+PER_OUTPUT = (*NAMED, "output")
+"""Names of what an estimator may read of every output, one number each."""
+
 
 def named_rewards(rows):
-    """A number of each response under every name of `NAMED`."""
+    """A number of each response under every name of `PER_OUTPUT`; each is a session's only one."""
     generator = torch.Generator().manual_seed(2)
-    return {name: torch.rand(rows, generator=generator) for name in NAMED}
+    found = {name: torch.rand(rows, generator=generator) for name in NAMED}
+    return found | {"output": torch.zeros(rows, dtype=torch.int64)}
 
 
 def token_rewards(rewards, width=4):

@@ -23,7 +23,12 @@ from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, po
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, group_codes, joined, make_rollout
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
-from hpo_verl.verl_plugin.trainer.batches import final_outputs, named_rewards, session_numbers
+from hpo_verl.verl_plugin.trainer.batches import (
+    final_outputs,
+    named_rewards,
+    output_numbers,
+    session_numbers,
+)
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
 from hpo_verl.verl_plugin.trainer.prompt_history import PromptHistoryTrainer
 from hpo_verl.verl_plugin.validation import check_algorithm
@@ -174,6 +179,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             extras.EARLIER: self._earlier,
             extras.FINAL: final_outputs(batch.keys),
             extras.SESSION: session_numbers(batch.keys),
+            extras.OUTPUT: output_numbers(batch.keys),
             **self._provided(estimator, data),
         }
         with extras.provide(**provided):
