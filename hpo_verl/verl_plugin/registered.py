@@ -10,7 +10,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS, OUR_LOSSES
 from hpo_verl.verl_plugin.advantages import OUR_MODES
 
-OUR_AGENT_LOOPS = ("seeded_single_turn_agent", "seeded_tool_agent", "tool_rounds_agent")
+OUR_AGENT_LOOPS = (
+    *("seeded_single_turn_agent", "seeded_tool_agent", "tool_rounds_agent"),
+    "branching_tool_agent",
+)
 
 
 def absent_names() -> list[str]:
