@@ -201,7 +201,6 @@ class Trainer:
             "progress": progress,
             "memory": self.memory,
             "old_log_prob": log_probs,
-            "output": torch.zeros_like(groups),
             **{f"{REWARD}{name}": values for name, values in rollout.numbers.items()},
         }
         if self.history is not None:
