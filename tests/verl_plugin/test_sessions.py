@@ -96,6 +96,25 @@ def test_one_output_a_session_is_the_batch_without_sessions(name):
     assert torch.equal(of_sessions(name, keys=keys, scores=rewards), plain)
 
 
+def test_rounds_are_compared_with_each_other_by_hand():
+    # gamma 1/2, the success in five rounds, in the order of `KEYS`: 1/16, 1/2, 1/8, 1, 1/4.
+    plain = {"eapo": {"discount": 0.5}, "norm_adv_by_std_in_grpo": False}
+    advantages = of_sessions("eapo", plain)[:, 0].tolist()
+    discounted = [1 / 16, 1 / 2, 1 / 8, 1, 1 / 4, 0, 0, 0]
+    mean = sum(discounted) / 8
+    assert advantages == pytest.approx([one - mean for one in discounted], rel=1e-6)
+    # In two parts, the rounds of the first are those of its own sessions.
+    first = make_rollout(token_rewards(SCORES), torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))
+    first = first._replace(
+        live=final_outputs(KEYS) == torch.arange(8),
+        final=final_outputs(KEYS),
+        extras={"output": output_numbers(KEYS)},
+    )
+    provided = given(8, final=final_outputs(KEYS), output=output_numbers(KEYS), earlier=[first])
+    again = call("eapo", SCORES, ["b"] * 8, plain, provided=provided)
+    assert again[:, 0].tolist() == pytest.approx(advantages)
+
+
 def test_the_outputs_of_a_session_are_kept_or_dropped_together():
     shares = {f"{kind}_share_{end}": 0.5 for kind in ("response",) for end in ("start", "end")}
     shares |= {"token_share_start": 1.0, "token_share_end": 1.0}
