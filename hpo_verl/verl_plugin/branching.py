@@ -28,6 +28,8 @@ from hpo_verl.errors import ConfigError
 SECTION = "actor_rollout_ref.rollout.custom.branching"
 NAME = "branching_tool_agent"
 """The agent loop that reads the section."""
+RECORD = "branching"
+"""What the loop leaves in `extra_fields` for the trainer."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,16 @@ def branching_settings(rollout: Mapping[str, Any]) -> BranchingSettings:
     return parse_settings(BranchingSettings, custom.get("branching"), SECTION)
 
 
+def branches(rollout: Mapping[str, Any]) -> bool:
+    """Whether verl's section of the rollout selects the agent loop whose sessions branch."""
+    return (rollout.get("agent") or {}).get("default_agent_loop") == NAME
+
+
 def check_branching(config: Mapping[str, Any]) -> None:
     """Refuse, by a ConfigError, what does not go with branching."""
     rollout = config["actor_rollout_ref"]["rollout"]
     branching_settings(rollout)
-    loop = rollout["agent"].get("default_agent_loop")
-    if loop != NAME:
+    if not branches(rollout):
         return
     who = f"actor_rollout_ref.rollout.agent.default_agent_loop = {NAME!r}"
     if not rollout.get("calculate_log_probs"):

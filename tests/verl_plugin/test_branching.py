@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+from types import SimpleNamespace
 
 import pytest
+import transfer_queue as tq
 from composed_recipes import View, merged, plain
 from tool_loops import Server, columns, make_loop, text_of
 from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
@@ -12,6 +14,7 @@ from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.branching import NAME, BranchingSettings, check_branching
 from hpo_verl.verl_plugin.rollout import branching
 from hpo_verl.verl_plugin.rollout.branching import BranchingToolAgentLoop, Place, Siblings
+from hpo_verl.verl_plugin.trainer.branching import Branching, branching_metrics
 
 # ---------------------------------------------------------------- plans
 
@@ -111,6 +114,9 @@ def test_a_prompt_in_waves():
     assert len(server.requests) == 5 * 2 + 3
     assert len({request.sampling["seed"] for request in server.requests}) == 13
     assert len({request.id for request in server.requests}) == 8
+    # A branch's turn is the first of its own; the place's was noted where it comes from.
+    metrics = branching_metrics([*(output.extra_fields for output, _ in found), None])
+    assert metrics == {"hpo/branched_session_fraction": 3 / 8, "hpo/tool_entropy_change": 0.5}
 
 
 def test_a_branch_has_the_conversation_that_it_comes_from_and_goes_on_by_itself():
@@ -175,6 +181,35 @@ def test_without_a_tool_call_all_start_from_the_root():
     found, server = held(lambda *_: "<answer>1</answer>", 4)
     assert len(server.requests) == 4
     assert all(loop._start is None for _, loop in found)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Trainer:
+    def _compute_advantage(self, batch, metrics):
+        return {"of verl": dict(metrics)}
+
+
+@pytest.mark.parametrize(("loop", "logged"), [(NAME, True), ("seeded_tool_agent", False)])
+def test_the_trainer_logs_where_sessions_branch(loop, logged, monkeypatch):
+    def get(keys, partition_id, select_fields):
+        assert (keys, partition_id, select_fields) == (["a"], "train", ["extra_fields"])
+        return {"extra_fields": SimpleNamespace(tolist=lambda: [
+            {"branching": {"branched": True, "changes": [1.0, -0.5]}}, {}])}  # fmt: skip
+
+    monkeypatch.setattr(tq, "kv_batch_get", get)
+    trainer = type("Ours", (Branching, Trainer), {})()
+    trainer.config = View(
+        {"actor_rollout_ref": {"rollout": {"agent": {"default_agent_loop": loop}}}}
+    )
+    made = trainer._compute_advantage(SimpleNamespace(keys=["a"], partition_id="train"), {})
+    expected = {"hpo/branched_session_fraction": 1.0, "hpo/tool_entropy_change": 0.25}
+    assert made == {"of verl": expected if logged else {}}
+
+
+def test_without_a_record_nothing_has_branched():
+    assert set(branching_metrics([]).values()) == {0.0}
 
 
 # ---------------------------------------------------------------- settings

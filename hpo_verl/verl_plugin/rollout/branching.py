@@ -16,7 +16,12 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.tool_agent_loop import AgentData, AgentState
 
 from hpo_verl.core.branching import global_samples
-from hpo_verl.verl_plugin.branching import NAME, BranchingSettings, branching_settings
+from hpo_verl.verl_plugin.branching import (
+    NAME,
+    RECORD,
+    BranchingSettings,
+    branching_settings,
+)
 from hpo_verl.verl_plugin.rollout.tool_loops import SeededToolAgentLoop
 
 
@@ -113,7 +118,6 @@ def copy_of(state: AgentData) -> AgentData:
     return found
 
 
-@register(NAME)
 class BranchingToolAgentLoop(SeededToolAgentLoop):
     """The calculator's loop, one output a session, whose sessions branch."""
 
@@ -125,6 +129,7 @@ class BranchingToolAgentLoop(SeededToolAgentLoop):
         super().__init__(*args, **kwargs)
         self.settings = branching_settings(self.rollout_config)
         self._entropies: list[float] = []
+        self._changes: list[float] = []
         self._places: list[Place] = []
 
     async def run(
@@ -138,11 +143,14 @@ class BranchingToolAgentLoop(SeededToolAgentLoop):
             self._in_a_row = self._start.in_a_row
             self._entropies = [self._start.root]
         try:
-            return await super().run(sampling_params, priority=priority, **kwargs)
+            output: Any = await super().run(sampling_params, priority=priority, **kwargs)
         finally:
             siblings.leave(self._session, self._entropies, self._places)
             if not siblings.waiting and not siblings.running:
                 _siblings.pop(key, None)
+        record = {"branched": self._start is not None, "changes": self._changes}
+        output.extra_fields[RECORD] = record
+        return output
 
     async def _handle_pending_state(
         self, agent_data: AgentData, sampling_params: dict[str, Any]
@@ -172,6 +180,7 @@ class BranchingToolAgentLoop(SeededToolAgentLoop):
         self._entropies.append(entropy)
         if turns:
             change = entropy - self._entropies[0]
+            self._changes.append(change)
             value = self.settings.value(change, self._in_a_row)
             self._in_a_row = self._in_a_row + 1 if value > self.settings.threshold else 0
             if self._in_a_row:
@@ -180,3 +189,6 @@ class BranchingToolAgentLoop(SeededToolAgentLoop):
                     Place(value, self._session, turns, self._in_a_row, root, before)
                 )
         return state
+
+
+register(NAME)(BranchingToolAgentLoop)

@@ -122,11 +122,15 @@ def _bounded(call: FunctionCall) -> FunctionCall:
     return FunctionCall(name=name, arguments="{}")
 
 
-@register(NAME)
-class SeededToolAgentLoop(ToolAgentLoop):
+# Its decorator hides what a class has from a type checker; so ours are registered below.
+_VerlLoop: Any = ToolAgentLoop
+
+
+class SeededToolAgentLoop(_VerlLoop):
     """verl's tool agent loop with a seed per turn, and the calculator as its tool."""
 
-    _sample: tuple[Any, ...] = ()
+    _sample: tuple[int, int, Any, int]
+    _messages: list[tuple[Any, Any]]
 
     def __init__(self, *args: Any, tools: ToolListWrap | None = None, **kwargs: Any) -> None:
         if tools is None or not tools.tools:
@@ -142,13 +146,12 @@ class SeededToolAgentLoop(ToolAgentLoop):
         return await super().run(sampling_params, priority=priority, **kwargs)
 
     def _name(self, kwargs: dict[str, Any]) -> None:
-        messages = [(message["role"], message["content"]) for message in kwargs["raw_prompt"]]
+        self._messages = [(one["role"], one["content"]) for one in kwargs["raw_prompt"]]
         self._sample = (
             self.rollout_config.seed,
             kwargs["global_steps"],
             kwargs.get("index"),
             kwargs["session_id"],
-            messages,
         )
 
     async def _handle_generating_state(
@@ -157,8 +160,7 @@ class SeededToolAgentLoop(ToolAgentLoop):
         sampling_params: dict[str, Any],
         ignore_termination: bool = False,
     ) -> AgentState:
-        *name, messages = self._sample
-        seed = sample_seed(*name, (messages, agent_data.assistant_turns))
+        seed = sample_seed(*self._sample, (self._messages, agent_data.assistant_turns))
         return await super()._handle_generating_state(
             agent_data, {**sampling_params, "seed": seed}, ignore_termination
         )
@@ -168,7 +170,6 @@ class _PromptTooLong(Exception):
     """The workspace of a later round does not fit into the prompt's tokens."""
 
 
-@register(ROUNDS)
 class ToolRoundsAgentLoop(SeededToolAgentLoop):
     """A calculator's loop whose rounds are outputs of their own, each after a short prompt."""
 
@@ -226,3 +227,7 @@ class ToolRoundsAgentLoop(SeededToolAgentLoop):
             metrics=AgentLoopMetrics(**data.metrics),
             extra_fields=dict(data.extra_fields),
         )
+
+
+register(NAME)(SeededToolAgentLoop)
+register(ROUNDS)(ToolRoundsAgentLoop)
