@@ -42,5 +42,8 @@ def test_three_steps(tool, cache, tmp_path):
     assert any("tool\n" in text for text in texts)
     if tool == "calculator_rounds":
         assert all(1 < data["hpo/eapo_rounds"] <= 4 for data in steps)
+    if tool == "calculator_branching":
+        assert all(0 < data["hpo/branched_session_fraction"] < 1 for data in steps)
+        assert all(abs(data["hpo/tool_entropy_change"]) < 5 for data in steps)
     again = train(cache, tmp_path / "again", tool)
     assert repeatable(again) == repeatable(metrics)
