@@ -22,6 +22,7 @@ from data_prep.countdown.puzzles import PuzzleKey, short_messages, tiny_messages
 from data_prep.policies.tokenizer import ANSWER_CLOSE, ANSWER_OPEN, MAX_NUMBER, MAX_VALUE
 from data_prep.telelogs.prompt import tiny_prompt
 from data_prep.telelogs.simulator import simulate
+from hpo_verl.rewards.calculator import calculate
 from hpo_verl.rewards.telelogs import CAUSES
 
 IGNORED = -100
@@ -125,12 +126,20 @@ class CountdownDemonstrations(Demonstrations):
                 break
         shown = self._random.sample(numbers, len(numbers))
         if direct:
+            worked = []
             lines, answer = self._careless(numbers)
         else:
             worked = [self._random.choice(attempts[value]) for value in values]
             lines, answer = [line for _, line in worked], worked[-1][0]
         answer = f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
-        return Demonstration(self.pose(shown, target), "\n".join([*lines, answer]))
+        tried = [expression for expression, _ in worked]
+        return self._shown(self.pose(shown, target), lines, tried, answer)
+
+    def _shown(
+        self, messages: list[dict[str, str]], lines: list[str], tried: list[str], answer: str
+    ) -> Demonstration:
+        """Put a demonstration together: of lines, or of the expressions in them."""
+        return Demonstration(messages, "\n".join([*lines, answer]))
 
     def _careless(self, numbers: tuple[int, ...]) -> tuple[list[str], str]:
         """Return the lines and the answer of an author who does not look at the target."""
@@ -140,6 +149,34 @@ class CountdownDemonstrations(Demonstrations):
         first, *rest = self._random.sample(numbers, len(numbers))
         operators = self._random.choices("+-*/", k=len(rest))
         return str(first) + "".join(map("{}{}".format, operators, rest))
+
+
+class ToolCountdownDemonstrations(CountdownDemonstrations):
+    """One turn of a conversation with a calculator, in which a turn that ends with `=` is a call.
+
+    The author who knows asks for the value of a whole expression, and answers with it if that is
+    the target; otherwise asks for another, three at most. `3 7 2 = 8`:
+
+        3+7+2=                     the calculator says 12
+        3+7-2=                     the calculator says 8
+        <answer>3+7-2</answer>
+
+    Earlier calls and replies are in the messages: all of them, as in a conversation, or the last
+    alone, as where every round has a prompt of its own.
+    """
+
+    weighty = (ANSWER_OPEN,)
+
+    def _shown(
+        self, messages: list[dict[str, str]], lines: list[str], tried: list[str], answer: str
+    ) -> Demonstration:
+        turns = [*(f"{expression}=" for expression in tried), answer]
+        turn = self._random.randrange(len(turns))
+        first = self._random.choice((0, max(0, turn - 1)))
+        for call in turns[first:turn]:
+            reply = {"role": "tool", "content": calculate(call[:-1])}
+            messages = [*messages, {"role": "assistant", "content": call}, reply]
+        return Demonstration(messages, turns[turn])
 
 
 class LongCountdownDemonstrations(CountdownDemonstrations):

@@ -1,8 +1,9 @@
 """Make the tiny policy: `python -m data_prep.policies.tiny --out DIR [--task T] [--seed S]`.
 
 The policy is a Qwen2 causal language model of about 0.15 million float32 parameters with its own
-tokenizer, warm-started on demonstrations of Countdown with three numbers from 1 to 15 or of the
-compressed TeleLogs task (see `demos`). Its answers are right 5 to 15 times in a hundred.
+tokenizer, warm-started on demonstrations of Countdown with three numbers from 1 to 15, alone or
+with a calculator, or of the compressed TeleLogs task (see `demos`). Its answers are right 5 to 15
+times in a hundred; with a calculator, not measured yet.
 
 The same seed, held-out puzzles and versions of torch and transformers give the same bytes on one
 machine: the warm start runs on one thread, whatever is set.
@@ -59,6 +60,8 @@ class Schedule:
 
 SCHEDULES = {
     "countdown": Schedule(),
+    # Not tuned: a first guess.
+    "countdown_tool": Schedule(skill_steps=800, skill_direct_share=0.1, habit_direct_share=0.5),
     "telelogs": Schedule(skill_steps=300, skill_direct_share=0.3, habit_direct_share=0.95),
 }
 
@@ -67,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raise HpoVerlError on bad input."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    if options.held_out and options.task != "countdown":
-        parser.error("--held-out needs --task countdown")
+    if options.held_out and options.task == "telelogs":
+        parser.error("--held-out needs --task countdown or countdown_tool")
     held_out = read_puzzles(options.held_out) if options.held_out else ()
     with progress_bar() as progress:
         bar = progress.add_task("warm start", total=SCHEDULES[options.task].steps)
@@ -122,7 +125,11 @@ def make_policy(
     import torch
     import transformers
 
-    from data_prep.policies.demos import CountdownDemonstrations, TeleLogsDemonstrations
+    from data_prep.policies.demos import (
+        CountdownDemonstrations,
+        TeleLogsDemonstrations,
+        ToolCountdownDemonstrations,
+    )
     from data_prep.policies.tokenizer import build_tokenizer
     from data_prep.policies.training import build_model, warm_start
 
@@ -140,6 +147,8 @@ def make_policy(
             model = build_model(tokenizer)
             if task == "telelogs":
                 demonstrations = TeleLogsDemonstrations(seed)
+            elif task == "countdown_tool":
+                demonstrations = ToolCountdownDemonstrations(seed, held_out)
             else:
                 demonstrations = CountdownDemonstrations(seed, held_out)
             batches = (

@@ -8,8 +8,8 @@ advantage whose ratio exceeds 1 + e_high keeps the value of PPO's clip, and its
 gradient with the constant weight 1 + e_high, where PPO would stop it. The
 weight 1 + a z is negative where z < -1 / a; the equation has no bound there.
 
-The paper's rollouts, which branch at tool calls of high entropy, are another
-matter: see docs/pages/other-systems.md. The scale a = 0.2 and the unbiased standard
+The paper's rollouts, which branch at tool calls of high entropy, are an agent loop:
+see docs/pages/tools.md. The scale a = 0.2 and the unbiased standard
 deviation are those of its public code, which takes the statistics and the
 entropy of the current policy per micro-batch, and clips a second time (dual
 clip) where the advantage is negative; here they are the old policy's over the

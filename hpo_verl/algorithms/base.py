@@ -255,6 +255,9 @@ GRPO = Estimator("grpo")
 VANILLA = Loss("vanilla", proportional=True)
 """verl's clipped surrogate of PPO."""
 
+GSPO = Loss("gspo", proportional=True)
+"""verl's clipped surrogate of a ratio per sequence."""
+
 REINFORCE = Loss("gpg", proportional=True)
 """verl's -A log pi, which it names after another method."""
 

@@ -37,6 +37,7 @@ MODULES = (
     "ahpo",
     "apo",
     "capo",
+    "eapo",
 )
 """Files of this folder with records, in the order in which they are listed."""
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from hpo_verl.algorithms import base
 
-GSPO = base.Loss("gspo", proportional=True)
-
 ALGORITHMS = (
     base.Algorithm("grpo", ("2402.03300",), base.CLIP, base.SEQ_MEAN_TOKEN_MEAN),
     base.Algorithm("grpo_token_mean", ("2402.03300",), base.CLIP, base.TOKEN_MEAN),
@@ -35,14 +33,14 @@ ALGORITHMS = (
         ("2507.18071",),
         "-min(s A, clip(s, 1 - e_low, 1 + e_high) A), s = r_seq^(1/|y|)",
         base.SEQ_MEAN_TOKEN_MEAN,
-        loss=GSPO,
+        loss=base.GSPO,
     ),
     base.Algorithm(
         "luspo",
         ("2602.05261",),
         "-|y| min(s A, clip(s, 1 - e_low, 1 + e_high) A), s = r_seq^(1/|y|)",
         base.SEQ_MEAN_TOKEN_SUM,
-        loss=GSPO,
+        loss=base.GSPO,
     ),
     base.Algorithm(
         "cispo",

@@ -32,7 +32,8 @@ class Rollout(NamedTuple):
             reward function returned under that name, `[batch]` float64; `opening`, the number of
             each output's opening among the different ones of `Estimator.openings`, in their
             order, `[batch]` int64: the one that it was given, or the text that it begins with by
-            itself; -1 without one.
+            itself; -1 without one; `output`, the number of each output among those of its
+            session, rising, `[batch]` int64.
         scores: Rewards before a KL penalty, `[batch]` float32; None without one.
         final: Row of the final output of each output's session, `[batch]` int64; None where
             every session has one output.

@@ -129,6 +129,8 @@ class Objective:
         """
         labels = groups.tolist()
         wanted = needs(self.estimator, self.section)
+        # Every response here is a session's only output.
+        known = {extras.OUTPUT: torch.zeros_like(groups), **known}
         if lacking := [name for name in wanted if name not in known]:
             raise ConfigError(f"{self.estimator.name}: the lab's task has no {lacking[0]}")
         needed = {name: known[name] for name in wanted}

@@ -33,6 +33,7 @@ CPU_HOOKS = (
 # Our module, which registers a class of its own by verl's decorator.
 CLASSES = (
     ("rollout.agent_loop", "verl.experimental.agent_loop"),
+    ("rollout.branching", "verl.experimental.agent_loop"),
     ("rollout.reward_guard", "verl.experimental.reward_loop.reward_manager"),
 )
 

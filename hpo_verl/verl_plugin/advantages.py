@@ -187,6 +187,8 @@ def _extras(
         found[extras.OPENING] = opening = found[extras.OPENING].to(mask.device)
         if opening.shape != live.shape:
             raise DataError(f"{extras.OPENING} {tuple(opening.shape)}: must be {tuple(live.shape)}")
+    if extras.OUTPUT in found:
+        found[extras.OUTPUT] = found[extras.OUTPUT].to(mask.device)
     if "values" in found:
         of_prompt: Mapping[Hashable, float] = found["values"]
         for row in live.nonzero().squeeze(-1).tolist():

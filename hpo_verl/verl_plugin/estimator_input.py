@@ -124,11 +124,10 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         finals.append(start + (rows if part.final is None else part.final))
         start += len(rows)
     found = dict(parts[-1].extras)
-    for name in found.keys() & TOKEN_VALUES.keys():
-        found[name] = wide(part.extras[name] for part in parts)
-    for name in found:
-        if is_reward(name) or name == extras.OPENING:
-            found[name] = torch.cat([part.extras[name] for part in parts])
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):
+            values = [part.extras[name] for part in parts]
+            found[name] = wide(values) if value.dim() > 1 else torch.cat(values)
     scores = [part.scores for part in parts if part.scores is not None]
     sessions = [part.session for part in parts if part.session is not None]
     return parts[-1]._replace(

@@ -29,6 +29,9 @@ FINAL = "final"
 SESSION = "session"
 """Number of each output's session among those of its prompt, `[batch]` int64."""
 
+OUTPUT = "output"
+"""Number of each output among those of its session, `[batch]` int64."""
+
 EARLIER = "earlier"
 """`Rollout` of each earlier part of the last step's worth of responses."""
 

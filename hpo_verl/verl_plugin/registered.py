@@ -10,6 +10,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS, OUR_LOSSES
 from hpo_verl.verl_plugin.advantages import OUR_MODES
 
+OUR_AGENT_LOOPS = (
+    *("seeded_single_turn_agent", "seeded_tool_agent", "tool_rounds_agent"),
+    "branching_tool_agent",
+)
+
 
 def absent_names() -> list[str]:
     """Our names that verl's registries lack, or hold from another package, and which of the two."""
@@ -24,7 +29,7 @@ def absent_names() -> list[str]:
         ("policy loss", POLICY_LOSS_REGISTRY, OUR_LOSSES),
         ("trainer mode", TRAINER_REGISTRY, OUR_MODES),
         ("rollout", RolloutReplicaRegistry._registry, ("hf",)),
-        ("agent loop", _agent_loop_registry, ("seeded_single_turn_agent",)),
+        ("agent loop", _agent_loop_registry, OUR_AGENT_LOOPS),
     ):
         for name in names:
             if name not in registry:

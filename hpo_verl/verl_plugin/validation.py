@@ -20,6 +20,7 @@ from hpo_verl.verl_plugin.advantages import (
     trainer_modes,
     weight_in_front,
 )
+from hpo_verl.verl_plugin.branching import check_branching
 from hpo_verl.verl_plugin.curriculum import SECTION as CURRICULUM
 from hpo_verl.verl_plugin.curriculum import curriculum_settings
 from hpo_verl.verl_plugin.hints import check_hints
@@ -305,6 +306,7 @@ def check_sampling(config: DictConfig) -> None:
     """Refuse, by a ConfigError, settings of how prompts are drawn that are wrong or not heeded."""
     check_knapsack(config)
     check_hints(config)
+    check_branching(config)
     curriculum = curriculum_settings(config)
     mode = str(config["trainer"]["v1"]["trainer_mode"])
     if curriculum.by is None:

@@ -223,7 +223,7 @@ def test_algorithms_import_no_other_algorithm():
 
 
 # The project's own name, and what is verl's, which others build on.
-COMMON = {"hpo", "grpo", "vanilla", "gpg"}
+COMMON = {"hpo", "grpo", "vanilla", "gpg", "gspo"}
 
 
 def words_of_code(path):
@@ -319,7 +319,7 @@ def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
     ]
     papers = {paper[1:11] for _, paper, _, _ in rows}
     assert papers == {
-        "2510.14545", "2511.07327", "2509.11452", "2407.00617",
+        "2509.11452", "2407.00617",
     }  # fmt: skip
     assert all(official.startswith(("yes", "no", "partly: ")) for *_, official in rows)
     assert "(other-systems.md)" in (PAGES / "algorithms.md").read_text()

@@ -45,6 +45,7 @@ def advantages_of(recipe, batch):
     values = dict(enumerate(batch["values"].tolist()))
     given = {name: batch[name] for name in ("entropy", "old_log_prob", "progress", "memory")}
     given |= {name: batch[name] for name in batch if name.startswith("reward/")}
+    given[extras.OUTPUT] = batch["output"]
     given[extras.SESSION] = torch.arange(len(mask)) % 4
     reported = []
     with extras.provide(**given, values=values, **{extras.REPORT: reported.append}):

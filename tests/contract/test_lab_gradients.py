@@ -142,11 +142,14 @@ def test_advantages_and_gradient_equal_those_of_verls_actor(compared, name):
 
 
 def test_the_algorithms_differ_on_this_batch(compared):
-    """Equality above would mean little if the batch could not tell the algorithms apart."""
+    """Equality above would mean little if the batch could not tell the algorithms apart.
+
+    Sessions of one output leave `eapo` nothing to discount; `test_sessions.py` has longer ones.
+    """
     _, _, verl = compared
     flat = {
         name: torch.cat([g.flatten() for g in verl[name]["gradients"].values()]) for name in IN_LAB
     }
     for first, second in itertools.combinations(IN_LAB, 2):
         gap = (flat[first] - flat[second]).norm() / flat[first].norm()
-        assert gap > 1e-3, (first, second)
+        assert (gap > 1e-3) == ((first, second) != ("gspo", "eapo")), (first, second)

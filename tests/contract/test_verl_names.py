@@ -63,6 +63,37 @@ SIGNATURES = {
     "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run": (
         "self sampling_params priority= **kwargs"
     ),
+    "verl.experimental.agent_loop.agent_loop:AgentLoopBase._cap_text_prompt_length": (
+        "self prompt_ids"
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop.__init__": (
+        "self *args tools= **kwargs"
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop.run": (
+        "self sampling_params priority= **kwargs"
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop._make_request_id": (
+        "priority full_determinism"
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop._handle_pending_state": (
+        "self agent_data sampling_params"
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop._handle_generating_state": (
+        "self agent_data sampling_params ignore_termination="
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop._handle_processing_tools_state": (
+        "self agent_data"
+    ),
+    "verl.experimental.agent_loop.tool_agent_loop:AgentData.__init__": (
+        "self messages image_data video_data audio_data mm_processor_kwargs metrics request_id "
+        "tools_kwargs"
+    ),
+    "verl.experimental.agent_loop.tool_parser:ToolParser.register": "cls name",
+    "verl.experimental.agent_loop.tool_parser:ToolParser.extract_tool_calls": (
+        "self responses_ids tools="
+    ),
+    "verl.tools.function_tool:function_tool": "name= * schema=",
+    "verl.tools.function_tool:get_function_tool": "name",
     "verl.experimental.reward_loop.reward_manager.registry:register": "name",
     "verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.__init__": (
         "self config tokenizer compute_score reward_router_address= reward_model_tokenizer="

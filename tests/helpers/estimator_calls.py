@@ -14,12 +14,19 @@ NAMED = sorted(
 )
 """What estimators with their default settings read of each response beside its reward."""
 
+PER_OUTPUT = (*NAMED, "output")
+"""Names of what an estimator may read of every output, one number each."""
+
 
 def named_rewards(rows):
-    """A number of each response under every name of `NAMED`; all have the second opening."""
+    """A number of each response under every name of `PER_OUTPUT`.
+
+    All have the second opening, and each is a session's only output.
+    """
     generator = torch.Generator().manual_seed(2)
     return {name: torch.rand(rows, generator=generator) for name in NAMED} | {
-        extras.OPENING: torch.ones(rows, dtype=torch.int64)
+        extras.OPENING: torch.ones(rows, dtype=torch.int64),
+        extras.OUTPUT: torch.zeros(rows, dtype=torch.int64),
     }
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from estimator_calls import NAMED, call, named_rewards, token_rewards
+from estimator_calls import NAMED, PER_OUTPUT, call, named_rewards, token_rewards
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import DataError
@@ -73,6 +73,7 @@ def test_padding_rows_count_for_nothing(name, reward):
         given[field] = torch.cat([given[field], torch.full((3, 4), NAN)])
     for name_of_reward in NAMED:
         given[name_of_reward] = torch.cat([given[name_of_reward], torch.full((3,), NAN)])
+    given["output"] = torch.zeros(13, dtype=torch.int64)
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.bool)])
     rewards = [*rewards_of(name), *[reward] * 3]
     padded = estimate(name, rewards, [*UIDS, *"ppp"], mask, given)
@@ -94,7 +95,7 @@ def test_masked_equals_removed(name):
 def test_the_order_of_responses_does_not_matter(name):
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     given = provided()
-    for field in (*TOKEN_VALUES, *NAMED):
+    for field in (*TOKEN_VALUES, *PER_OUTPUT):
         given[field] = given[field][order]
     shuffled = estimate(
         name, token_rewards(rewards_of(name))[order], [UIDS[i] for i in order], MASK[order], given

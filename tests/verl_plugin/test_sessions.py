@@ -6,14 +6,14 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from estimator_calls import NAMED, call, named_rewards, token_rewards
+from estimator_calls import PER_OUTPUT, call, named_rewards, token_rewards
 from verl import DataProto
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
 from hpo_verl.algorithms.registry import OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, joined, make_rollout
-from hpo_verl.verl_plugin.trainer.batches import final_outputs
+from hpo_verl.verl_plugin.trainer.batches import final_outputs, output_numbers
 
 # SPO whitens over the batch, one response a prompt; the others compare within a prompt.
 EVERY = pytest.mark.parametrize("name", OUR_ESTIMATORS)
@@ -45,7 +45,7 @@ SCORES = [1.0] * 5 + [0.0] * 3
 
 def of_sessions(name, config=None, keys=KEYS, scores=SCORES, **options):
     uids = [key.rsplit("_", 2)[0] for key in keys]
-    provided = given(len(keys), final=final_outputs(keys))
+    provided = given(len(keys), final=final_outputs(keys), output=output_numbers(keys))
     return call(name, scores, uids, config, provided=provided, **options)
 
 
@@ -54,6 +54,8 @@ def test_the_final_output_is_the_one_with_the_highest_number():
     # Prompts and sessions may hold underscores, and ten outputs sort by number.
     assert final_outputs(["x_y_0_9", "x_y_0_10", "x_y_1_0"]).tolist() == [1, 1, 2]
     assert final_outputs([]).tolist() == []
+    assert output_numbers(["x_y_0_9", "x_y_0_10", "x_y_1_0"]).tolist() == [9, 10, 0]
+    assert output_numbers([]).tolist() == []
 
 
 def test_a_session_counts_once_by_hand():
@@ -94,6 +96,25 @@ def test_one_output_a_session_is_the_batch_without_sessions(name):
     assert torch.equal(of_sessions(name, keys=keys, scores=rewards), plain)
 
 
+def test_rounds_are_compared_with_each_other_by_hand():
+    # gamma 1/2, the success in five rounds, in the order of `KEYS`: 1/16, 1/2, 1/8, 1, 1/4.
+    plain = {"eapo": {"discount": 0.5}, "norm_adv_by_std_in_grpo": False}
+    advantages = of_sessions("eapo", plain)[:, 0].tolist()
+    discounted = [1 / 16, 1 / 2, 1 / 8, 1, 1 / 4, 0, 0, 0]
+    mean = sum(discounted) / 8
+    assert advantages == pytest.approx([one - mean for one in discounted], rel=1e-6)
+    # In two parts, the rounds of the first are those of its own sessions.
+    first = make_rollout(token_rewards(SCORES), torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))
+    first = first._replace(
+        live=final_outputs(KEYS) == torch.arange(8),
+        final=final_outputs(KEYS),
+        extras={"output": output_numbers(KEYS)},
+    )
+    provided = given(8, final=final_outputs(KEYS), output=output_numbers(KEYS), earlier=[first])
+    again = call("eapo", SCORES, ["b"] * 8, plain, provided=provided)
+    assert again[:, 0].tolist() == pytest.approx(advantages)
+
+
 def test_the_outputs_of_a_session_are_kept_or_dropped_together():
     shares = {f"{kind}_share_{end}": 0.5 for kind in ("response",) for end in ("start", "end")}
     shares |= {"token_share_start": 1.0, "token_share_end": 1.0}
@@ -124,7 +145,7 @@ def test_a_rejected_response_has_no_advantage_and_a_rejected_prompt_no_weight(na
     uids, rewards = list("aaaabb"), [1.0, 0.0, 0.0, 1.0]
     alone = call(name, rewards, uids[:4], mask=mask[:4], provided=given(4))
     of_tokens = {field: torch.cat([given(4)[field], torch.ones(2, 4)]) for field in TOKEN_VALUES}
-    of_tokens |= {field: torch.cat([given(4)[field], torch.ones(2)]) for field in NAMED}
+    of_tokens |= {field: torch.cat([given(4)[field], torch.ones(2)]) for field in PER_OUTPUT}
     both = call(name, [*rewards, 1.0, 0.0], uids, mask=mask, provided=given(6) | of_tokens)
     assert torch.equal(both[:4], alone)
     assert (both[4:] == 0).all()
@@ -170,7 +191,7 @@ def parts_of(rewards, uids, size):
     earlier = deque(maxlen=len(rewards) // size - 1)
     for start in range(0, len(rewards), size):
         rows = slice(start, start + size)
-        own = {field: given(len(rewards))[field][rows] for field in (*TOKEN_VALUES, *NAMED)}
+        own = {field: given(len(rewards))[field][rows] for field in (*TOKEN_VALUES, *PER_OUTPUT)}
         yield (
             rewards[rows],
             uids[rows],

@@ -118,8 +118,12 @@ class GuardedRewardManager(NaiveRewardManager):
         """Keyword arguments of verl's reward functions for one response."""
         row = data[0]
         response = row.batch["responses"]
-        length = row.batch["attention_mask"][-response.shape[-1] :].sum()
         columns = row.non_tensor_batch
+        # verl counts the last of the mask, but pads prompt and response of a session's outputs as
+        # one: the response to a shorter one would be cut.
+        length = columns.get("response_len")
+        if length is None:
+            length = row.batch["attention_mask"][-response.shape[-1] :].sum()
         arguments = {
             "data_source": columns["data_source"],
             "solution_str": self.tokenizer.decode(response[:length], skip_special_tokens=True),

@@ -34,6 +34,7 @@ from hpo_verl.verl_plugin.trainer.batches import (
     final_outputs,
     named_rewards,
     opening_numbers,
+    output_numbers,
     session_numbers,
 )
 from hpo_verl.verl_plugin.trainer.life_cycle import run_folder
@@ -187,6 +188,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             extras.EARLIER: self._earlier,
             extras.FINAL: final_outputs(batch.keys),
             extras.SESSION: session_numbers(batch.keys),
+            extras.OUTPUT: output_numbers(batch.keys),
             **self._provided(estimator, data),
         }
         with extras.provide(**provided):

@@ -64,6 +64,11 @@ def session_numbers(keys: Sequence[str]) -> torch.Tensor:
     return torch.tensor([response_order(key)[1] for key in keys], dtype=torch.int64)
 
 
+def output_numbers(keys: Sequence[str]) -> torch.Tensor:
+    """Number of each row among the outputs of its session, `[rows]` int64."""
+    return torch.tensor([response_order(key)[2] for key in keys], dtype=torch.int64)
+
+
 def named_rewards(extra_fields: Sequence[Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """What the reward function returned under each name, `[rows]` float64, by `reward/NAME`.
 
