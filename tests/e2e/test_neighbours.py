@@ -20,7 +20,7 @@ SHOWN = {
     "constrained_grpo": [("hpo/constrained_multiplier/format", 0.4, 0.6),
                          ("hpo/reward/format", 0.0, 1.0)],
     "hypervolume": [("hpo/hypervolume_factor", 0.5, 2.0), ("hpo/reward/brevity", 0.01, 1.0)],
-    "capo": [("actor/curvature_masked", 0.001, 0.5), ("actor/head_seconds_fraction", 0.0, 1.0)],
+    "capo": [("actor/curvature_masked", 0.0, 0.9), ("actor/head_seconds_fraction", 0.0, 1.0)],
     "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
 
@@ -30,7 +30,7 @@ ALWAYS = {"ahpo": {"hpo/ahpo_expert_fraction": 1.0}}
 # Further settings: of one whose bounds follow the learning rate, of one with a temperature per
 # token, of one that follows validations, and reads three rewards; and of prefixes.
 SETTINGS = {
-    # The recipe's bounds belong to a learning rate of 1.5e-5; this leaves out a few tokens.
+    # The recipe's bounds belong to a learning rate of 1.5e-5; these leave out few tokens.
     "capo": [
         "actor_rollout_ref.actor.policy_loss.hessian_low=-1.0",
         "actor_rollout_ref.actor.policy_loss.hessian_high=1.0",
