@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import transfer_queue as tq
 from composed_recipes import View, merged, plain
+from tensordict import NonTensorStack, TensorDict
 from tool_loops import Server, columns, make_loop, text_of
 from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
@@ -195,8 +196,8 @@ class Trainer:
 def test_the_trainer_logs_where_sessions_branch(loop, logged, monkeypatch):
     def get(keys, partition_id, select_fields):
         assert (keys, partition_id, select_fields) == (["a"], "train", ["extra_fields"])
-        return {"extra_fields": SimpleNamespace(tolist=lambda: [
-            {"branching": {"branched": True, "changes": [1.0, -0.5]}}, {}])}  # fmt: skip
+        record = {"branching": {"branched": True, "changes": [1.0, -0.5]}}
+        return TensorDict({"extra_fields": NonTensorStack(record, {})}, batch_size=2)
 
     monkeypatch.setattr(tq, "kv_batch_get", get)
     trainer = type("Ours", (Branching, Trainer), {})()

@@ -33,5 +33,5 @@ class Branching:
 
             where: dict[str, Any] = {"keys": batch.keys, "partition_id": batch.partition_id}
             data: Any = tq.kv_batch_get(**where, select_fields=["extra_fields"])
-            metrics.update(branching_metrics(data["extra_fields"].tolist()))
+            metrics.update(branching_metrics(data.pop("extra_fields").tolist()))
         return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
