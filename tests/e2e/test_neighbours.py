@@ -5,7 +5,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from real_runs import BIN, SMALL, STEPS, read_metrics, start
+from real_runs import BIN, SMALL, STEPS, read_metrics, start, train
 
 from hpo_verl.algorithms.registry import ALGORITHMS
 
@@ -114,3 +114,11 @@ def test_three_steps_of_every_other(algorithm, cache, tmp_path):
     norms = [data["actor/grad_norm"] for data in metrics.values()]
     assert all(math.isfinite(norm) for norm in norms)
     assert max(norms) > 0
+
+
+@pytest.mark.slow
+def test_another_mode_that_a_cpu_has(cache, tmp_path):
+    metrics = train(cache, tmp_path / "run", "trainer.v1.trainer_mode=hpo_colocate_async")
+    assert set(metrics) == set(range(1, STEPS + 1))
+    assert all(0.1 <= data["hpo/alpha"] <= 1.0 for data in metrics.values())
+    assert max(data["actor/grad_norm"] for data in metrics.values()) > 0
