@@ -3,7 +3,8 @@
 The policy is a Qwen2 causal language model of about 0.15 million float32 parameters with its own
 tokenizer, warm-started on demonstrations of Countdown with three numbers from 1 to 15, alone or
 with a calculator, or of the compressed TeleLogs task (see `demos`). Its answers are right 5 to 15
-times in a hundred; with a calculator, not measured yet.
+times in a hundred; with a calculator 6 times (seed 0), and it asks for a value in every fifth
+conversation.
 
 The same seed, held-out puzzles and versions of torch and transformers give the same bytes on one
 machine: the warm start runs on one thread, whatever is set.
@@ -60,7 +61,6 @@ class Schedule:
 
 SCHEDULES = {
     "countdown": Schedule(),
-    # Not tuned: a first guess.
     "countdown_tool": Schedule(skill_steps=800, skill_direct_share=0.1, habit_direct_share=0.5),
     "telelogs": Schedule(skill_steps=300, skill_direct_share=0.3, habit_direct_share=0.95),
 }

@@ -15,6 +15,8 @@ TOOLS = {
     "calculator_rounds": ("eapo", "data.max_response_length=24"),
     "calculator_branching": ("aepo_advantage", "data.max_response_length=96"),
 }
+# The tiny policy is surer after a reply than before, by more than the recipe's threshold permits.
+OFTEN = ["actor_rollout_ref.rollout.custom.branching.threshold=0.0"]
 
 
 def train(cache, folder, tool):
@@ -24,6 +26,7 @@ def train(cache, folder, tool):
         *(BIN / "hpo-verl", "train", "countdown-tiny", "task=countdown_tool_tiny"),
         *(f"+tool={tool}", f"algo={algorithm}", length, *SHORT, f"hydra.run.dir={folder}"),
         f"trainer.rollout_data_dir={rollouts(folder)}",
+        *(OFTEN if tool == "calculator_branching" else ()),
     ]
     process = start(command, cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output, _ = process.communicate()
