@@ -8,8 +8,8 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.workers.rollout.replica import TokenOutput
 
 from hpo_verl.verl_plugin.rollout import worker
-from hpo_verl.verl_plugin.rollout.agent_loop import sample_seed
 from hpo_verl.verl_plugin.rollout.coalescer import Coalescer
+from hpo_verl.verl_plugin.rollout.seeds import sample_seed
 from hpo_verl.verl_plugin.rollout.worker import (
     CoalescingAgentLoopWorker,
     CoalescingClient,

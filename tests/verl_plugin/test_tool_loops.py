@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 from tool_loops import QUESTION, Server, columns, make_loop, text_of, tokenizer
@@ -38,6 +40,12 @@ def held(kind=SeededToolAgentLoop, script=by_last_reply, session=0, server=None,
         return await loop.run({"temperature": 1.0}, **columns(session))
 
     return asyncio.run(run()), server
+
+
+def test_what_checks_a_configuration_can_be_imported_first():
+    # verl's own module, which it imports, loads the loops with tools meanwhile.
+    module = "hpo_verl.verl_plugin.rollout.agent_loop"
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
 
 # ---------------------------------------------------------------- one output

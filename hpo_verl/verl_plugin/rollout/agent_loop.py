@@ -10,7 +10,6 @@ with or are, and with a rule for the temperature of every token, which `hf` alon
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from copy import copy
 from typing import Any
@@ -20,21 +19,10 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 from hpo_verl.verl_plugin.extras import OPENINGS, TEMPERATURE_RULE, TEMPERATURES
 from hpo_verl.verl_plugin.rollout.openings import OpenedServers
+from hpo_verl.verl_plugin.rollout.seeds import sample_seed
 
 NAME = "seeded_single_turn_agent"
 PROMPTS_KEPT = 4096
-
-
-def sample_seed(
-    rollout_seed: int, global_steps: int, index: object, session_id: int, messages: object
-) -> int:
-    """Seed in [0, 2**63) of one of a prompt's samples (`session_id`): a hash of what names it.
-
-    The messages tell training from validation prompts.
-    """
-    name = repr((rollout_seed, int(global_steps), str(index), int(session_id), messages))
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @register(NAME)

@@ -33,7 +33,7 @@ from verl.tools.function_tool import function_tool, get_function_tool
 
 from hpo_verl.rewards.calculator import calculate
 from hpo_verl.rewards.expression import MAX_CHARACTERS
-from hpo_verl.verl_plugin.rollout.agent_loop import sample_seed
+from hpo_verl.verl_plugin.rollout.seeds import sample_seed
 
 NAME = "seeded_tool_agent"
 ROUNDS = "tool_rounds_agent"
