@@ -15,6 +15,7 @@ import torch
 
 from hpo_verl.core.rollout import (
     Advantages,
+    GradientComparison,
     HeadOptimizer,
     HeadTokens,
     Rollout,
@@ -134,6 +135,8 @@ class Estimator:
         validated: From the memory, a validation's mean of each reward that it needs, by its name,
             and the settings to what changes of the memory; needs validations during the run.
         compares: Whether it compares the responses to one prompt, so that it needs several.
+        updated: From the memory, the comparison of the gradients of `Advantages.objectives` in a
+            step's update, and the settings to what changes of the memory.
     """
 
     name: str
@@ -154,6 +157,7 @@ class Estimator:
         None
     )
     compares: bool = True
+    updated: Callable[[Mapping[str, Any], GradientComparison, Any], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ MODULES = (
     "ares",
     "constrained_grpo",
     "hypervolume",
+    "reward_gradients",
     "ahpo",
     "apo",
     "capo",

@@ -95,6 +95,10 @@ class Advantages(NamedTuple):
         memory: What the next step is to remember, by name, as JSON can hold it; the rest of the
             memory stays. Saved in checkpoints.
         token_fields: For the loss, what `Estimator.gives` names, `[batch, response]`; detached.
+        objectives: Advantages of single objectives, by name, `[batch]` as `values`, whose
+            gradients are to be compared; see `Estimator.updated`.
+        objective_layers: First and last layer of the model in which they are compared; all of a
+            model that has none of them.
     """
 
     values: torch.Tensor
@@ -105,6 +109,21 @@ class Advantages(NamedTuple):
     statistics: Mapping[str, float] = {}
     memory: Mapping[str, Any] = {}
     token_fields: Mapping[str, torch.Tensor] = {}
+    objectives: Mapping[str, torch.Tensor] = {}
+    objective_layers: tuple[int, int] = (0, 0)
+
+
+class GradientComparison(NamedTuple):
+    """What was measured of the gradients of several objectives during an update.
+
+    Attributes:
+        scores: Inner product of an objective's gradient with the sum of all, by name; the mean
+            over the mini-batches.
+        learning_rate: The optimizer's.
+    """
+
+    scores: Mapping[str, float]
+    learning_rate: float
 
 
 class TokenBatch(NamedTuple):

@@ -309,6 +309,8 @@ def _composed(
         objective = Objective(config.algorithm, actor)
         if objective.loss.head_fields is not None:
             raise ConfigError("its loss reads the head of the model, which the lab does not catch")
+        if objective.estimator.updated is not None:
+            raise ConfigError("compares gradients of single rewards, which the lab does not take")
         weights = [one.section for one in ESTIMATORS.values() if one.weight]
         sections = (objective.estimator.section, *weights)
         read = (*_READ, *(f"algorithm.{section}" for section in sections))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +68,10 @@ def check_algorithm(config: DictConfig) -> list[str]:
     _check_sections(str(algorithm.get("adv_estimator")), algorithm)
     _check_entropy(estimator, loss, algorithm)
     if loss is not None and (loss.mini_batch_sums is not None or loss.head_fields is not None):
-        _check_engine(loss, config)
+        _check_engine(f"policy_loss.loss_mode = {loss.name!r}", STRATEGIES, config)
+    if estimator is not None and estimator.updated is not None:
+        # fsdp keeps a layer's gradients in one tensor.
+        _check_engine(f"adv_estimator = {estimator.name!r}", ("fsdp2",), config)
     if loss is not None and loss.head_fields is not None:
         _check_head(loss, config)
     return warnings
@@ -231,13 +234,12 @@ def _check_token_temperature(estimator: Estimator, config: DictConfig) -> None:
         )
 
 
-def _check_engine(loss: Loss, config: DictConfig) -> None:
-    """Refuse a loss that needs an engine of ours where verl would select another."""
-    who = f"policy_loss.loss_mode = {loss.name!r}"
+def _check_engine(who: str, permitted: Sequence[str], config: DictConfig) -> None:
+    """Refuse a setting that needs an engine of ours where verl would select another."""
     strategy = config["actor_rollout_ref"]["actor"].get("strategy", None)
-    if strategy not in STRATEGIES:
+    if strategy not in permitted:
         raise ConfigError(
-            f"{ACTOR}.strategy = {strategy!r}: {who} permits {' and '.join(STRATEGIES)} only"
+            f"{ACTOR}.strategy = {strategy!r}: {who} permits {' and '.join(permitted)} only"
         )
     section = ("ray_kwargs", "ray_init", "runtime_env", "env_vars")
     variables: Any = config

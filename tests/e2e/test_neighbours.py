@@ -24,12 +24,14 @@ SHOWN = {
                          ("hpo/reward/format", 0.0, 1.0)],
     "hypervolume": [("hpo/hypervolume_factor", 0.5, 2.0), ("hpo/reward/brevity", 0.01, 1.0)],
     "capo": [("actor/curvature_masked", 0.0, 0.9), ("actor/head_seconds_fraction", 0.0, 1.0)],
+    "reward_gradients": [("hpo/reward_weight/acc", 0.0, 1.0),
+                         ("actor/objective_score/acc", 0.0, 1e6)],
     "ahpo": [("hpo/ahpo_expert_fraction", 1.0, 1.0)],
     "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
 
 # Further settings: of one whose bounds follow the learning rate, of one with a temperature per
-# token, of one that follows validations, and reads three rewards; and of prefixes.
+# token, of those that read three rewards, one of which follows validations; and of prefixes.
 SETTINGS = {
     # The recipe's bounds belong to a learning rate of 1.5e-5; these leave out few tokens.
     "capo": [
@@ -43,6 +45,11 @@ SETTINGS = {
         "algorithm.hypervolume.weights=[0.5,0.25,0.25]",
         "+reward.custom_reward_function.reward_kwargs.brevity_characters=48",
         *("trainer.val_before_train=true", "trainer.test_freq=1"),
+    ],
+    "reward_gradients": [
+        "algorithm.reward_gradients.rewards=[acc,format,brevity]",
+        "algorithm.reward_gradients.weights=[0.5,0.25,0.25]",
+        "+reward.custom_reward_function.reward_kwargs.brevity_characters=48",
     ],
     # Short enough for responses of 24 tokens.
     "apo": ["algorithm.apo.modes=['<r>','<i>']"],

@@ -12,11 +12,14 @@ from hpo_verl.lab import warm_start
 from hpo_verl.lab.policy import Policy
 from hpo_verl.lab.settings import read_study, warm_start_versions
 
-# The lab gives no response its beginning, and a loss nothing of the model's head.
+# The lab gives no response its beginning, a loss nothing of the model's head, and compares no
+# gradients of single rewards.
 IN_LAB = {
     name: one
     for name, one in ALGORITHMS.items()
-    if one.estimator.openings is None and one.loss.head_fields is None
+    if one.estimator.openings is None
+    and one.estimator.updated is None
+    and one.loss.head_fields is None
 }
 END, PAD = 0, 1
 QUICK = [

@@ -21,6 +21,7 @@ from hpo_verl.algorithms.base import Loss, MiniBatchSums
 from hpo_verl.verl_plugin import extras
 from hpo_verl.verl_plugin.engine.head import head_engine
 from hpo_verl.verl_plugin.engine.merged_adapter import adapter_engine
+from hpo_verl.verl_plugin.engine.objectives import objectives_engine
 from hpo_verl.verl_plugin.engine.step_guard import guarded_engine
 from hpo_verl.verl_plugin.losses import STRATEGIES, VENDOR, loss_settings, prepare, selected_loss
 
@@ -98,7 +99,8 @@ def mini_batch_engine(parent: type) -> type:
 @cache
 def register(engines: Any) -> None:
     """Register the engine with verl; a second call changes nothing."""
-    engine = adapter_engine(mini_batch_engine(head_engine(engines.FSDPEngineWithLMHead)))
+    engine = mini_batch_engine(head_engine(engines.FSDPEngineWithLMHead))
+    engine = adapter_engine(objectives_engine(engine))
     engines.EngineRegistry.register(
         model_type="language_model",
         backend=list(STRATEGIES),

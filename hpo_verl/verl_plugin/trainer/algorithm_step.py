@@ -27,6 +27,7 @@ from hpo_verl.verl_plugin.advantages import (
     token_temperature,
 )
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics, pop_token_means
+from hpo_verl.verl_plugin.engine.objectives import column, pop_comparison
 from hpo_verl.verl_plugin.engine.step_guard import GuardedLoss, pop_counts, step_guard_settings
 from hpo_verl.verl_plugin.estimator_input import TOKEN_VALUES, group_codes, joined, make_rollout
 from hpo_verl.verl_plugin.losses import loss_settings, selected_loss
@@ -169,6 +170,8 @@ class AlgorithmStep(PromptHistoryTrainer):
             fields += ["extra_fields"]
         if loss is not None and loss.token_fields:
             fields += ["entropy"]
+        if estimator.updated is not None:
+            fields += ["response_mask"]
         if estimator.history is not None:
             fields += self.history_fields()
         return [*dict.fromkeys(fields)]
@@ -216,8 +219,23 @@ class AlgorithmStep(PromptHistoryTrainer):
             given = estimate.result.token_fields
             made = self._token_fields(loss, joined([*self._earlier, part]), given, data["entropy"])
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
+        if estimate.result.objectives:
+            made = self._objectives(estimate, data["response_mask"])
+            batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
         self._earlier.append(part)
         return batch
+
+    def _objectives(self, estimate: Estimate, like: Any) -> TensorDict:
+        """Columns of this part with the advantages of single objectives; `like` is nested."""
+        from verl.workers.utils.padding import response_to_nested
+
+        rollout, result, rows = estimate.rollout, estimate.result, len(estimate.labels)
+        fields = {}
+        for name, values in result.objectives.items():
+            tokens = rollout.to_outputs(values.float()).unsqueeze(-1) * rollout.mask
+            nested = response_to_nested(tokens[-rows:], like)
+            fields[column(name, result.objective_layers)] = nested
+        return TensorDict(fields, batch_size=rows)  # type: ignore[arg-type]
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
         from verl.utils import tensordict_utils as tu
@@ -303,6 +321,11 @@ class AlgorithmStep(PromptHistoryTrainer):
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
+        estimator, _ = self._selected()
+        comparison = pop_comparison(metrics)
+        if estimator.updated is not None and comparison is not None:
+            settings = read_settings(estimator, self.config.algorithm)
+            self.memory = {**self.memory, **estimator.updated(self.memory, comparison, settings)}
         means = pop_token_means(metrics)
         metrics.update({f"hpo/{name}": value for name, value in means.items()})
         actor, responses = self.config.actor_rollout_ref.actor, len(batch.keys)
