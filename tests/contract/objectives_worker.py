@@ -1,7 +1,7 @@
 """One rank of verl's FSDP2 engine that compares gradients; run by test_objectives.py.
 
-Arguments: rank, folder with a tiny model, port of a group of one, port of a group of two. Scores,
-gradients and how many passes the loss has seen are written to the folder, of every split.
+Arguments: rank, folder with a tiny model, port of a group of one, port of a group of two. Scores
+and gradients of every split are written to the folder.
 """
 
 import os
@@ -33,9 +33,10 @@ def measure(engine, rank, world, layers, size, compared=True):
         output = engine.forward_backward_batch(
             data, partial(loss_with_statistics, config=actor_config())
         )
+        # Leaving the mode takes them away.
+        found = gradients(engine)
     metrics = output["metrics"]
-    scores = {k.removeprefix(SCORE): v for k, v in metrics.items() if k.startswith(SCORE)}
-    return scores, gradients(engine)
+    return {k.removeprefix(SCORE): v for k, v in metrics.items() if k.startswith(SCORE)}, found
 
 
 def run(folder, rank, world, name, **engine):

@@ -120,6 +120,7 @@ def test_token_fields_are_made_of_the_whole_batch():
         ("grpo", {f"{ACTOR}.grad_clip": 0.5}, "grad_clip, which the lab does not read"),
         ("hapo", {"algorithm.hapo.temperature_scale": 0.1}, "per token, which the lab does not"),
         ("capo", {}, "reads the head of the model, which the lab does not catch"),
+        ("reward_gradients", {}, "gradients of single rewards, which the lab does not take"),
     ],
 )
 def test_settings_of_an_algorithm_are_checked(name, changes, message):

@@ -10,8 +10,11 @@ from algorithm_steps import config
 from tensordict import TensorDict
 from torch import nn
 
+from hpo_verl.config.recipes import compose_recipe
+from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.engine.objectives import chosen_parameters, column, objectives_engine
 from hpo_verl.verl_plugin.trainer.algorithm_step import AlgorithmStep
+from hpo_verl.verl_plugin.validation import check_algorithm
 
 LAYERS = (10, 25)
 
@@ -126,3 +129,24 @@ def test_weights_move_after_the_update():
     kept, found = trainer.memory, {}
     trainer._update_actor(SimpleNamespace(keys=["a", "b"]), {})
     assert trainer.memory == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "actor_rollout_ref.actor.strategy=fsdp",
+            r"strategy = 'fsdp': adv_estimator = 'reward_gradients' permits fsdp2 only",
+        ),
+        (
+            "ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR=nvidia",
+            r"VERL_ENGINE_VENDOR = 'nvidia': adv_estimator = 'reward_gradients' needs 'hpo'",
+        ),
+        ("algorithm.use_kl_in_reward=true", r"use_kl_in_reward = True: .*; must be false"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, message):
+    recipe = ["algo=reward_gradients"]
+    assert check_algorithm(compose_recipe("countdown-tiny", recipe)) == []
+    with pytest.raises(ConfigError, match=message):
+        check_algorithm(compose_recipe("countdown-tiny", [*recipe, change]))
