@@ -48,7 +48,8 @@ class RewardGradientsSettings:
     Attributes:
         rewards: Names under which the reward function returns the rewards.
         weights: The first w_k, as many, above 0; their sum is made 1.
-        mu: Divides lr s_k, above 0; a smaller one moves the weights faster.
+        mu: Divides lr s_k, above 0; a smaller one moves the weights faster. The paper's, for a
+            learning rate of 1e-6.
         first_layer: First layer whose gradients are compared, from 0.
         last_layer: Last one, not below.
     """

@@ -318,8 +318,6 @@ def test_the_page_on_other_systems_says_of_each_which_hook_it_needs():
         if "arxiv.org" in line
     ]
     papers = {paper[1:11] for _, paper, _, _ in rows}
-    assert papers == {
-        "2509.11452", "2407.00617",
-    }  # fmt: skip
+    assert papers == {"2407.00617"}
     assert all(official.startswith(("yes", "no", "partly: ")) for *_, official in rows)
     assert "(other-systems.md)" in (PAGES / "algorithms.md").read_text()

@@ -49,6 +49,8 @@ SETTINGS = {
     "reward_gradients": [
         "algorithm.reward_gradients.rewards=[acc,format,brevity]",
         "algorithm.reward_gradients.weights=[0.5,0.25,0.25]",
+        # As much as in the paper, at this task's learning rate.
+        "algorithm.reward_gradients.mu=3e-3",
         "+reward.custom_reward_function.reward_kwargs.brevity_characters=48",
     ],
     # Short enough for responses of 24 tokens.
