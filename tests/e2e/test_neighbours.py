@@ -24,9 +24,10 @@ SHOWN = {
                          ("hpo/reward/format", 0.0, 1.0)],
     "hypervolume": [("hpo/hypervolume_factor", 0.5, 2.0), ("hpo/reward/brevity", 0.01, 1.0)],
     "capo": [("actor/curvature_masked", 0.0, 0.9), ("actor/head_seconds_fraction", 0.0, 1.0)],
-    "reward_gradients": [("hpo/reward_weight/acc", 0.0, 1.0),
-                         ("actor/objective_score/acc", -1e6, 1e6)],
     "ahpo": [("hpo/ahpo_expert_fraction", 1.0, 1.0)],
+    "reward_gradients": [("hpo/reward_weight/acc", 0.01, 0.99),
+                         ("hpo/reward_weight/brevity", 0.01, 0.99),
+                         ("actor/objective_score/format", -100.0, 100.0)],
     "d3s": [("hpo/d3s_response_fraction", 0.25, 0.5), ("hpo/d3s_token_fraction", 0.01, 0.5)],
 }  # fmt: skip
 

@@ -219,7 +219,7 @@ class AlgorithmStep(PromptHistoryTrainer):
             given = estimate.result.token_fields
             made = self._token_fields(loss, joined([*self._earlier, part]), given, data["entropy"])
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
-        if estimate.result.objectives:
+        if estimator.updated is not None and estimate.result.objectives:
             made = self._objectives(estimate, data["response_mask"])
             batch = tq.kv_batch_put(**where, fields=made)  # type: ignore[arg-type]
         self._earlier.append(part)
@@ -321,9 +321,10 @@ class AlgorithmStep(PromptHistoryTrainer):
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
-        estimator, _ = self._selected()
-        comparison = pop_comparison(metrics)
-        if estimator.updated is not None and comparison is not None:
+        if (comparison := pop_comparison(metrics)) is not None:
+            estimator, _ = self._selected()
+            # For the type checker; the columns are its own.
+            assert estimator.updated is not None  # noqa: S101
             settings = read_settings(estimator, self.config.algorithm)
             self.memory = {**self.memory, **estimator.updated(self.memory, comparison, settings)}
         means = pop_token_means(metrics)
