@@ -38,7 +38,8 @@ def composed_once(algorithm):
                 f"+algo={algorithm}",
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
                 "data.max_response_length=64",
-                # As recipes/run sets it.
+                # As recipes/backend and recipes/run set them.
+                "actor_rollout_ref.actor.strategy=fsdp2",
                 "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR=hpo",
             ],
         )
