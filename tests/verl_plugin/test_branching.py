@@ -73,7 +73,7 @@ def reply_of(prompt):
     return None if len(parts) == 1 else parts[-1].split("<|im_end|>")[0]
 
 
-def held(script, sessions, order=None, failing=(), **settings):
+def held(script, sessions, order=None, failing=(), cancelled=(), **settings):
     """Outputs of all sessions of a prompt, started as verl does, and the server."""
     server = Server(script)
     custom = {"branching": settings}
@@ -88,6 +88,10 @@ def held(script, sessions, order=None, failing=(), **settings):
 
     async def run():
         tasks = [asyncio.create_task(one(session)) for session in order or range(sessions)]
+        for turns, session in cancelled:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            tasks[session].cancel()
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
 
     found = asyncio.run(run())
@@ -176,6 +180,16 @@ def test_sessions_that_fail_leave_the_others_their_turn():
         found, _ = held(two_turns, 6, failing=failing)
         errors = [isinstance(one, ZeroDivisionError) for one in found]
         assert errors == [session in failing for session in range(6)]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("session", [0, 1, 5])
+def test_a_session_that_is_cancelled_leaves_nothing_behind(session, turns):
+    # Before its wave, when it is let go, or later.
+    found, _ = held(two_turns, 6, cancelled=[(turns, session)])
+    assert [isinstance(one, asyncio.CancelledError) for one in found] == [
+        number == session for number in range(6)
+    ]
 
 
 def test_without_a_tool_call_all_start_from_the_root():

@@ -68,6 +68,10 @@ class Siblings:
 
     def leave(self, session: int, entropies: list[float], places: list[Place]) -> None:
         """Note what a session that has ended, or failed, has come across."""
+        if session not in self.running:
+            # Cancelled while it waited.
+            self.waiting.pop(session, None)
+            return
         self.running.discard(session)
         if self.waves == 1:
             self.entropies = entropies
@@ -77,7 +81,7 @@ class Siblings:
 
     def release(self) -> None:
         """Let the next wave go."""
-        # A session that was cancelled while it waited starts nothing, and so ends nothing.
+        # A session that is being cancelled starts nothing, and so ends nothing.
         while self.waiting and not self.running:
             wave = self.plan()
             self.waves += 1
@@ -138,11 +142,11 @@ class BranchingToolAgentLoop(SeededToolAgentLoop):
         """Hold one conversation, from the root or from where another one branched."""
         key, self._session = kwargs["uid"], kwargs["session_id"]
         siblings = _siblings.setdefault(key, Siblings(self.settings))
-        self._start = await siblings.join(self._session)
-        if self._start is not None:
-            self._in_a_row = self._start.in_a_row
-            self._entropies = [self._start.root]
         try:
+            self._start = await siblings.join(self._session)
+            if self._start is not None:
+                self._in_a_row = self._start.in_a_row
+                self._entropies = [self._start.root]
             output: Any = await super().run(sampling_params, priority=priority, **kwargs)
         finally:
             siblings.leave(self._session, self._entropies, self._places)
