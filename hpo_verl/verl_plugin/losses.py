@@ -105,6 +105,14 @@ def selected_loss(policy_loss: Any) -> Loss | None:
     return RECORDS.get(str(policy_loss.get("loss_mode", "vanilla")))
 
 
+def loss_of(loss_function: Any) -> tuple[Loss, Any] | None:
+    """Record and settings of the policy loss in verl's loss function; None without a record."""
+    config = getattr(loss_function, "keywords", {}).get("config")
+    policy_loss = getattr(config, "policy_loss", None)
+    loss = None if policy_loss is None else selected_loss(policy_loss)
+    return None if loss is None else (loss, loss_settings(loss, policy_loss))
+
+
 def _token_extras(loss: Loss, mask: torch.Tensor) -> dict[str, Any]:
     """Take what a loss needs beyond verl's arguments from the channel, checked and masked."""
     who, found = f"policy_loss.loss_mode = {loss.name!r}", {}

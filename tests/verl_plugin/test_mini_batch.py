@@ -21,6 +21,7 @@ from hpo_verl.verl_plugin import extras, losses
 from hpo_verl.verl_plugin.config import SECTIONS
 from hpo_verl.verl_plugin.engine import mini_batch as plugin
 from hpo_verl.verl_plugin.engine.loss_statistics import loss_with_statistics
+from hpo_verl.verl_plugin.losses import loss_of
 
 BAPOPolicyLossConfig = SECTIONS["bapo"]
 SUMS = OUR_LOSSES["bapo"].mini_batch_sums
@@ -31,15 +32,21 @@ def config(**changes):
 
 
 @pytest.mark.parametrize("function", [ppo_loss, loss_with_statistics])
-def test_only_a_training_loss_of_bapo_needs_the_extra_pass(function):
+def test_the_record_and_settings_are_those_of_verls_loss_function(function):
     actor = config()
     settings = (OUR_LOSSES["bapo"], BAPOSettings())
-    assert plugin.summed_loss(partial(function, config=actor)) == settings
+    assert loss_of(partial(function, config=actor)) == settings
     other = actor_config(policy_loss=PolicyLossConfig(loss_mode="vanilla"))
-    assert plugin.summed_loss(partial(function, config=other)) is None
-    assert plugin.summed_loss(partial(function, config=SimpleNamespace())) is None
-    assert plugin.summed_loss(function) is None
-    assert plugin.summed_loss(None) is None
+    found = loss_of(partial(function, config=other))
+    assert found is not None
+    assert (found[0].name, found[0].mini_batch_sums, found[0].head_fields) == (
+        "vanilla",
+        None,
+        None,
+    )
+    assert loss_of(partial(function, config=SimpleNamespace())) is None
+    assert loss_of(function) is None
+    assert loss_of(None) is None
 
 
 def test_the_loss_without_bounds_says_what_is_needed():

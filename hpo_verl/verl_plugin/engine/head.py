@@ -22,22 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from hpo_verl.algorithms.base import HeadOptimizer, HeadTokens, Loss
 from hpo_verl.errors import ConfigError
-from hpo_verl.verl_plugin.losses import ACTOR, loss_settings, selected_loss
+from hpo_verl.verl_plugin.losses import ACTOR, loss_of
 
 LOGITS = 1 << 26
 """Entries of logits in float32 that are held at once, 256 MiB."""
 
 SECONDS = "actor/head_seconds_fraction"
-
-
-def head_loss(loss_function: Any) -> tuple[Loss, Any] | None:
-    """Record and settings of the policy loss in verl's loss function, if it reads the head."""
-    config = getattr(loss_function, "keywords", {}).get("config")
-    policy_loss = getattr(config, "policy_loss", None)
-    loss = None if policy_loss is None else selected_loss(policy_loss)
-    if loss is None or loss.head_fields is None:
-        return None
-    return loss, loss_settings(loss, policy_loss)
 
 
 def head_optimizer(weight: torch.Tensor, optimizer: Any) -> HeadOptimizer:
@@ -186,8 +176,8 @@ def head_engine(parent: type) -> type:
             self, data: Any, loss_function: Any, forward_only: bool = False
         ) -> Any:
             """Follow verl's interface; means of the fields appear in the metrics."""
-            found = None if forward_only else head_loss(loss_function)
-            if found is None:
+            found = None if forward_only else loss_of(loss_function)
+            if found is None or found[0].head_fields is None:
                 return super().forward_backward_batch(data, loss_function, forward_only)
             watch = self._watch = Watch(*found)
             start = time.perf_counter()

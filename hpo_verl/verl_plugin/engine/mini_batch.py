@@ -23,19 +23,9 @@ from hpo_verl.verl_plugin.engine.head import head_engine
 from hpo_verl.verl_plugin.engine.merged_adapter import adapter_engine
 from hpo_verl.verl_plugin.engine.objectives import objectives_engine
 from hpo_verl.verl_plugin.engine.step_guard import guarded_engine
-from hpo_verl.verl_plugin.losses import STRATEGIES, VENDOR, loss_settings, prepare, selected_loss
+from hpo_verl.verl_plugin.losses import STRATEGIES, VENDOR, loss_of, prepare
 
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
-
-
-def summed_loss(loss_function: Any) -> tuple[Loss, Any] | None:
-    """Record and settings of the policy loss in verl's loss function, if it needs such sums."""
-    config = getattr(loss_function, "keywords", {}).get("config")
-    policy_loss = getattr(config, "policy_loss", None)
-    loss = None if policy_loss is None else selected_loss(policy_loss)
-    if loss is None or loss.mini_batch_sums is None:
-        return None
-    return loss, loss_settings(loss, policy_loss)
 
 
 def summing_loss(
@@ -72,8 +62,8 @@ def mini_batch_engine(parent: type) -> type:
             self, data: Any, loss_function: LossFunction | None, forward_only: bool = False
         ) -> Any:
             """Follow verl's interface; what is made of the sums appears in the metrics."""
-            found = None if forward_only else summed_loss(loss_function)
-            if found is None:
+            found = None if forward_only else loss_of(loss_function)
+            if found is None or found[0].mini_batch_sums is None:
                 return super().forward_backward_batch(data, loss_function, forward_only)
             loss, settings = found
             result = self._sum(data, loss, settings)
