@@ -54,11 +54,11 @@ def check_names(run: PlannedRun) -> Finding:
 def check_algorithm(run: PlannedRun) -> Finding:
     """Whether estimator, loss and aggregation go together, with their settings."""
     with quiet_imports():
-        from hpo_verl.verl_plugin import validation
+        from hpo_verl.verl_plugin import run_validation, validation
 
     remarks = validation.check_algorithm(run.config)
     validation.check_trainer_mode(run.config)
-    validation.check_sampling(run.config)
+    run_validation.check_sampling(run.config)
     if remarks:
         return warning("; ".join(remarks), "see docs/pages/algorithms.md")
     return ok(
@@ -70,10 +70,10 @@ def check_algorithm(run: PlannedRun) -> Finding:
 def check_with_verl(run: PlannedRun) -> Finding:
     """What verl's own validation says, and the sections of the guards."""
     with quiet_imports():
-        from hpo_verl.verl_plugin import validation
+        from hpo_verl.verl_plugin import run_validation
 
-        validation.check_guards(run.config)
-        validation.check_with_verl(run.config)
+        run_validation.check_guards(run.config)
+        run_validation.check_with_verl(run.config)
     return ok("verl's own validation passes")
 
 

@@ -150,7 +150,7 @@ class PlannedRun:
     def tokenizer(self) -> Any:
         """The policy's tokenizer as verl reads it; whatever its library raises passes through."""
         with quiet_imports():
-            from hpo_verl.verl_plugin.validation import read_tokenizer
+            from hpo_verl.verl_plugin.prompt_tokens import read_tokenizer
 
             return read_tokenizer(self.config, str(self.policy_folder))
 

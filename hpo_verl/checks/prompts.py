@@ -36,7 +36,7 @@ def check_prompts(run: PlannedRun) -> Finding:
     place, counts = "them", dict[str, int]()
     try:
         with quiet_imports():
-            from hpo_verl.verl_plugin.validation import prompt_counter
+            from hpo_verl.verl_plugin.prompt_tokens import prompt_counter
 
             count = prompt_counter(run.config, run.tokenizer)
         for prompt, place in prompts:
@@ -94,7 +94,7 @@ def check_hints(run: PlannedRun) -> list[Finding]:
         return []
     with quiet_imports():
         from hpo_verl.verl_plugin import hints
-        from hpo_verl.verl_plugin.validation import prompt_counter
+        from hpo_verl.verl_plugin.prompt_tokens import prompt_counter
 
         count = prompt_counter(run.config, run.tokenizer)
     settings, limit = hints.hint_settings(run.config), run.get("data.max_prompt_length")

@@ -175,7 +175,7 @@ def without_names(config):
 def test_merging_and_building_here_equals_hydra_and_the_preflight():
     from verl.utils.config import omega_conf_to_dataclass
 
-    from hpo_verl.verl_plugin.validation import check_with_verl
+    from hpo_verl.verl_plugin.run_validation import check_with_verl
 
     for i, (recipe, extra, hardware, algorithm) in enumerate(rotation()):
         overrides = [*extra, f"hardware={hardware}", f"algo={algorithm}"]

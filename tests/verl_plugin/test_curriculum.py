@@ -14,8 +14,8 @@ from hpo_verl.verl_plugin.curriculum import (
     curriculum_settings,
     difficulty,
 )
+from hpo_verl.verl_plugin.run_validation import check_sampling
 from hpo_verl.verl_plugin.trainer.prompts import ROW, Curriculum
-from hpo_verl.verl_plugin.validation import check_sampling
 
 # Seven rows; by rank 1, 3, 5, 0, 6, 2, 4: the two of 2.0 as in the file.
 NUMBERS = [2.0, -1.0, 5.0, 0.5, 9.0, 1, 2.0]

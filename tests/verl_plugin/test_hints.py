@@ -17,9 +17,9 @@ from hpo_verl.verl_plugin.hints import (
     reference,
     require_reference,
 )
+from hpo_verl.verl_plugin.run_validation import check_sampling
 from hpo_verl.verl_plugin.trainer import hints as plugin
 from hpo_verl.verl_plugin.trainer.hints import Hints
-from hpo_verl.verl_plugin.validation import check_sampling
 
 USER = {"role": "user", "content": "ask"}
 

@@ -11,8 +11,8 @@ from verl.utils import tensordict_utils as tu
 from hpo_verl.algorithms.base import Rollout
 from hpo_verl.errors import ConfigError
 from hpo_verl.verl_plugin.knapsack import COLUMN, knapsack_settings
+from hpo_verl.verl_plugin.run_validation import check_sampling
 from hpo_verl.verl_plugin.trainer.prompts import ROW, Curriculum, Knapsack
-from hpo_verl.verl_plugin.validation import check_sampling
 
 
 def config(values=None, mode="hpo_sync", **others):

@@ -18,7 +18,7 @@ from hpo_verl.verl_plugin.rollout.weight_update import (
     weight_update_timeout,
     within,
 )
-from hpo_verl.verl_plugin.validation import check_guards
+from hpo_verl.verl_plugin.run_validation import check_guards
 
 LONG = 1e6
 

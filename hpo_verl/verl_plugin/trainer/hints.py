@@ -9,7 +9,7 @@ import transfer_queue as tq
 from verl.utils import tensordict_utils as tu
 
 from hpo_verl.verl_plugin.hints import Messages, hint_settings, hinted, reference
-from hpo_verl.verl_plugin.validation import prompt_counter
+from hpo_verl.verl_plugin.prompt_tokens import prompt_counter
 
 
 def best_rewards(batch: Any) -> dict[str, float]:
