@@ -11,12 +11,11 @@ the rest: verl's own agent loop, bfloat16, no determinism of the actor.
 import json
 import math
 import os
-import subprocess
 
 import pytest
 from flash_attention import with_flash_attention
 from omegaconf import OmegaConf
-from real_runs import BIN, SMALL, STEPS, read_metrics, rollouts, start
+from real_runs import STEPS, read_metrics, rollouts, run_to_end
 
 from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.runs import checkpoints
@@ -104,19 +103,13 @@ def dumped(folder, step):
 
 def train(cache, folder, *arguments):
     """Start the run, which must succeed, and return its metrics and output."""
-    run = start(
-        [
-            *(BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, *PRODUCTION),
-            *("trainer.save_freq=1", "trainer.test_freq=1", f"hydra.run.dir={folder}"),
-            f"{ACTOR}.ppo_max_token_len_per_gpu={TOKENS}",
-            *(f"trainer.rollout_data_dir={rollouts(folder)}", *arguments),
-        ],
+    output = run_to_end(
         cache,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        folder,
+        *(*PRODUCTION, "trainer.save_freq=1", "trainer.test_freq=1"),
+        f"{ACTOR}.ppo_max_token_len_per_gpu={TOKENS}",
+        *(f"trainer.rollout_data_dir={rollouts(folder)}", *arguments),
     )
-    output, _ = run.communicate()
-    assert run.returncode == 0, output
     return read_metrics(folder), output
 
 

@@ -1,12 +1,9 @@
 """Conversations with a calculator in the real trainer: whole, round by round, and branching."""
 
 import json
-import subprocess
 
 import pytest
-from real_runs import BIN, SMALL, STEPS, read_metrics, repeatable, rollouts, start
-
-SHORT = [*SMALL, "trainer.val_before_train=true", "trainer.save_freq=-1"]
+from real_runs import STEPS, read_metrics, repeatable, rollouts, run_to_end
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 
@@ -22,15 +19,14 @@ OFTEN = ["actor_rollout_ref.rollout.custom.branching.threshold=0.0"]
 def train(cache, folder, tool):
     """Metrics of every step of a short run."""
     algorithm, length = TOOLS[tool]
-    command = [
-        *(BIN / "hpo-verl", "train", "countdown-tiny", "task=countdown_tool_tiny"),
-        *(f"+tool={tool}", f"algo={algorithm}", length, *SHORT, f"hydra.run.dir={folder}"),
+    run_to_end(
+        cache,
+        folder,
+        *("task=countdown_tool_tiny", f"+tool={tool}", f"algo={algorithm}", length),
+        *("trainer.val_before_train=true", "trainer.save_freq=-1"),
         f"trainer.rollout_data_dir={rollouts(folder)}",
         *(OFTEN if tool == "calculator_branching" else ()),
-    ]
-    process = start(command, cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    )
     return read_metrics(folder)
 
 

@@ -113,3 +113,18 @@ def step(monkeypatch):
         return trainer, metrics, fetched
 
     return run
+
+
+def submitted(configuration, memory):
+    """The batch of prompts that reaches verl's trainer."""
+    seen = []
+
+    class Parent:
+        def _submit_batch_to_rollout(self, batch):
+            seen.append(batch)
+            return len(batch)
+
+    trainer = object.__new__(type("Mode", (AlgorithmStep, Parent), {}))
+    trainer.config, trainer.memory = configuration, memory
+    assert trainer._submit_batch_to_rollout(tu.get_tensordict({"a": torch.zeros(3)})) == 3
+    return seen[0]

@@ -41,20 +41,24 @@ def read_metrics(folder):
     return {row["step"]: row["data"] for row in map(json.loads, lines)}
 
 
-def train(cache, folder, *overrides):
-    """Metrics of every step of a short run without validations, which must succeed."""
-    quiet = ["trainer.val_before_train=false", "trainer.test_freq=-1"]
+def run_to_end(cache, folder, *overrides):
+    """Output of a short run, which must succeed."""
+    command = [BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, *overrides]
     process = start(
-        [
-            *(BIN / "hpo-verl", "train", "countdown-tiny", *SMALL, *quiet, *overrides),
-            f"hydra.run.dir={folder}",
-        ],
+        [*command, f"hydra.run.dir={folder}"],
         cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     output, _ = process.communicate()
     assert process.returncode == 0, output
+    return output
+
+
+def train(cache, folder, *overrides):
+    """Metrics of every step of a short run without validations, which must succeed."""
+    quiet = ("trainer.val_before_train=false", "trainer.test_freq=-1")
+    run_to_end(cache, folder, *quiet, *overrides)
     return read_metrics(folder)
 
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from algorithm_steps import submitted
 from composed_recipes import View, merged, with_algorithm
 from estimator_calls import call
 from omegaconf import OmegaConf
@@ -45,18 +46,9 @@ def recipe(algorithm, section=None, **rollout):
     ],
 )
 def test_prompts_carry_the_openings(algorithm, expected):
-    seen = []
-
-    class Parent:
-        def _submit_batch_to_rollout(self, batch):
-            seen.append(batch)
-            return len(batch)
-
-    trainer = object.__new__(type("Mode", (AlgorithmStep, Parent), {}))
-    trainer.config, trainer.memory = recipe(algorithm), {}
-    trainer._submit_batch_to_rollout(tu.get_tensordict({"a": torch.zeros(3)}))
+    batch = submitted(recipe(algorithm), {})
     # As an agent-loop worker reads it, of a share of the prompts.
-    for part in seen[0].chunk(2):
+    for part in batch.chunk(2):
         assert json.loads(tu.get(part, OPENINGS)) == expected
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from algorithm_steps import submitted
 from composed_recipes import View, merged, with_algorithm
 from estimator_calls import call
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
@@ -36,31 +37,16 @@ def recipe(algorithm="aepo_entropy", section=None, **rollout):
 # ---------------------------------------------------------------- trainer
 
 
-def submitted(algorithm, memory):
-    """The batch that reaches verl's trainer."""
-    seen = []
-
-    class Parent:
-        def _submit_batch_to_rollout(self, batch):
-            seen.append(batch)
-            return len(batch)
-
-    trainer = object.__new__(type("Mode", (AlgorithmStep, Parent), {}))
-    trainer.config, trainer.memory = recipe(algorithm), memory
-    assert trainer._submit_batch_to_rollout(tu.get_tensordict({"a": torch.zeros(3)})) == 3
-    return seen[0]
-
-
 @pytest.mark.parametrize(("memory", "factor"), [({}, 1.0), ({MEASURED: 0.4}, 1.1)])
 def test_prompts_carry_the_temperature_that_follows_from_the_last_step(memory, factor):
-    batch = submitted("aepo_entropy", memory)
+    batch = submitted(recipe("aepo_entropy"), memory)
     # As an agent-loop worker reads it, of a share of the prompts.
     for part in batch.chunk(2):
         assert json.loads(tu.get(part, TEMPERATURES)) == [pytest.approx(factor)]
 
 
 def test_others_carry_none():
-    assert TEMPERATURES not in submitted("a_hpo", {})
+    assert TEMPERATURES not in submitted(recipe("a_hpo"), {})
 
 
 def test_the_number_of_a_session_is_read_from_its_key():
@@ -140,7 +126,7 @@ def test_a_rule_for_every_token_goes_from_the_memory_to_the_rollout(monkeypatch)
     sample.pop("columns")
     request = request_from_sampling_params([1], sample, "id", config)
     assert request.sampling == (0.5, -1, 1.0, TokenTemperature(0.1, -1.0, -3.0, 0.5))
-    assert TEMPERATURE_RULE not in submitted("hapo", {})
+    assert TEMPERATURE_RULE not in submitted(recipe("hapo"), {})
     assert request_from_sampling_params([1], {}, "id", config).token_temperature is None
 
 
