@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo_verl.core.branching import branch_value
-from hpo_verl.core.settings import parse_settings, require_number
+from hpo_verl.core.settings import parse_settings, require_integer, require_number
 from hpo_verl.errors import ConfigError
 
 SECTION = "actor_rollout_ref.rollout.custom.branching"
@@ -61,13 +61,10 @@ class BranchingSettings:
             ("weight", 0.0, math.inf),
             ("penalty", 0.0, 1.0),
             ("threshold", -math.inf, math.inf),
-            ("width", 2, math.inf),
-            ("tokens", 1, math.inf),
         ):
             require_number(f"{SECTION}.{name}", getattr(self, name), low, high)
-        for name in ("width", "tokens"):
-            if not isinstance(value := getattr(self, name), int):
-                raise ConfigError(f"{SECTION}.{name} = {value!r}: must be an integer")
+        require_integer(f"{SECTION}.width", self.width, 2)
+        require_integer(f"{SECTION}.tokens", self.tokens, 1)
 
     def value(self, change: float, in_a_row: int) -> float:
         """P_t of a change of entropy, nats, after so many branchings in a row."""
