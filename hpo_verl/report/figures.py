@@ -18,15 +18,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.comparison import Comparison
 from hpo_verl.report.statistics import interval
-from hpo_verl.report.studies import Comparison
 from hpo_verl.runs.files import write_atomically
 
 FORMATS = (".png", ".svg", ".pdf")
 COLOUR = "#0072B2"
 COLUMNS = 3
 _TITLE_WIDTH = 36
-_STYLE: Any = {
+STYLE: Any = {
     "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "font.size": 9.0, "axes.titlesize": 9.0,
     "text.parse_math": False, "svg.hashsalt": "hpo_verl", "svg.fonttype": "none",
@@ -56,7 +56,7 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], baseline: str, path: Path) -
         baseline: Method whose curve is dashed in the panels of the others, if it is there.
         path: File to write; its ending says the format.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         bands = {name: interval(curve, axis=1) for name, curve in curves.items()}
         columns = min(COLUMNS, len(curves))
         rows = math.ceil(len(curves) / columns)
@@ -77,12 +77,17 @@ def draw_curves(curves: Mapping[str, pd.DataFrame], baseline: str, path: Path) -
             panel.set_title(fill(f"{name} ({curve.shape[1]})", _TITLE_WIDTH))
         figure.supxlabel("step")
         figure.supylabel("success")
-        picture = io.BytesIO()
-        # Without a date the same runs give the same bytes.
-        metadata: Any = {"Date": None} if path.suffix == ".svg" else None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(picture, dpi=150, format=path.suffix[1:], metadata=metadata)
+        save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, there whole or not at all; raises DataError if it cannot be written."""
+    picture = io.BytesIO()
+    # Without a date the same runs give the same bytes.
+    metadata: Any = {"Date": None} if path.suffix == ".svg" else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(picture, dpi=150, format=path.suffix[1:], metadata=metadata)
     try:
         write_atomically(path, picture.getvalue())
     except OSError as error:
@@ -93,14 +98,14 @@ def draw_study(comparison: Comparison, folder: Path) -> list[tuple[Path, str]]:
     """Draw the curves of every regime of a study as SVG; path and caption of each figure."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
-    for regime, methods in comparison.runs.items():
-        name = f"{comparison.study}-{regime.task}-{regime.warm_start:g}-curves.svg"
+    for number, (regime, variants) in enumerate(comparison.runs.items(), 1):
         curves = {}
-        for variant, runs in methods.items():
+        for variant, runs in variants.items():
             success = [result.measured.set_index("step")["success"] for result in runs["result"]]
             curves[variant] = pd.concat(success, axis=1)
-        draw_curves(curves, comparison.baseline, folder / name)
+        path = folder / f"{comparison.study}-{number}.svg"
+        draw_curves(curves, comparison.baseline, path)
         caption = "success on held-out questions, interquartile mean over seeds with 95 % interval"
-        text = f"{regime.title}: {caption}; dashed: {comparison.baseline}."
-        figures.append((folder / name, text))
+        text = f"{comparison.title(regime)}: {caption}; dashed: {comparison.baseline}."
+        figures.append((path, text))
     return figures

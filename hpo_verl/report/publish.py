@@ -1,43 +1,46 @@
-"""Pages with the tables and figures of studies.
+"""Keeps finished runs, and writes the pages that speak of them.
 
-`python -m hpo_verl.report.publish [FOLDER ...]` (`make results`) puts the runs of the folders into
-`recipes/lab/results/STUDY.parquet`, and from all files there rewrites the manifest, the pictures,
-and the blocks of README.md that stand between `<!-- results: NAME -->` and `<!-- end -->`. What is
-written depends on the parquet files alone.
+`python -m hpo_verl.report.publish [FOLDER ...]` (`make results`) merges the runs of the folders,
+those of `hpo-verl lab run` into `recipes/lab/results/STUDY.parquet` and those of `hpo-verl train`
+into `recipes/lab/results/verl/runs.parquet`. From all files there it rewrites the manifest, the
+map, and the blocks of README.md that stand between `<!-- results: NAME -->` and `<!-- end -->`.
+What is written depends on what is kept alone.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from hpo_verl.config.recipes import recipes_directory
-from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.config.recipes import recipes_directory, study_names
+from hpo_verl.errors import ConfigError, DataError, HpoVerlError
+from hpo_verl.report.comparison import Comparison
+from hpo_verl.report.dissections import dissections
+from hpo_verl.report.effects import NOT_RUN, TERMS, study_text
+from hpo_verl.report.evidence import blocks, manifest, study_facts
 from hpo_verl.report.figures import draw_study
-from hpo_verl.report.statistics import (
-    COLLAPSE_FRACTION,
-    FINAL_SHARE,
-    RESAMPLES,
-    Interval,
+from hpo_verl.report.rates import chosen_rates
+from hpo_verl.report.regimes import read_plan
+from hpo_verl.report.studies import Result, merged, read_results, write_results
+from hpo_verl.report.verl_runs import (
+    is_verl_run,
+    merged_runs,
+    read_verl_run,
+    read_verl_runs,
+    write_verl_runs,
 )
-from hpo_verl.report.studies import Comparison, Result, read_results, write_results
 from hpo_verl.runs.files import write_atomically
 
 PAGE = "report.md"
 PICTURES = "pictures"
+VERL_RUNS = Path("verl") / "runs.parquet"
 _PREFACE = f"""# Comparison of algorithms
 
-Interquartile means over seeds with 95 % percentile bootstrap intervals ({RESAMPLES} resamples),
-paired differences from the baseline by seed, and probability of improvement (arXiv 2108.13264),
-computed with scipy. Final: mean over the last {FINAL_SHARE:.0%} of the budget.
-Area: under the success curve, divided by the budget. Collapsed: final success below
-{COLLAPSE_FRACTION:.0%} of the first one, or diverged; such runs are in every number. Responses:
-sampled per step. Small policies and synthetic tasks: nothing here is a statement about large
-models."""
+{TERMS}
+
+Small policies and synthetic tasks: nothing here is a statement about large models."""
 
 
 def results_directory() -> Path:
@@ -45,11 +48,11 @@ def results_directory() -> Path:
     return recipes_directory() / "lab" / "results"
 
 
-def comparisons(sources: Sequence[Path]) -> list[Comparison]:
-    """Read finished runs of folders or parquet files, and sort them by study.
+def read_sources(sources: Sequence[Path]) -> dict[str, list[Result]]:
+    """Read finished runs of folders or parquet files, by study; of one run twice the later one.
 
     Raises:
-        ConfigError: A source holds nothing, or runs that cannot be compared.
+        ConfigError: A source holds nothing.
     """
     by_study: dict[str, list[Result]] = {}
     for source in sources:
@@ -59,21 +62,25 @@ def comparisons(sources: Sequence[Path]) -> list[Comparison]:
             raise ConfigError(f"{source}: {what}; hpo-verl lab run makes them")
         for result in results:
             by_study.setdefault(result.cell["study"], []).append(result)
-    return [Comparison(study, results) for study, results in by_study.items()]
+    return {study: merged([], results) for study, results in by_study.items()}
 
 
 def write_report(sources: Sequence[Path], out: Path) -> Path:
     """Write a Markdown page and its pictures into a folder, and return the page's path."""
-    studies = comparisons(sources)
+    studies = [Comparison(read_plan(name), found) for name, found in read_sources(sources).items()]
     parts = [_PREFACE]
     try:
         for study in studies:
-            parts += [f"## {study.study}", tables(study)]
+            parts += [f"## {study.study}", study_text(study, planned=False)]
+            if study.plan.tuned:
+                parts.append(chosen_rates(study))
+            if (text := dissections(study)) != NOT_RUN:
+                parts.append(text)
             parts += [
                 f"![{caption}]({PICTURES}/{path.name})\n\n{caption}"
                 for path, caption in draw_study(study, out / PICTURES)
             ]
-            made = json.dumps(manifest(study.results), indent=2)
+            made = json.dumps(study_facts(study.results), indent=2)
             parts.append(f"How it was made:\n\n```json\n{made}\n```")
         write_atomically(out / PAGE, "\n\n".join(parts) + "\n")
     except OSError as error:
@@ -82,42 +89,40 @@ def write_report(sources: Sequence[Path], out: Path) -> Path:
 
 
 def publish(folders: Sequence[Path], kept: Path) -> None:
-    """Keep the runs of folders, one file per study; rewrite manifest, pictures and README.md."""
-    for study in comparisons(folders):
-        write_results(kept / f"{study.study}.parquet", study.results)
-    studies = comparisons(sorted(kept.glob("*.parquet")))
-    facts = {study.study: manifest(study.results) for study in studies}
-    write_atomically(kept / "manifest.json", json.dumps(facts, indent=2) + "\n")
-    blocks = {study.study: tables(study) for study in studies}
+    """Merge the runs of folders into the kept ones; rewrite manifest, map and README.md.
+
+    A run replaces one of the same study, regime, variant and seed.
+
+    Raises:
+        ConfigError: A folder holds no run, a kept study has no file in `recipes/lab`, or some runs
+            cannot be compared. Nothing has been written then.
+    """
+    known = study_names()
+    of_verl = [folder for folder in folders if is_verl_run(folder)]
+    new = read_sources([folder for folder in folders if folder not in of_verl])
+    files = {path.stem: path for path in sorted(kept.glob("*.parquet"))}
+    for name in [*files, *new]:
+        if name not in known:
+            where = files.get(name, name)
+            raise ConfigError(f"{where}: {name!r} is no study of recipes/lab: {', '.join(known)}")
+    old = {name: read_results(path) for name, path in files.items()}
+    studies = {
+        name: Comparison(read_plan(name), merged(old.get(name, []), new.get(name, [])))
+        for name in known
+    }
+    runs = merged_runs(
+        read_verl_runs(kept / VERL_RUNS), [read_verl_run(folder) for folder in of_verl]
+    )
     page = kept / "README.md"
-    write_atomically(page, fill(page.read_text(encoding="utf-8"), blocks, page))
-    shutil.rmtree(kept / PICTURES, ignore_errors=True)
-    for study in studies:
-        draw_study(study, kept / PICTURES)
-
-
-def manifest(results: Sequence[Result]) -> dict[str, Any]:
-    """What some runs were made with."""
-    environments = {
-        json.dumps({k: v for k, v in result.facts["environment"].items() if k != "finished"})
-        for result in results
-    }
-    return {
-        "runs": len(results),
-        "diverged": sum(result.facts["status"] == "diverged" for result in results),
-        "seeds": sorted({result.cell["seed"] for result in results}),
-        "hours": round(sum(result.facts["seconds"] for result in results) / 3600, 2),
-        "environments": [json.loads(text) for text in sorted(environments)],
-    }
-
-
-def tables(comparison: Comparison) -> str:
-    """Markdown of a study: its setting, and a table for every regime."""
-    parts = [comparison.setting]
-    for regime in comparison.runs:
-        table = _table(comparison.rows(regime))
-        parts += [f"### {regime.title}", comparison.beginning(regime), table]
-    return "\n\n".join(parts)
+    found = blocks(studies, runs, kept)
+    text = fill(page.read_text(encoding="utf-8"), found, page)
+    for name in new:
+        write_results(kept / f"{name}.parquet", studies[name].results)
+    if of_verl:
+        write_verl_runs(kept / VERL_RUNS, runs)
+    facts = manifest(list(studies.values()), runs)
+    write_atomically(kept / "manifest.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(page, text)
 
 
 def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
@@ -136,18 +141,8 @@ def fill(text: str, blocks: Mapping[str, str], page: Path) -> str:
     return "".join(filled)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows in Markdown; all have the same columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[_shown(title, value) for title, value in row.items()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _shown(title: str, value: Any) -> str:
-    if isinstance(value, Interval):
-        return value.shown(".2f" if title.startswith("P(") else ".3f")
-    return "" if value is None else str(value)
-
-
 if __name__ == "__main__":
-    publish([Path(name) for name in sys.argv[1:]], results_directory())
+    try:
+        publish([Path(name) for name in sys.argv[1:]], results_directory())
+    except HpoVerlError as error:
+        sys.exit(f"error: {error}")

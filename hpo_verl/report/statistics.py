@@ -8,7 +8,8 @@ seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,10 @@ LEAST_SEEDS = 3
 """Fewer values say next to nothing about their spread: no interval."""
 FINAL_SHARE = 0.1
 """Final success is the mean over the measurements in this last share of the budget."""
-COLLAPSE_FRACTION = 0.5
-"""A run whose final success is below this share of its first one has collapsed."""
-
-MEASURES = {"at_10": "after 10 %", "at_25": "after 25 %", "final": "final", "area": "area"}
-"""Names of the measures, and their titles."""
+EARLY_SHARE = 0.25
+"""Early success is that after this share of the budget."""
+COLLAPSE_FRACTION, COLLAPSE_POINTS = 0.5, 0.05
+"""A run collapsed if its final success is below this share of its best, and by so much too."""
 
 
 class Interval(NamedTuple):
@@ -50,18 +50,23 @@ def measures(steps: ArrayLike, success: ArrayLike) -> dict[str, float]:
     """Reduce a learning curve to its measures; `steps` rise from 0 to the budget.
 
     Returns:
-        `at_10`, `at_25`: success after that per cent of the budget, linear between measurements;
+        `early`: success after the first quarter of the budget, linear between measurements;
         `final`: mean over the last tenth of the budget; `area`: under the curve, divided by the
-        budget.
+        budget; `best`: the largest success that was measured.
     """
     x, y = np.asarray(steps, dtype=float), np.asarray(success, dtype=float)
     budget = float(x[-1])
     return {
-        "at_10": float(np.interp(0.1 * budget, x, y)),
-        "at_25": float(np.interp(0.25 * budget, x, y)),
+        "early": float(np.interp(EARLY_SHARE * budget, x, y)),
         "final": float(y[x > (1 - FINAL_SHARE) * budget].mean()),
         "area": float(np.trapezoid(y, x) / budget),
+        "best": float(y.max()),
     }
+
+
+def has_collapsed(final: float, best: float) -> bool:
+    """Whether a run lost what it had reached: half of it and five percentage points at least."""
+    return final < COLLAPSE_FRACTION * best and final < best - COLLAPSE_POINTS
 
 
 def interquartile_mean(values: ArrayLike, axis: int = -1) -> Any:
@@ -94,13 +99,43 @@ def interval(
     return Interval(point, found.low, found.high)
 
 
-def improvement_probability(ours: ArrayLike, theirs: ArrayLike) -> Interval:
-    """P(ours > theirs) + P(equal) / 2 of two random runs: Mann-Whitney's U over the pairs.
+def summary(values: ArrayLike) -> Interval | None:
+    """Interquartile mean and interval of the values that are no NaN; None where there are none."""
+    found = np.asarray(values, dtype=float)
+    return _summary(tuple(found[~np.isnan(found)].tolist()))
 
-    Runs of the two methods are resampled independently, as in arXiv 2108.13264.
+
+# One page asks for the same interval in several places.
+@cache
+def _summary(values: tuple[float, ...]) -> Interval | None:
+    return interval(values) if values else None
+
+
+class Effect(NamedTuple):
+    """What a method changes against another, seed by seed.
+
+    Attributes:
+        pairs: Seeds that both have.
+        difference: Interquartile mean of the differences, with an interval from `LEAST_SEEDS`
+            pairs on; None without a pair.
     """
 
-    def share_better(x: Any, y: Any, axis: int) -> Any:
-        return ((np.sign(x[..., :, None] - y[..., None, :]) + 1) / 2).mean(axis=(-2, -1))
+    pairs: int
+    difference: Interval | None
 
-    return interval(ours, theirs, statistic=share_better)
+    @property
+    def better(self) -> bool:
+        """Whether the interval is above 0."""
+        return self.difference is not None and self.difference.low > 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether the interval is below 0."""
+        return self.difference is not None and self.difference.high < 0
+
+
+def effect(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect:
+    """The effect from a measure of two methods by seed; a seed where one is NaN is no pair."""
+    differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    known = [value for value in differences if not math.isnan(value)]
+    return Effect(len(known), summary(known))

@@ -10,10 +10,12 @@ from scipy import stats
 from hpo_verl.report.statistics import (
     RESAMPLES,
     Interval,
-    improvement_probability,
+    effect,
+    has_collapsed,
     interquartile_mean,
     interval,
     measures,
+    summary,
 )
 
 
@@ -23,9 +25,10 @@ def test_measures_by_hand():
     assert found["final"] == 0.7
     # Trapezoids 2 + 3 + 10 = 15 over a budget of 40.
     assert found["area"] == pytest.approx(15 / 40)
-    # 10 %: step 4; 25 %: step 10.
-    assert found["at_10"] == pytest.approx(0.18)
-    assert found["at_25"] == pytest.approx(0.3)
+    # 25 %: step 10.
+    assert found["early"] == pytest.approx(0.3)
+    assert found["best"] == 0.7
+    assert measures([0, 4, 8], [0.0, 0.4, 0.2])["early"] == pytest.approx(0.2)
 
 
 def test_final_is_the_mean_over_the_last_tenth():
@@ -59,24 +62,41 @@ def test_one_regime_is_scipys_bootstrap():
     assert found.high == pytest.approx(high, abs=0.06)
 
 
-def test_the_probability_of_improvement_by_hand():
-    # Pairs: 3 > 1, 3 > 2, 2 > 1, 2 = 2: (1 + 1 + 1 + 1/2) / 4.
-    assert improvement_probability([3.0, 2.0], [1.0, 2.0]).point == pytest.approx(0.875)
-    # Each value twice: the same share, now with an interval.
-    found = improvement_probability([3.0, 2.0, 3.0, 2.0], [1.0, 2.0, 1.0, 2.0])
-    assert found.point == pytest.approx(0.875)
-    assert 0.0 <= found.low <= 0.875 <= found.high <= 1.0
+@pytest.mark.parametrize(
+    ("final", "best", "lost"),
+    [
+        (0.2, 0.41, True),  # below half of 0.41
+        (0.205, 0.41, False),  # exactly half
+        (0.0, 0.05, False),  # all of it, but no more than five percentage points
+        (0.0, 0.06, True),
+    ],
+)
+def test_a_run_that_lost_half_of_its_best_and_five_points_has_collapsed(final, best, lost):
+    assert has_collapsed(final, best) is lost
 
 
-def test_the_probability_of_improvement_is_mann_whitneys():
-    rng = np.random.default_rng(3)
-    x, y = rng.integers(0, 5, 12).astype(float), rng.integers(0, 5, 9).astype(float)
-    expected = stats.mannwhitneyu(x, y).statistic / (12 * 9)
-    assert improvement_probability(x, y).point == pytest.approx(expected)
+def test_an_effect_is_taken_seed_by_seed():
+    # Seed 3 is one method's alone, and seed 4 was not measured for it.
+    ours = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: math.nan}
+    theirs = {4: 0.1, 2: 0.3, 1: 0.4, 0: 0.2}
+    found = effect(ours, theirs)
+    assert found.pairs == 3
+    # Differences 0.3, 0.2, 0.6: of three none is cut.
+    assert found.difference.point == pytest.approx(1.1 / 3)
+    assert (found.better, found.worse) == (True, False)
+    assert effect(theirs, ours).worse
 
 
-def test_better_in_every_run_is_certain():
-    assert improvement_probability([5.0, 6, 7], [1.0, 2, 3]) == (1.0, 1.0, 1.0)
+def test_too_few_pairs_decide_nothing():
+    found = effect({0: 1.0, 1: 1.0}, {0: 0.0, 1: 0.0})
+    assert (found.pairs, found.better, found.worse) == (2, False, False)
+    assert found.difference.point == 1.0
+    assert effect({0: 1.0}, {1: 0.0}) == (0, None)
+
+
+def test_a_summary_leaves_out_what_was_not_measured():
+    assert summary([math.nan, 0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
+    assert summary([math.nan]) is None
 
 
 def test_coverage_of_the_interval_of_a_mean_of_many_runs():
@@ -105,7 +125,6 @@ def test_two_runs_have_a_point_and_no_interval():
     assert math.isnan(found.low)
     assert math.isnan(found.high)
     assert math.isnan(interval([0.1, 0.2]).low)
-    assert math.isnan(improvement_probability([1.0, 1.0], [0.0, 0.0]).low)
 
 
 def test_intervals_as_text():

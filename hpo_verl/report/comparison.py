@@ -1,0 +1,173 @@
+"""The runs of one study, sorted by regime and variant, and what a variant changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from hpo_verl.config.studies import TUNED
+from hpo_verl.errors import ConfigError
+from hpo_verl.report.regimes import Plan, Regime, title, varying
+from hpo_verl.report.statistics import FINAL_SHARE, Effect, effect, has_collapsed, measures
+from hpo_verl.report.studies import Result
+from hpo_verl.report.tuning import best_rate
+
+COMPARED = "area"
+"""Measure whose difference from the baseline is reported first."""
+_MEASURED_ALIKE = ("every", "questions")
+_AT_THE_END = ("entropy", "response_length")
+
+
+class Comparison:
+    """The runs of one study beside what its file plans; there may be none yet.
+
+    Attributes:
+        regimes: All of them: those of the plan in its order, then others that were run.
+        variants: In the order of the plan, then others.
+        runs: For every regime that was run the compared runs of every variant: a row per run, by
+            seed, with what `reduced` finds and the `result` itself.
+        rates: Where rates are tuned, for every regime and variant the chosen one.
+        tried: The same, with the areas from which it was chosen, by rate.
+    """
+
+    def __init__(self, plan: Plan, results: Sequence[Result]) -> None:
+        self.plan = plan
+        self.results = [result.thinned() for result in results]
+        _require_comparable(plan, self.results)
+        rows = [
+            {"regime": plan.regime_of(result.cell), **reduced(result)} for result in self.results
+        ]
+        self.tried: dict[tuple[Regime, str], dict[float, list[float]]] = {}
+        self.rates: dict[tuple[Regime, str], float] = {}
+        if plan.tuned:
+            rows = self._at_best_rates(rows)
+        found = dict.fromkeys(row["regime"] for row in rows)
+        self.regimes = list(dict.fromkeys([*plan.regimes, *found]))
+        named = dict.fromkeys(row["variant"] for row in rows)
+        self.variants = list(dict.fromkeys([*plan.variants, *named]))
+        grouped: dict[Regime, dict[str, list[dict[str, Any]]]] = {}
+        for row in rows:
+            grouped.setdefault(row["regime"], {}).setdefault(row["variant"], []).append(row)
+        self.runs = {
+            regime: {
+                variant: pd.DataFrame(grouped[regime][variant]).set_index("seed").sort_index()
+                for variant in self.variants
+                if variant in grouped[regime]
+            }
+            for regime in self.regimes
+            if regime in grouped
+        }
+
+    @property
+    def study(self) -> str:
+        """Its name."""
+        return self.plan.study
+
+    @property
+    def baseline(self) -> str:
+        """The variant that the others are compared with."""
+        return self.plan.baseline
+
+    def title(self, regime: Regime) -> str:
+        """What tells a regime from the study's others."""
+        return title(regime, varying(self.regimes))
+
+    def effect(self, regime: Regime, ours: str, theirs: str, measure: str = COMPARED) -> Effect:
+        """What one variant changes against another in a regime, by pairs of the same seed."""
+        found = self.runs.get(regime, {})
+        if ours not in found or theirs not in found:
+            return Effect(0, None)
+        values: list[dict[int, float]] = []
+        for name in (ours, theirs):
+            runs: Any = found[name]
+            values.append(dict(runs[measure]) if measure in runs else {})
+        return effect(*values)
+
+    def lacking(self, regime: Regime) -> list[str]:
+        """Variants of the plan without a run in a regime."""
+        return [name for name in self.plan.variants if name not in self.runs.get(regime, {})]
+
+    def _at_best_rates(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Choose every variant's rate; keep the other seeds' runs at that rate."""
+        by_seed: dict[tuple[Regime, str, int], set[float]] = {}
+        for row in rows:
+            key = row["regime"], row["variant"], row["seed"]
+            by_seed.setdefault(key, set()).add(row["rate"])
+        several = {seed for (_, _, seed), rates in by_seed.items() if len(rates) > 1}
+        apart = several | set(self.plan.tuning_seeds)
+        for row in rows:
+            key = row["regime"], row["variant"]
+            if row["seed"] in apart:
+                self.tried.setdefault(key, {}).setdefault(row["rate"], []).append(row["area"])
+        self.rates = {key: best_rate(areas) for key, areas in self.tried.items()}
+        for row in rows:
+            # A variant without a seed set aside keeps the rate that it was given.
+            self.rates.setdefault((row["regime"], row["variant"]), row["rate"])
+        return [
+            row
+            for row in rows
+            if row["seed"] not in apart and row["rate"] == self.rates[row["regime"], row["variant"]]
+        ]
+
+
+def reduced(result: Result) -> dict[str, Any]:
+    """Numbers of a run; NaN where it has none.
+
+    Returns:
+        `variant`, `seed`, `rate`, `result`; `first`, `early`, `final`, `best` success, `area`;
+        `collapsed`; `responses` per step; `right_length`, `wrong_length` of the first batch and
+        `length_ratio`, wrong to right; `entropy`, `response_length`, mean over the last tenth of
+        the budget; `pass@k` after training and `pass@k before`.
+    """
+    # pandas cannot say which of its types a selection is.
+    rows: Any = result.rows
+    measured, cell = result.measured, result.cell
+    found = measures(measured["step"], measured["success"])
+    diverged = result.facts["status"] == "diverged"
+    end = rows[rows["step"] > (1 - FINAL_SHARE) * rows["step"].iloc[-1]]
+    batch = rows[rows["step"] == 1]
+    right, wrong = (_mean(batch, f"response_length_{which}") for which in ("right", "wrong"))
+    sampled = rows.dropna(subset="responses_sampled").iloc[-1:]
+    chances = [name for name in rows if str(name).startswith("pass@")]
+    return {
+        "variant": cell["variant"],
+        "seed": cell["seed"],
+        "rate": cell["training"][TUNED.rpartition(".")[2]],
+        "first": float(measured["success"].iloc[0]),
+        **found,
+        "collapsed": diverged or has_collapsed(found["final"], found["best"]),
+        "responses": float((sampled["responses_sampled"] / sampled["step"]).sum()),
+        "right_length": right,
+        "wrong_length": wrong,
+        "length_ratio": wrong / right if right else math.nan,
+        **{name: _mean(end, name) for name in _AT_THE_END},
+        **{name: float(rows[name].iloc[-1]) for name in chances},
+        **{f"{name} before": float(rows[name].iloc[0]) for name in chances},
+        "result": result,
+    }
+
+
+def _mean(rows: pd.DataFrame, column: str) -> float:
+    return float(rows[column].mean()) if column in rows else math.nan
+
+
+def _require_comparable(plan: Plan, results: Sequence[Result]) -> None:
+    """Refuse runs of one regime that were measured differently, and one name for two variants."""
+    seen: dict[tuple[Any, ...], Any] = {}
+    for result in results:
+        cell = result.cell
+        evaluation = {key: cell["evaluation"][key] for key in _MEASURED_ALIKE}
+        means = {"algorithm": cell["algorithm"], "settings": cell["settings"]}
+        for where, value in (
+            (("evaluation", plan.regime_of(cell)), evaluation),
+            (("variants", cell["variant"]), means),
+        ):
+            if seen.setdefault(where, value) != value:
+                name = cell["variant"] if where[0] == "variants" else "one regime"
+                raise ConfigError(
+                    f"study {plan.study}: holds runs of {name} with {where[0]} = {seen[where]} and "
+                    f"{value}, which cannot be compared; give one of them a folder of its own"
+                )

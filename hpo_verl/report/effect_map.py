@@ -1,0 +1,160 @@
+"""The map: what the weight and the mean length change, over sparsity and over length ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from hpo_verl.report.comparison import Comparison
+from hpo_verl.report.effects import NOT_RUN
+from hpo_verl.report.figures import STYLE, save_figure
+from hpo_verl.report.regimes import Regime, title
+from hpo_verl.report.statistics import LEAST_SEEDS, Effect, summary
+
+SPARSITY, LENGTH = "sparsity", "length"
+METHODS = ("hysteretic_grpo", "a_hpo", "mean_length")
+# Okabe and Ito's colours; place and shape tell the methods apart without them.
+_LOOKS = {
+    "hysteretic_grpo": ("o", "#0072B2"),
+    "a_hpo": ("s", "#D55E00"),
+    "mean_length": ("^", "#009E73"),
+}
+_APART = {"hysteretic_grpo": -1, "a_hpo": 0, "mean_length": 1}
+_NOT_RUN_COLOUR = "#666666"
+_BY_LENGTH = "wrong answers made longer and longer"
+
+
+class Point(NamedTuple):
+    """One method in one planned regime; `x` is None where nobody has measured it yet."""
+
+    panel: str
+    x: float | None
+    regime: str
+    method: str
+    effect: Effect
+
+
+def sparsity_points(study: Comparison) -> list[Point]:
+    """Effects over the success of the warm start, a panel for every length of wrong answers."""
+    return [
+        point._replace(panel=title(regime, ["wrong_length"]), x=dict(regime)["warm_start"])
+        for regime in study.plan.regimes
+        for point in _points(study, regime, "warm_start")
+    ]
+
+
+def length_points(study: Comparison) -> list[Point]:
+    """Effects over the measured ratio of lengths of wrong and right answers, in one panel."""
+    return [
+        point._replace(x=length_ratio(study, regime))
+        for regime in study.plan.regimes
+        for point in _points(study, regime, "wrong_length")
+    ]
+
+
+def _points(study: Comparison, regime: Regime, key: str) -> list[Point]:
+    name = title(regime, [key])
+    return [
+        Point(_BY_LENGTH, None, name, method, study.effect(regime, method, study.baseline))
+        for method in METHODS
+    ]
+
+
+def length_ratio(study: Comparison, regime: Regime) -> float | None:
+    """Wrong to right answers' length in the first batch, as measured; else as it is asked for."""
+    measured = [
+        value for runs in study.runs.get(regime, {}).values() for value in runs["length_ratio"]
+    ]
+    found = summary(measured)
+    return dict(regime)["wrong_length"] if found is None else float(found.point)
+
+
+def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
+    """Draw the map into a file whose ending says the format; the same runs give the same bytes."""
+    points = [*sparsity_points(sparsity), *length_points(length)]
+    panels = list(dict.fromkeys(point.panel for point in points))
+    last = panels[-1]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(panels), 4.0), layout="constrained")
+        axes: Any = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.axhline(0, color="black", linewidth=0.8)
+            _draw_panel(axis, [point for point in points if point.panel == panel])
+            axis.set_title(fill(panel, 44))
+            axis.set_xlabel(
+                "wrong / right answers' length, first batch"
+                if panel == last
+                else "warm start's success"
+            )
+        axes[0].set_ylabel(f"area under the curve, minus {sparsity.baseline}'s")
+        handles = [
+            Line2D([], [], color=colour, marker=marker, label=method)
+            for method, (marker, colour) in _LOOKS.items()
+        ]
+        handles.append(
+            Line2D([], [], color=_NOT_RUN_COLOUR, marker="x", linestyle="", label=NOT_RUN)
+        )
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
+        )
+        save_figure(figure, path)
+
+
+def _draw_panel(axis: Any, points: Sequence[Point]) -> None:
+    axis.set_xscale("log")
+    places = sorted({point.x for point in points if point.x is not None})
+    gap = min((b / a for a, b in pairwise(places)), default=2.0)
+    for point in points:
+        if point.x is None:
+            continue
+        marker, colour = _LOOKS[point.method]
+        x = point.x * gap ** (0.2 * _APART[point.method])
+        found = point.effect.difference
+        if found is None:
+            axis.plot([x], [0.0], "x", color=_NOT_RUN_COLOUR, markersize=5)
+        elif point.effect.pairs < LEAST_SEEDS:
+            axis.plot([x], [found.point], marker, color=colour, markerfacecolor="none")
+        else:
+            error = [[found.point - found.low], [found.high - found.point]]
+            axis.errorbar(
+                [x], [found.point], error, fmt=marker, color=colour, capsize=2, markersize=5
+            )
+    unplaced = dict.fromkeys(point.regime for point in points if point.x is None)
+    if unplaced:
+        text = fill(f"{NOT_RUN}: {'; '.join(unplaced)}", 40)
+        axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
+    axis.xaxis.set_major_locator(FixedLocator(places))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(_tick(points)))
+
+
+def _tick(points: Sequence[Point]) -> Any:
+    """Shares as per cent, ratios as they are."""
+    if all(point.x is None or point.x < 1 for point in points):
+        return lambda value, _: f"{100 * value:.3g} %"
+    return lambda value, _: f"{value:.2g}"
+
+
+def caption(sparsity: Comparison, length: Comparison) -> str:
+    """What the map shows, and which of its planned points nobody has run."""
+    points = [*sparsity_points(sparsity), *length_points(length)]
+    counts = sorted({point.effect.pairs for point in points if point.effect.pairs})
+    pairs = f"{counts[0]} to {counts[-1]}" if counts else "no"
+    lacking = [point for point in points if not point.effect.pairs]
+    others = ", the others are marked as not run" if lacking else ""
+    return (
+        f"What each method changes against `{sparsity.baseline}`: difference of the areas under "
+        "the curves of success, interquartile mean over seeds with its 95 % interval; an open mark "
+        f"has fewer than {LEAST_SEEDS} pairs, hence no interval. Studies `{sparsity.study}` (by "
+        f"the warm start's success) and `{length.study}` (by the measured ratio of lengths); "
+        f"{pairs} pairs a point. {len(points) - len(lacking)} of {len(points)} planned points were "
+        f"run{others}."
+    )

@@ -1,0 +1,209 @@
+"""Runs through verl itself, `hpo-verl train`: what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_verl.config.recipes import recipes_directory
+from hpo_verl.config.settings import leaves
+from hpo_verl.errors import DataError
+from hpo_verl.report.runs import comparable_settings, read_run
+from hpo_verl.runs.files import write_atomically
+from hpo_verl.runs.metrics import MetricsFile
+
+MANIFEST = "manifest.json"
+_KEY = b"hpo_verl_runs"
+# What is kept of the metrics, and verl's names for it.
+_SERIES = {
+    "alpha": "hpo/alpha",
+    "solve_rate": "hpo/solve_rate",
+    "response_length": "response_length/mean",
+    "response_length_positive": "hpo/response_length_positive",
+    "response_length_negative": "hpo/response_length_negative",
+    "entropy": "actor/entropy",
+}
+# Where the files lie that a run reads; what they hold is compared by its hash.
+_FILES = (
+    "prepare.",
+    "data.train_files",
+    "data.val_files",
+    "actor_rollout_ref.model.path",
+    "names.",
+)
+
+
+class VerlRun(NamedTuple):
+    """A finished run of verl's trainer.
+
+    Attributes:
+        facts: `recipe` (task and model); `algorithm`, as one would ask for it: the nearest recipe
+            of `algo/` and what differs from it; `seed`, `steps`, `seconds`, `versions`, `commit`,
+            `created`; `policy` and `data`, SHA-256 of what it began with and trained
+            on, as the run itself noted; `settings`, its configuration without seeds, places and
+            files.
+        rows: By step: `step`, `success` (NaN where not measured), alpha, lengths, entropy.
+    """
+
+    facts: dict[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def curve(self) -> pd.Series:
+        """Success by step."""
+        return self.rows.dropna(subset="success").set_index("step")["success"]
+
+    @property
+    def identity(self) -> str:
+        """What there is to be one run of; everything but times, versions and results."""
+        keys = ("recipe", "algorithm", "seed", "steps", "policy", "data", "settings")
+        return json.dumps([self.facts[key] for key in keys], sort_keys=True)
+
+
+def is_verl_run(folder: Path) -> bool:
+    """Whether a folder is one of `hpo-verl train`."""
+    return (folder / "summary.json").is_file()
+
+
+def read_verl_run(folder: Path) -> VerlRun:
+    """Read a finished run.
+
+    Raises:
+        DataError: It is no finished run, or lacks the manifest that says what it began with.
+    """
+    run = read_run(folder)
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics.read_new()
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        made = json.loads((folder / MANIFEST).read_text())
+        config = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(config, DictConfig)  # noqa: S101 - `read_run` has seen to it
+        settings = {
+            key: value
+            for key, value in comparable_settings(config, run.seed).items()
+            if not key.startswith(_FILES) and not value.startswith((os.sep, "file:"))
+        }
+        facts = {
+            "recipe": run.name.replace(f" {summary['algorithm']}", "", 1),
+            "algorithm": algorithm_name(settings),
+            "seed": run.seed,
+            "steps": summary["steps"],
+            "seconds": float(summary["seconds"]),
+            "versions": summary["versions"],
+            "commit": _commit(made["git"]),
+            "created": made["created"],
+            "policy": made["policy"]["sha256"],
+            "data": [file["sha256"] for file in made["data"]],
+            "settings": settings,
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{folder}: cannot be kept: {type(error).__name__}: {reason}") from error
+    series = {"success": metrics.success()}
+    series |= {name: metrics.series(key) for name, key in _SERIES.items()}
+    columns = {
+        name: pd.Series(values, steps, dtype=float) for name, (steps, values) in series.items()
+    }
+    rows = pd.DataFrame(columns).sort_index().rename_axis("step").reset_index()
+    return VerlRun(facts, rows.astype(float))
+
+
+def _commit(git: Mapping[str, Any] | None) -> str:
+    return "unknown" if git is None else git["commit"][:12] + ("+" if git["changed"] else "")
+
+
+def algorithm_name(settings: Mapping[str, str]) -> str:
+    """The nearest recipe of `algo/`, and what differs from it: `grpo clip_ratio=0.3`."""
+    nearest = nearest_recipe(settings)
+    unlike = (key for key, value in nearest.items() if settings.get(key) != value)
+    changes = {f"{key.rpartition('.')[2]}={settings.get(key)}" for key in unlike}
+    name = next(name for name, recipe in _algorithm_recipes().items() if recipe is nearest)
+    return " ".join([name, *sorted(changes)])
+
+
+def nearest_recipe(settings: Mapping[str, str]) -> Mapping[str, str]:
+    """The recipe of `algo/` of whose values the fewest differ; of several the one with most."""
+
+    def order(recipe: Mapping[str, str]) -> tuple[int, int]:
+        return sum(settings.get(key) != value for key, value in recipe.items()), -len(recipe)
+
+    return min(_algorithm_recipes().values(), key=order)
+
+
+@cache
+def _algorithm_recipes() -> dict[str, dict[str, str]]:
+    """Values of every recipe of `algo/` by dotted key, as `comparable_settings` writes them."""
+    found = {}
+    for path in sorted((recipes_directory() / "algo").glob("*.yaml")):
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        found[path.stem] = {
+            key: value if isinstance(value, str) else repr(value)
+            for key, value in leaves(content)
+            if not str(value).startswith("${")
+        }
+    return found
+
+
+def merged_runs(kept: Iterable[VerlRun], new: Iterable[VerlRun]) -> list[VerlRun]:
+    """All runs, each once, by recipe, seed and algorithm; a new one replaces its like."""
+    found = {run.identity: run for runs in (kept, new) for run in runs}
+    order = ("recipe", "seed", "algorithm", "created")
+    return sorted(found.values(), key=lambda run: [str(run.facts[key]) for key in order])
+
+
+def write_verl_runs(path: Path, runs: Sequence[VerlRun]) -> None:
+    """Write runs as one parquet file, a row per run and step, their facts in its metadata."""
+    shared: list[dict[str, Any]] = []
+
+    def place(facts: dict[str, Any]) -> int:
+        if facts not in shared:
+            shared.append(facts)
+        return shared.index(facts)
+
+    facts, frames = [], []
+    for run in runs:
+        common = {key: place(run.facts[key]) for key in ("settings", "versions")}
+        facts.append({**run.facts, **common, "rows": len(run.rows)})
+        columns = {key: run.facts[key] for key in ("recipe", "algorithm")}
+        seed = run.facts["seed"]
+        frames.append(run.rows.assign(**columns, seed=math.nan if seed is None else float(seed)))
+    table = pa.Table.from_pandas(pd.concat(frames), preserve_index=False)
+    metadata = json.dumps({"shared": shared, "runs": facts})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: metadata}), buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def read_verl_runs(path: Path) -> list[VerlRun]:
+    """Read the runs of a file; none where there is no file. Raises DataError for any other file."""
+    if not path.is_file():
+        return []
+    try:
+        return list(_read_file(path))
+    except Exception as error:
+        raise DataError(f"{path}: holds no runs of hpo-verl train") from error
+
+
+def _read_file(path: Path) -> Iterator[VerlRun]:
+    table = pq.read_table(path)
+    metadata = json.loads((table.schema.metadata or {})[_KEY])
+    rows = table.drop_columns(["recipe", "algorithm", "seed"]).to_pandas().astype(float)
+    shared, start = metadata["shared"], 0
+    for facts in metadata["runs"]:
+        end = start + facts.pop("rows")
+        for key in ("settings", "versions"):
+            facts[key] = shared[facts[key]]
+        yield VerlRun(facts, rows.iloc[start:end].reset_index(drop=True))
+        start = end
