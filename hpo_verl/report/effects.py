@@ -31,7 +31,7 @@ TERMS = f"""- **Numbers** are interquartile means over seeds with {percent(CONFI
   success after {percent(EARLY_SHARE)} of the budget. **At the end**: mean over its last
   {percent(FINAL_SHARE)}; so are entropy and tokens of a response.
 - **Collapsed**: the run diverged, or its success at the end is below {percent(COLLAPSE_FRACTION)}
-  of the best that it had, and {100 * COLLAPSE_POINTS:.0f} percentage points below it. Collapsed runs
+  of the best that it had, and {100 * COLLAPSE_POINTS:.0f} percentage points below it. Such runs
   are in every number.
 - **Wrong answers short**: as short as the task has them; 4 x: four times as long as an average
   right one. The lengths that were measured are those of the first batch.

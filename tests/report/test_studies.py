@@ -1,169 +1,208 @@
-"""From made-up runs to the numbers, the table, the figures and the page."""
+"""Finished runs come back from their files, and a study's runs are sorted by regime and variant."""
 
 import json
 import math
-import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lab_results import made_up_result, made_up_results
+from lab_results import made_up_cells, made_up_result, made_up_results
 
-from hpo_verl import cli
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.report.figures import draw_study
-from hpo_verl.report.publish import comparisons, write_report
-from hpo_verl.report.studies import Comparison, Regime, read_results, write_results
+from hpo_verl.report.comparison import Comparison, reduced
+from hpo_verl.report.regimes import read_plan
+from hpo_verl.report.studies import merged, read_results, write_results
+from hpo_verl.report.tuning import area_of, best_rate
 
-GAINS = {"a_hpo": 0.05, "grpo": 0.03, "dapo": -0.04}
-LEVELS = (0.05, 0.1)
-DIFFERENCE, BETTER = "area - grpo", "P(better area)"
-
-
-def results_of(levels=LEVELS, gain=lambda cell: GAINS[cell["variant"]], **changes):
-    return made_up_results("sparse", GAINS, gain, levels=levels, **changes)
+GAINS = {"grpo": 0.03, "hysteretic_grpo": 0.06, "a_hpo": 0.05, "mean_length": 0.01}
 
 
-def row_of(comparison, variant):
-    rows = comparison.rows(next(iter(comparison.runs)))
-    return next(row for row in rows if row["method"] == f"`{variant}`")
+def gain(cell):
+    return GAINS[cell["variant"]]
 
 
-def test_rows_by_hand():
-    comparison = Comparison("sparse", results_of())
-    assert comparison.baseline == "grpo"
-    assert list(comparison.runs) == [Regime("countdown3", 0.05), Regime("countdown3", 0.1)]
-    # In the order of the study's file.
-    assert comparison.variants == ["a_hpo", "grpo", "dapo"]
-    a_hpo = row_of(comparison, "a_hpo")
-    assert (a_hpo["runs"], a_hpo["collapsed"], a_hpo["responses"]) == (5, 0, 512)
-    # Final success 0.3 + 0.01 seed; without the lowest and the highest of five: 0.32.
-    assert a_hpo["final"].point == pytest.approx(0.32)
-    # The area is the mean of a straight line: half-way.
-    assert a_hpo["area"].point == pytest.approx(0.22)
-    # Seed by seed the difference is 2 * 0.02, whatever the seed.
-    assert tuple(a_hpo[DIFFERENCE]) == pytest.approx((0.04, 0.04, 0.04))
-    assert a_hpo[BETTER].point == 1.0
-    assert row_of(comparison, "grpo")[DIFFERENCE] is None
-    # Success falls from 0.1 to -0.06: below half of what it began with in every seed.
-    dapo = row_of(comparison, "dapo")
-    assert dapo["collapsed"] == 5
-    assert dapo[BETTER].point == 0.0
+def compared(study, results):
+    return Comparison(read_plan(study), results)
 
 
-@pytest.mark.parametrize(("last", "count"), [(0.049, 1), (0.05, 0)])
-def test_a_run_that_lost_half_of_its_success_has_collapsed(last, count):
-    cell = results_of()[0].cell
-    row = row_of(Comparison("sparse", [made_up_result(cell, [0.1, 0.2, last])]), cell["variant"])
-    assert row["collapsed"] == count
-
-
-def test_diverged_runs_are_counted_and_stay_in_every_number():
-    results = [
-        made_up_result(r.cell, [0.1, 0, 0, 0, 0], status="diverged")
-        if (r.cell["variant"], r.cell["seed"]) == ("a_hpo", 0)
-        else r
-        for r in results_of()
-    ]
-    row = row_of(Comparison("sparse", results), "a_hpo")
-    assert (row["runs"], row["collapsed"]) == (5, 1)
-    assert row["final"].point == pytest.approx((0.31 + 0.32 + 0.33) / 3)
-
-
-def test_seeds_that_only_one_method_has_are_not_paired():
-    results = [r for r in results_of() if r.cell["variant"] != "a_hpo" or r.cell["seed"] >= 3]
-    row = row_of(Comparison("sparse", results), "a_hpo")
-    assert row["runs"] == 2
-    assert row[DIFFERENCE].point == pytest.approx(0.04)
-    # Areas of seeds 3 and 4 of both: 0.23, 0.24 against 0.19, 0.20.
-    assert row[BETTER].point == 1.0
-
-
-def test_each_method_gets_its_best_learning_rate_and_pays_with_seeds():
-    best = {"a_hpo": 0.01, "grpo": 0.001, "dapo": 0.001}
-
-    def gain(cell):
-        chosen = cell["learning_rate"] == best[cell["variant"]]
-        # What counts is the first two seeds; on the others the other rate would be better.
-        good = chosen if cell["seed"] < 2 else not chosen
-        return 0.05 if good else 0.01
-
-    results = made_up_results("lr", GAINS, gain, levels=(0.05,), seeds=8, rates=(0.001, 0.01))
-    comparison = Comparison("lr", results)
-    assert comparison.tuned == {0, 1}
-    assert comparison.rates == best
-    (regime,) = comparison.runs
-    runs = comparison.runs[regime]["a_hpo"]
-    assert list(runs.index) == [2, 3, 4, 5, 6, 7]
-    assert set(runs["learning_rate"]) == {0.01}
-
-
-def test_the_report_says_what_was_measured(tmp_path, monkeypatch, capsys):
-    write_results(tmp_path / "runs" / "all.parquet", results_of())
-    out = tmp_path / "report"
-    arguments = ["hpo-verl", "lab", "report", str(tmp_path / "runs"), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    assert str(out / "report.md") in capsys.readouterr().out
-    page = (out / "report.md").read_text()
-    for text in ("0.040 [0.040, 0.040]", "### countdown3, warm start 5%", '"commit": "abc"'):
-        assert text in page
-    for level in LEVELS:
-        name = f"pictures/sparse-countdown3-{level}-curves.svg"
-        assert f"]({name})" in page
-        assert (out / name).read_bytes().startswith(b"<?xml")
-
-
-def test_without_the_baseline_there_are_no_differences(tmp_path):
-    results = [r for r in results_of((0.05,)) if r.cell["variant"] != "grpo"]
-    comparison = Comparison("sparse", results)
-    assert all(row[DIFFERENCE] is None for row in comparison.rows(*comparison.runs))
-    assert len(draw_study(comparison, tmp_path)) == 1
-
-
-def test_a_folder_without_results_and_runs_that_differ_are_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="holds no finished run"):
-        write_report([tmp_path / "empty"], tmp_path / "report")
-    assert not (tmp_path / "report").exists()
-    other = results_of(training={"prompts_per_step": 32})
-    write_results(tmp_path / "a" / "1.parquet", results_of())
-    write_results(tmp_path / "b" / "1.parquet", other)
-    with pytest.raises(ConfigError, match=r"training\.prompts_per_step = 64 and 32"):
-        comparisons([tmp_path / "a", tmp_path / "b"])
+def one_cell(study="lag", variant="grpo", **changes):
+    return next(made_up_cells(study, [variant], **changes))
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
-    results = results_of()
-    results[0].rows.loc[1:2, "success"] = math.nan
+    results = made_up_results("sparsity", gain, seeds=range(2), warm_start=[0.05])
+    results[0].rows["pass@1"] = [0.1, math.nan, math.nan, math.nan, 0.4]
     write_results(tmp_path / "all.parquet", results)
     again = read_results(tmp_path)
     for result, other in zip(results, again, strict=True):
         assert result.facts == other.facts
         for name in result.rows:
             np.testing.assert_array_equal(result.rows[name].astype("float32"), other.rows[name])
-    # Step 2 was neither measured nor the first.
-    assert list(again[0].thinned().rows["step"]) == [0.0, 1.0, 3.0, 4.0]
-    (tmp_path / "all.parquet").write_bytes(b"damaged")
+    # Whoever opens the file without this package finds the regime there.
+    table = pd.read_parquet(tmp_path / "all.parquet")
+    assert set(table["wrong_length"].dropna()) == {4.0}
+    assert set(table["variant"]) == set(GAINS)
+
+
+def test_what_is_no_result_is_named(tmp_path):
+    path = tmp_path / "all.parquet"
+    path.write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"all\.parquet: is no result of hpo-verl lab$"):
         read_results(tmp_path)
-    metadata = {b"hpo_verl_lab": json.dumps({"shared": [], "cells": [{}]})}
-    own = pa.table({"a": [1]}).replace_schema_metadata(metadata)
-    pq.write_table(own, tmp_path / "all.parquet")
+    metadata = {b"hpo_verl_lab": json.dumps({"shared": [], "runs": [{}]})}
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(metadata), path)
     with pytest.raises(DataError, match=r"all\.parquet: is no result of hpo-verl lab$"):
         read_results(tmp_path)
 
 
-def test_the_table_of_a_whole_study_is_small(tmp_path):
+def test_measured_dissected_and_first_steps_are_kept():
+    cell = one_cell()
+    result = made_up_result(cell, [0.1, math.nan, math.nan, math.nan, math.nan, 0.3])
+    assert list(result.thinned().rows["step"]) == [0, 1, 5]
+    result.rows["positive_gradient_norm"] = [math.nan, 1.0, math.nan, 2.0, math.nan, math.nan]
+    assert list(result.thinned().rows["step"]) == [0, 1, 3, 5]
+
+
+def test_a_new_run_replaces_the_one_of_the_same_identity():
+    old, new = (
+        made_up_results("lag", lambda cell, g=g: g, ["grpo"], range(2)) for g in (0.01, 0.02)
+    )
+    # Three regimes of two seeds; of the new ones only the last regime's.
+    found = merged(old, new[-1:])
+    assert len(found) == len(old) == 6
+    assert [area_of(result) for result in found[:-1]] == [area_of(result) for result in old[:-1]]
+    assert area_of(found[-1]) == area_of(new[-1]) != area_of(old[-1])
+    assert len(merged(old, made_up_results("lag", gain, ["a_hpo"], range(2)))) == 12
+
+
+def test_a_run_is_reduced_by_hand():
+    curve = [0.1, 0.5, 0.9, 0.3, 0.2]
+    cell = one_cell("sparsity", warm_start=[0.05], wrong_length=[4])
+    result = made_up_result(cell, curve, **{"pass@64": [0.2, *3 * [math.nan], 0.7]})
+    found = reduced(result)
+    assert (found["first"], found["early"], found["final"], found["best"]) == (0.1, 0.5, 0.2, 0.9)
+    # Trapezoids 0.3 + 0.7 + 0.6 + 0.25 over four steps.
+    assert found["area"] == area_of(result) == pytest.approx(1.85 / 4)
+    assert found["collapsed"]
+    assert found["responses"] == 512
+    # Right answers have 10 tokens, wrong ones 0.9 * 4 times as many.
+    assert found["length_ratio"] == pytest.approx(3.6)
+    # Only the last of four steps lies in the last tenth.
+    assert found["entropy"] == pytest.approx(0.9)
+    assert (found["pass@64"], found["pass@64 before"]) == (0.7, 0.2)
+
+
+def test_a_diverged_run_has_collapsed_and_counts_with_its_zeros():
+    curve = [0.1, 0.0, 0.0, 0.0, 0.0]
+    result = made_up_result(one_cell(), curve, status="diverged")
+    result.rows.loc[1:, ["entropy", "responses_sampled", "response_length_right"]] = math.nan
+    found = reduced(result)
+    assert found["collapsed"]
+    assert found["area"] == pytest.approx(0.05 / 4)
+    assert math.isnan(found["entropy"])
+    assert math.isnan(found["length_ratio"])
+
+
+def test_regimes_are_those_of_the_plan_and_then_others():
+    results = made_up_results("lag", gain, seeds=range(3), **{"training.lag": [2, 4]})
+    comparison = compared("lag", results)
+    assert [comparison.title(regime) for regime in comparison.regimes] == [
+        f"sampled by a policy {lag} steps old" for lag in (1, 4, 16, 2)
+    ]
+    assert [dict(regime)["training.lag"] for regime in comparison.runs] == [4, 2]
+    first, second, third, _ = comparison.regimes
+    assert comparison.lacking(first) == list(comparison.plan.variants)
+    assert comparison.lacking(second) == []
+    found = comparison.effect(second, "a_hpo", "grpo")
+    # Success rises by 0.02 more per step, so that the area is 0.04 larger.
+    assert found.pairs == 3
+    assert tuple(found.difference) == pytest.approx((0.04, 0.04, 0.04))
+    assert comparison.effect(third, "a_hpo", "grpo") == (0, None)
+
+
+def test_only_seeds_that_both_have_are_paired():
+    results = made_up_results("lag", gain, ["grpo"], range(4), **{"training.lag": [4]})
+    results += made_up_results("lag", gain, ["a_hpo"], range(2, 9), **{"training.lag": [4]})
+    comparison = compared("lag", results)
+    (regime,) = comparison.runs
+    assert comparison.effect(regime, "a_hpo", "grpo").pairs == 2
+
+
+def test_runs_that_were_measured_differently_are_refused():
+    results = made_up_results("lag", gain, ["grpo"], range(1))
+    results += made_up_results("lag", gain, ["a_hpo"], range(1), **{"evaluation.every": 5})
+    with pytest.raises(ConfigError, match="study lag: holds runs of one regime with evaluation"):
+        compared("lag", results)
+
+
+def test_a_variant_that_changed_its_meaning_is_refused():
+    results = made_up_results("lag", gain, ["a_hpo"], range(2))
+    results[-1].cell["settings"] = {"algorithm.hpo.ema": 0.9}
+    with pytest.raises(ConfigError, match="runs of a_hpo with variants"):
+        compared("lag", results)
+
+
+def test_the_best_rate_has_the_largest_mean_area_and_of_equal_ones_the_smallest():
+    assert best_rate({1e-3: [0.2, 0.4], 1e-4: [0.5, 0.0], 1e-2: [0.3]}) == 1e-3
+    assert best_rate({1e-2: [0.3, 0.3], 1e-3: [0.4, 0.2], 1e-4: [0.1, 0.1]}) == 1e-3
+
+
+def tuned_results():
+    """Four seeds try every rate; six more are trained at what was best then, and lose there."""
+    best = {"grpo": 1e-3, "a_hpo": 3e-4}
+
+    def at(cell):
+        good = cell["training"]["learning_rate"] == best[cell["variant"]]
+        return 0.05 if good else 0.01
+
+    results = made_up_results("tuned", at, list(best), range(4))
+    for name, rate in best.items():
+        results += made_up_results(
+            "tuned", lambda cell: 0.0, [name], range(4, 10), **{"training.learning_rate": [rate]}
+        )
+    return best, results
+
+
+def test_each_method_gets_its_best_rate_and_the_seeds_that_chose_it_are_not_compared():
+    best, results = tuned_results()
+    comparison = compared("tuned", results)
+    (regime,) = comparison.regimes
+    assert "training.learning_rate" not in dict(regime)
+    assert {name: comparison.rates[regime, name] for name in best} == best
+    for name in best:
+        assert list(comparison.runs[regime][name].index) == [4, 5, 6, 7, 8, 9]
+        assert set(comparison.runs[regime][name]["rate"]) == {best[name]}
+    assert comparison.effect(regime, "a_hpo", "grpo").pairs == 6
+
+
+def test_seeds_of_several_rates_are_set_aside_even_beyond_the_plan():
+    best, results = tuned_results()
+    more = made_up_results("tuned", lambda cell: 0.0, ["grpo"], range(4, 5))
+    comparison = compared("tuned", merged(results, more))
+    (regime,) = comparison.regimes
+    for name in best:
+        assert list(comparison.runs[regime][name].index) == [5, 6, 7, 8, 9]
+
+
+def test_a_study_without_runs_has_its_plan():
+    comparison = compared("sparsity", [])
+    assert len(comparison.regimes) == 12
+    assert comparison.runs == {}
+    assert comparison.variants == ["grpo", "hysteretic_grpo", "a_hpo", "mean_length"]
+
+
+def test_a_whole_study_makes_a_small_file(tmp_path):
     rng = np.random.default_rng(0)
     results = []
-    for result in made_up_results("sparse", [f"v{i}" for i in range(14)], lambda cell: 0, seeds=10):
+    for cell in made_up_cells("sparsity", seeds=range(10), warm_start=[0.01, 0.05]):
         success = rng.random(51)
         success[1::2] = math.nan
-        results.append(made_up_result(result.cell, success.tolist()).thinned())
+        result = made_up_result(cell, success.tolist())
+        for name in ("entropy", "alpha", "solve_rate", "response_length"):
+            result.rows[name] = rng.random(51)
+        results.append(result.thinned())
     write_results(tmp_path / "all.parquet", results)
-    # 140 of a study's 720 runs; the repository's limit for the whole is 2 MB.
-    assert (tmp_path / "all.parquet").stat().st_size < 400_000
+    # 160 runs; some 2 KB a run.
+    assert (tmp_path / "all.parquet").stat().st_size < 320_000
