@@ -67,7 +67,8 @@ $(DOCS_STAMP):
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
 
-# RUNS="runs/lab/sparse runs/lab/alpha": folders whose runs are kept from now on.
+# RUNS="runs/lab/length runs/countdown-smol/...": folders of `lab run` and of `train` whose runs are kept from now on.
+# Without RUNS the page of evidence is made anew from what is kept.
 results: $(STAMP)
 	$(BIN)/python -m hpo_verl.report.publish $(RUNS)
 

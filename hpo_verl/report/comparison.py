@@ -12,8 +12,7 @@ from hpo_verl.config.studies import TUNED
 from hpo_verl.errors import ConfigError
 from hpo_verl.report.regimes import Plan, Regime, title, varying
 from hpo_verl.report.statistics import FINAL_SHARE, Effect, effect, has_collapsed, measures
-from hpo_verl.report.studies import Result
-from hpo_verl.report.tuning import best_rate
+from hpo_verl.report.studies import Result, best_rate
 
 COMPARED = "area"
 """Measure whose difference from the baseline is reported first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from hpo_verl.config.studies import TUNED, read_study_file, regime_of, regimes
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
         return _regime(regime_of(cell), cell["policy"], self.tuned)
 
 
+@cache
 def read_plan(study: str) -> Plan:
     """Read the plan of a study of `recipes/lab`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hpo_verl.config.studies import regime_of
-from hpo_verl.errors import DataError
+from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.statistics import measures
 from hpo_verl.runs.files import write_atomically
 
 _KEY = b"hpo_verl_lab"
@@ -99,6 +100,35 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
         write_atomically(path, buffer.getvalue().to_pybytes())
     except OSError as error:
         raise DataError(f"{path}: cannot write: {error}") from error
+
+
+def require_same_settings(folder: Path, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a folder of runs that were measured differently, by a ConfigError."""
+    for cell in cells:
+        for key, value in cell["evaluation"].items():
+            first = cells[0]["evaluation"][key]
+            if value != first:
+                raise ConfigError(
+                    f"{folder}: holds runs with evaluation.{key} = {first} and {value}, which "
+                    "cannot be compared; give one of them a folder of its own with --out"
+                )
+
+
+def area_of(result: Result) -> float:
+    """Area under a run's curve of success, divided by its budget."""
+    measured = result.measured
+    return measures(measured["step"], measured["success"])["area"]
+
+
+def best_rate(areas: Mapping[float, Sequence[float]]) -> float:
+    """The learning rate with the largest mean area; of equal ones the smallest.
+
+    Lab and report both choose by it, on seeds that are not compared.
+
+    Args:
+        areas: For every rate the area of each of its runs, one at least.
+    """
+    return min(areas, key=lambda rate: (-sum(areas[rate]) / len(areas[rate]), rate))
 
 
 def merged(kept: Iterable[Result], new: Iterable[Result]) -> list[Result]:

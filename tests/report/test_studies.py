@@ -13,8 +13,14 @@ from lab_results import made_up_cells, made_up_result, made_up_results
 from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.comparison import Comparison, reduced
 from hpo_verl.report.regimes import read_plan
-from hpo_verl.report.studies import merged, read_results, write_results
-from hpo_verl.report.tuning import area_of, best_rate
+from hpo_verl.report.studies import (
+    area_of,
+    best_rate,
+    merged,
+    read_results,
+    require_same_settings,
+    write_results,
+)
 
 GAINS = {"grpo": 0.03, "hysteretic_grpo": 0.06, "a_hpo": 0.05, "mean_length": 0.01}
 
@@ -135,6 +141,13 @@ def test_runs_that_were_measured_differently_are_refused():
     results += made_up_results("lag", gain, ["a_hpo"], range(1), **{"evaluation.every": 5})
     with pytest.raises(ConfigError, match="study lag: holds runs of one regime with evaluation"):
         compared("lag", results)
+
+
+def test_a_folder_of_runs_that_were_measured_differently_is_refused(tmp_path):
+    cells = [one_cell(), one_cell(variant="a_hpo"), one_cell(**{"training.steps": 9})]
+    require_same_settings(tmp_path, cells)
+    with pytest.raises(ConfigError, match=r"evaluation\.every = 2 and 5, which cannot be compared"):
+        require_same_settings(tmp_path, [*cells, one_cell(**{"evaluation.every": 5})])
 
 
 def test_a_variant_that_changed_its_meaning_is_refused():
