@@ -25,8 +25,9 @@ RULE = (
     f"{percent(CONFIDENCE)} interval of the area's difference excludes 0, else undecided. The same "
     "regime in two studies counts once, where it has more pairs. **Strong**: "
     f"{STRONG_REGIMES} regimes or more, better in {percent(STRONG_SHARE)} of them at least, worse "
-    "in none. **Weak**: better in more regimes than worse. **None**: in as many. **Against** and "
-    '**strongly against** are their mirror images. "By chance" is the number of regimes, '
+    "in none. **Weak**: better in more regimes than worse, by more than chance. **None**: neither. "
+    '**Against** and **strongly against** are their mirror images. "By chance" is the number of '
+    "regimes, "
     f"{percent(1 - CONFIDENCE)} of them, whose interval would exclude 0 if nothing differed; "
     "intervals of so few pairs are somewhat too narrow, so that chance gives more."
 )
@@ -67,9 +68,14 @@ def strength(effects: Sequence[Effect]) -> str:
         for name, many, others in (("strong", better, worse), ("strongly against", worse, better)):
             if many >= STRONG_SHARE * len(effects) and not others:
                 return name
-    if better == worse:
+    if abs(better - worse) <= _by_chance(effects):
         return "none"
     return "weak" if better > worse else "against"
+
+
+def _by_chance(effects: Sequence[Effect]) -> float:
+    """Regimes that would count as better or worse if nothing differed."""
+    return (1 - CONFIDENCE) * len(effects)
 
 
 def recommendations(studies: Sequence[Comparison], questions: Sequence[Question]) -> str:
@@ -96,7 +102,7 @@ def _row(question: Question, found: Sequence[Effect], tuned: bool) -> dict[str, 
         "better": better,
         "worse": worse,
         "undecided": len(found) - better - worse,
-        "by chance": format((1 - CONFIDENCE) * len(found), ".1f"),
+        "by chance": format(_by_chance(found), ".1f"),
         "median effect": format(median(points), "+.3f") if points else None,
         "strength": strength(found),
     }

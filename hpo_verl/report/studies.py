@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hpo_verl.config.studies import regime_of
 from hpo_verl.errors import ConfigError, DataError
+from hpo_verl.report.parquet import Shared, read_runs, write_runs
 from hpo_verl.report.statistics import measures
-from hpo_verl.runs.files import write_atomically
 
 _KEY = b"hpo_verl_lab"
 # Columns for whoever opens a file without this package; numbers that may be lacking come second.
@@ -77,29 +74,14 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    shared: list[dict[str, Any]] = []
-    runs, frames = [], []
-
-    def place(facts: dict[str, Any]) -> int:
-        if facts not in shared:
-            shared.append(facts)
-        return shared.index(facts)
-
+    shared, runs, frames = Shared(), [], []
     for result in results:
         cell, environment = dict(result.cell), dict(result.facts["environment"])
         own = {"seed": cell.pop("seed"), "finished": environment.pop("finished", "")}
-        common = {"cell": place(cell), "environment": place(environment)}
+        common = {"cell": shared.place(cell), "environment": shared.place(environment)}
         runs.append({**result.facts, **own, **common, "rows": len(result.rows)})
         frames.append(result.rows.astype("float32").assign(**_identity(result)))
-    table = pa.Table.from_pandas(pd.concat(frames), preserve_index=False)
-    manifest = json.dumps({"shared": shared, "runs": runs})
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({_KEY: manifest}), buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue().to_pybytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot write: {error}") from error
+    write_runs(path, _KEY, frames, runs, shared)
 
 
 def require_same_settings(folder: Path, cells: Sequence[Mapping[str, Any]]) -> None:
@@ -147,17 +129,11 @@ def read_results(path: Path) -> list[Result]:
 
 
 def _read_file(path: Path) -> Iterator[Result]:
-    table = pq.read_table(path)
-    manifest = json.loads((table.schema.metadata or {})[_KEY])
-    shared, start = manifest["shared"], 0
-    rows = table.drop_columns([*_TEXTS, *_NUMBERS]).to_pandas().astype(float)
-    for facts in manifest["runs"]:
-        end = start + facts.pop("rows")
+    runs, shared, frames = read_runs(path, _KEY, [*_TEXTS, *_NUMBERS])
+    for facts, rows in zip(runs, frames, strict=True):
         environment = {**shared[facts["environment"]], "finished": facts.pop("finished")}
         cell = {**shared[facts["cell"]], "seed": facts.pop("seed")}
-        facts = {**facts, "cell": cell, "environment": environment}
-        yield Result(facts, rows.iloc[start:end].reset_index(drop=True))
-        start = end
+        yield Result({**facts, "cell": cell, "environment": environment}, rows)
 
 
 def _identity(result: Result) -> dict[str, Any]:

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_verl.config.recipes import recipes_directory
 from hpo_verl.config.settings import leaves
 from hpo_verl.errors import DataError
+from hpo_verl.report.parquet import Shared, read_runs, write_runs
 from hpo_verl.report.runs import comparable_settings, read_run
-from hpo_verl.runs.files import write_atomically
 from hpo_verl.runs.metrics import MetricsFile
 
 MANIFEST = "manifest.json"
 _KEY = b"hpo_verl_runs"
+_SHARED = ("settings", "versions")
 # What is kept of the metrics, and verl's names for it.
 _SERIES = {
     "alpha": "hpo/alpha",
@@ -164,26 +163,14 @@ def merged_runs(kept: Iterable[VerlRun], new: Iterable[VerlRun]) -> list[VerlRun
 
 def write_verl_runs(path: Path, runs: Sequence[VerlRun]) -> None:
     """Write runs as one parquet file, a row per run and step, their facts in its metadata."""
-    shared: list[dict[str, Any]] = []
-
-    def place(facts: dict[str, Any]) -> int:
-        if facts not in shared:
-            shared.append(facts)
-        return shared.index(facts)
-
-    facts, frames = [], []
+    shared, facts, frames = Shared(), [], []
     for run in runs:
-        common = {key: place(run.facts[key]) for key in ("settings", "versions")}
+        common = {key: shared.place(run.facts[key]) for key in _SHARED}
         facts.append({**run.facts, **common, "rows": len(run.rows)})
         columns = {key: run.facts[key] for key in ("recipe", "algorithm")}
         seed = run.facts["seed"]
         frames.append(run.rows.assign(**columns, seed=math.nan if seed is None else float(seed)))
-    table = pa.Table.from_pandas(pd.concat(frames), preserve_index=False)
-    metadata = json.dumps({"shared": shared, "runs": facts})
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({_KEY: metadata}), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue().to_pybytes())
+    write_runs(path, _KEY, frames, facts, shared)
 
 
 def read_verl_runs(path: Path) -> list[VerlRun]:
@@ -197,13 +184,6 @@ def read_verl_runs(path: Path) -> list[VerlRun]:
 
 
 def _read_file(path: Path) -> Iterator[VerlRun]:
-    table = pq.read_table(path)
-    metadata = json.loads((table.schema.metadata or {})[_KEY])
-    rows = table.drop_columns(["recipe", "algorithm", "seed"]).to_pandas().astype(float)
-    shared, start = metadata["shared"], 0
-    for facts in metadata["runs"]:
-        end = start + facts.pop("rows")
-        for key in ("settings", "versions"):
-            facts[key] = shared[facts[key]]
-        yield VerlRun(facts, rows.iloc[start:end].reset_index(drop=True))
-        start = end
+    runs, shared, frames = read_runs(path, _KEY, ["recipe", "algorithm", "seed"])
+    for facts, rows in zip(runs, frames, strict=True):
+        yield VerlRun({**facts, **{key: shared[facts[key]] for key in _SHARED}}, rows)

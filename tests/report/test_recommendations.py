@@ -30,6 +30,9 @@ QUESTION = Question("Both?", "a_hpo", "grpo")
         ([UP] * 2 + [OPEN] * 2, "weak"),
         ([UP] * 7 + [DOWN], "weak"),
         ([OPEN] * 9, "none"),
+        # Of twenty regimes one is better by chance.
+        ([UP] + [OPEN] * 19, "none"),
+        ([UP] * 2 + [OPEN] * 18, "weak"),
         ([UP, DOWN, OPEN], "none"),
         ([DOWN, OPEN], "against"),
         ([DOWN] * 4 + [UP], "against"),
