@@ -111,12 +111,16 @@ def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
 def _draw_panel(axis: Any, points: Sequence[Point]) -> None:
     axis.set_xscale("log")
     places = sorted({point.x for point in points if point.x is not None})
-    gap = min((b / a for a, b in pairwise(places)), default=2.0)
+    apart = 1.0
+    if len(places) > 1:
+        # No wider than the gap between two places, nor than a part of the panel.
+        nearest = min(b / a for a, b in pairwise(places))
+        apart = min(nearest**0.2, (places[-1] / places[0]) ** 0.04)
     for point in points:
         if point.x is None:
             continue
         marker, colour = _LOOKS[point.method]
-        x = point.x * gap ** (0.2 * _APART[point.method])
+        x = point.x * apart ** _APART[point.method]
         found = point.effect.difference
         if found is None:
             axis.plot([x], [0.0], "x", color=_NOT_RUN_COLOUR, markersize=5)

@@ -32,14 +32,13 @@ _SERIES = {
     "response_length_negative": "hpo/response_length_negative",
     "entropy": "actor/entropy",
 }
-# Where the files lie that a run reads; what they hold is compared by its hash.
-_FILES = (
-    "prepare.",
-    "data.train_files",
-    "data.val_files",
-    "actor_rollout_ref.model.path",
-    "names.",
+# Where the files lie that a run reads, which are compared by their hash; what names follow from
+# settings; and the critic, which no algorithm here has, and which repeats the actor's settings.
+_LEFT_OUT = (
+    *("prepare.", "data.train_files", "data.val_files", "actor_rollout_ref.model.path"),
+    *("names.", "critic."),
 )
+_FOLLOWS = "experiment_name"
 
 
 class VerlRun(NamedTuple):
@@ -88,11 +87,7 @@ def read_verl_run(folder: Path) -> VerlRun:
         made = json.loads((folder / MANIFEST).read_text())
         config = OmegaConf.load(folder / "config.yaml")
         assert isinstance(config, DictConfig)  # noqa: S101 - `read_run` has seen to it
-        settings = {
-            key: value
-            for key, value in comparable_settings(config, run.seed).items()
-            if not key.startswith(_FILES) and not value.startswith((os.sep, "file:"))
-        }
+        settings = _kept(comparable_settings(config, run.seed))
         facts = {
             "recipe": run.name.replace(f" {summary['algorithm']}", "", 1),
             "algorithm": algorithm_name(settings),
@@ -122,11 +117,23 @@ def _commit(git: Mapping[str, Any] | None) -> str:
     return "unknown" if git is None else git["commit"][:12] + ("+" if git["changed"] else "")
 
 
+def _kept(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings that can tell one experiment from another."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith(_LEFT_OUT)
+        and not key.endswith(_FOLLOWS)
+        and not value.startswith((os.sep, "file:"))
+    }
+
+
 def algorithm_name(settings: Mapping[str, str]) -> str:
     """The nearest recipe of `algo/`, and what differs from it: `grpo clip_ratio=0.3`."""
     nearest = nearest_recipe(settings)
-    unlike = (key for key, value in nearest.items() if settings.get(key) != value)
-    changes = {f"{key.rpartition('.')[2]}={settings.get(key)}" for key in unlike}
+    changes = {
+        f"{key.rpartition('.')[2]}={settings.get(key)}" for key in _unlike(settings, nearest)
+    }
     name = next(name for name, recipe in _algorithm_recipes().items() if recipe is nearest)
     return " ".join([name, *sorted(changes)])
 
@@ -135,9 +142,19 @@ def nearest_recipe(settings: Mapping[str, str]) -> Mapping[str, str]:
     """The recipe of `algo/` of whose values the fewest differ; of several the one with most."""
 
     def order(recipe: Mapping[str, str]) -> tuple[int, int]:
-        return sum(settings.get(key) != value for key, value in recipe.items()), -len(recipe)
+        return len(_unlike(settings, recipe)), -len(recipe)
 
     return min(_algorithm_recipes().values(), key=order)
+
+
+def _unlike(settings: Mapping[str, str], recipe: Mapping[str, str]) -> list[str]:
+    """Keys of a recipe that have another value in some settings."""
+    return [
+        key
+        for key, value in recipe.items()
+        # What follows from other settings says nothing of the algorithm.
+        if not value.startswith("${") and settings.get(key) != value
+    ]
 
 
 @cache
@@ -147,9 +164,7 @@ def _algorithm_recipes() -> dict[str, dict[str, str]]:
     for path in sorted((recipes_directory() / "algo").glob("*.yaml")):
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         found[path.stem] = {
-            key: value if isinstance(value, str) else repr(value)
-            for key, value in leaves(content)
-            if not str(value).startswith("${")
+            key: value if isinstance(value, str) else repr(value) for key, value in leaves(content)
         }
     return found
 

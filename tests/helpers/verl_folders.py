@@ -12,10 +12,15 @@ STEPS = 20
 CURVES = {"a_hpo": (0.3, 0.5), "grpo": (0.2, 0.3)}
 
 
-def write_verl_run(folder, algorithm, seed=0, policy="p0", curve=None, steps=STEPS, **changes):
-    """A finished run whose settings are those of a recipe of `algo/`, and changes by dotted key."""
+def write_verl_run(
+    folder, algorithm, seed=0, policy="p0", curve=None, steps=STEPS, config=None, **changes
+):
+    """A finished run with a configuration: a composed one, or little more than a recipe of `algo/`.
+
+    The changes are values by dotted key.
+    """
     folder.mkdir(parents=True)
-    config = OmegaConf.merge(
+    config = config or OmegaConf.merge(
         {
             "seed": seed,
             "names": {},

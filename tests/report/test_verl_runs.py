@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 from verl_folders import write_verl_run
 
+from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import DataError
-from hpo_verl.report.verl_pairs import paired, verl_text
+from hpo_verl.report.verl_pairs import obstacle, paired, verl_text
 from hpo_verl.report.verl_runs import (
     algorithm_name,
     is_verl_run,
@@ -108,6 +110,24 @@ def test_which_two_runs_are_a_pair(tmp_path, baseline, reason):
     text = verl_text(runs)
     assert ("Not paired:" in text) == bool(reason)
     assert reason in text
+
+
+def test_two_runs_of_one_recipe_are_a_pair_wherever_their_files_lie(tmp_path, monkeypatch):
+    runs = []
+    for algorithm in ("a_hpo", "grpo"):
+        monkeypatch.setenv("HPO_VERL_CACHE", f"/cache/of/{algorithm}")
+        overrides = [f"algo={algorithm}", "seed=2", f"hydra.run.dir={tmp_path}/runs/{algorithm}"]
+        config = without_hydra(compose_recipe("countdown-tiny", overrides))
+        resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        folder = write_verl_run(tmp_path / algorithm, algorithm, 2, config=resolved)
+        runs.append(read_verl_run(folder))
+    ours, theirs = runs
+    assert [run.facts["algorithm"] for run in runs] == ["a_hpo", "grpo"]
+    assert ours.facts["recipe"] == theirs.facts["recipe"] == "countdown-tiny"
+    assert obstacle(ours, theirs) == ""
+    changed = {**theirs.facts["settings"], "data.train_batch_size": "7"}
+    other = theirs._replace(facts={**theirs.facts, "settings": changed})
+    assert obstacle(ours, other).startswith("data.train_batch_size: ")
 
 
 def test_few_pairs_have_no_interval_and_three_have(tmp_path):
