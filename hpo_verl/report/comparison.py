@@ -41,12 +41,10 @@ class Comparison:
         ]
         self.tried: dict[tuple[Regime, str], dict[float, list[float]]] = {}
         self.rates: dict[tuple[Regime, str], float] = {}
+        self.regimes = list(dict.fromkeys([*plan.regimes, *(row["regime"] for row in rows)]))
+        self.variants = list(dict.fromkeys([*plan.variants, *(row["variant"] for row in rows)]))
         if plan.tuned:
             rows = self._at_best_rates(rows)
-        found = dict.fromkeys(row["regime"] for row in rows)
-        self.regimes = list(dict.fromkeys([*plan.regimes, *found]))
-        named = dict.fromkeys(row["variant"] for row in rows)
-        self.variants = list(dict.fromkeys([*plan.variants, *named]))
         grouped: dict[Regime, dict[str, list[dict[str, Any]]]] = {}
         for row in rows:
             grouped.setdefault(row["regime"], {}).setdefault(row["variant"], []).append(row)

@@ -16,8 +16,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from hpo_verl.report.comparison import Comparison
 from hpo_verl.report.effects import NOT_RUN
 from hpo_verl.report.figures import STYLE, save_figure
+from hpo_verl.report.markdown import percent
 from hpo_verl.report.regimes import Regime, title
-from hpo_verl.report.statistics import LEAST_SEEDS, Effect, summary
+from hpo_verl.report.statistics import CONFIDENCE, LEAST_SEEDS, Effect, summary
 
 SPARSITY, LENGTH = "sparsity", "length"
 METHODS = ("hysteretic_grpo", "a_hpo", "mean_length")
@@ -127,7 +128,8 @@ def _draw_panel(axis: Any, points: Sequence[Point]) -> None:
         elif point.effect.pairs < LEAST_SEEDS:
             axis.plot([x], [found.point], marker, color=colour, markerfacecolor="none")
         else:
-            error = [[found.point - found.low], [found.high - found.point]]
+            # Of equal differences the mean may lie beyond both bounds, by rounding.
+            error = [[max(found.point - found.low, 0.0)], [max(found.high - found.point, 0.0)]]
             axis.errorbar(
                 [x], [found.point], error, fmt=marker, color=colour, capsize=2, markersize=5
             )
@@ -151,12 +153,13 @@ def caption(sparsity: Comparison, length: Comparison) -> str:
     """What the map shows, and which of its planned points nobody has run."""
     points = [*sparsity_points(sparsity), *length_points(length)]
     counts = sorted({point.effect.pairs for point in points if point.effect.pairs})
-    pairs = f"{counts[0]} to {counts[-1]}" if counts else "no"
+    pairs = " to ".join(str(count) for count in dict.fromkeys(counts[:1] + counts[-1:])) or "no"
     lacking = [point for point in points if not point.effect.pairs]
     others = ", the others are marked as not run" if lacking else ""
     return (
         f"What each method changes against `{sparsity.baseline}`: difference of the areas under "
-        "the curves of success, interquartile mean over seeds with its 95 % interval; an open mark "
+        f"the curves of success, interquartile mean over seeds with its {percent(CONFIDENCE)} "
+        "interval; an open mark "
         f"has fewer than {LEAST_SEEDS} pairs, hence no interval. Studies `{sparsity.study}` (by "
         f"the warm start's success) and `{length.study}` (by the measured ratio of lengths); "
         f"{pairs} pairs a point. {len(points) - len(lacking)} of {len(points)} planned points were "

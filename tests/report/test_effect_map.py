@@ -81,5 +81,6 @@ def test_the_caption_counts_pairs_and_points():
     text = caption(sparsity, length)
     assert "2 to 3 pairs a point" in text
     assert "39 of 48 planned points were run, the others are marked as not run." in text
+    assert "; 3 pairs a point" in caption(sparsity, compared("length", results_of("length")))
     nothing = caption(compared("sparsity", []), compared("length", []))
     assert "no pairs a point. 0 of 48 planned points were run" in nothing

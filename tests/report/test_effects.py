@@ -136,6 +136,9 @@ def test_chosen_rates_with_the_areas_that_chose_them():
         "| countdown3 | `grpo` | 0.135 | 0.135 | 0.135 | 0.135 | 0.215 | 0.01 | yes | 4 |"
     )
     assert chosen_rates(compared("tuned", [])) == NOT_RUN
+    # A regime that nobody planned, and of which only the seeds that choose have run yet.
+    other = made_up_results("tuned", at, ["grpo"], range(4), warm_start=0.3)
+    assert row_of(chosen_rates(compared("tuned", other)), "`grpo`").startswith("| warm start 30 %")
 
 
 def test_the_largest_stable_rate():
