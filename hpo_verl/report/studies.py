@@ -27,7 +27,7 @@ COMPARED = "area"
 """Measure whose difference from the baseline is reported."""
 _KEY = b"hpo_verl_lab"
 _SETTINGS = ("training", "evaluation")
-_IDENTITY = ("study", "task", "warm_start", "variant", "algorithm", "learning_rate", "seed")
+_IDENTITY = ("study", "task", "warm_start", "variant", "algorithm", "seed")
 
 
 class Result(NamedTuple):
@@ -124,7 +124,7 @@ def _read_file(path: Path) -> Iterator[Result]:
 
 def require_same_settings(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
     """Refuse to compare runs that trained or were measured differently, by a ConfigError."""
-    for section in _SETTINGS:
+    for section in ("evaluation",):
         for cell in cells:
             for key, value in cell[section].items():
                 first = cells[0][section][key]
@@ -267,3 +267,12 @@ def _study_file(study: str) -> tuple[str, list[str]]:
     base, own = OmegaConf.load(folder / "base.yaml"), folder / f"{study}.yaml"
     content: Any = OmegaConf.merge(base, OmegaConf.load(own)) if own.is_file() else base
     return str(content["baseline"]), [str(name) for name in content["variants"]]
+
+
+def best_rate(areas):
+    return max(sorted(areas), key=lambda r: sum(areas[r]) / len(areas[r]))
+
+
+def area_of(result):
+    m = result.measured
+    return measures(m["step"], m["success"])["area"]
