@@ -39,9 +39,9 @@ def run(
     """Run a study; what is finished is kept, and the same command goes on where it stopped.
 
     Examples:
-      hpo-verl lab run sparse 'warm_starts=[0.05]' seeds=4 --only grpo --only a_hpo
+      hpo-verl lab run sparsity warm_start=0.01 wrong_length=4 --only grpo --only a_hpo
 
-      hpo-verl lab run alpha training.steps=40 --out runs/lab/alpha-short
+      hpo-verl lab run length training.steps=40 --out runs/lab/length-short
     """
     from hpo_verl.config.recipes import require_study
     from hpo_verl.runs.quiet import quiet_imports
@@ -50,12 +50,12 @@ def run(
     require_study(study)
     with quiet_imports():
         from hpo_verl.lab.settings import Cell, read_study
-        from hpo_verl.lab.study import missing_cells, run_study
+        from hpo_verl.lab.study import count_missing, run_study
         from hpo_verl.lab.trainer import Outcome
 
     chosen = read_study(study, overrides or [], only or [])
     folder = (out or RUNS / study).absolute()
-    left, total = len(missing_cells(chosen, folder)), len(chosen.cells())
+    left, total = count_missing(chosen, folder), chosen.size
     print(f"{study}: {total} runs, {total - left} of them finished; {folder}")
     started, done = time.monotonic(), 0
 
@@ -100,7 +100,7 @@ def report(
     """Compute intervals, draw, and write report.md and its pictures.
 
     Examples:
-      hpo-verl lab report runs/lab/sparse --out report
+      hpo-verl lab report runs/lab/length --out report
     """
     from hpo_verl.report.publish import write_report
 

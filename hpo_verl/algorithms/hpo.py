@@ -275,7 +275,5 @@ def _algorithm(name: str, weighted: str, settings: type[Any], weight: type[Any])
     )
 
 
-ALGORITHMS = (
-    _algorithm("a_hpo", "clip(n+/n-, alpha_min, 1)", AHPOSettings, AdaptiveWeight),
-    _algorithm("hpo", "alpha", HPOSettings, FixedWeight),
-)
+A_HPO = _algorithm("a_hpo", "clip(n+/n-, alpha_min, 1)", AHPOSettings, AdaptiveWeight)
+ALGORITHMS = (A_HPO, _algorithm("hpo", "alpha", HPOSettings, FixedWeight))

@@ -13,6 +13,7 @@ from hpo_verl.errors import EnvironmentCheckError
 
 MODULES = (
     "hpo",
+    "hysteretic_grpo",
     "mhpo",
     "verl_own",
     "d3s",

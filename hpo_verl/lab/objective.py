@@ -93,6 +93,18 @@ class Objective:
         """Whether a mini-batch without any advantage has a gradient."""
         return self.has_entropy_term or self.actor.use_kl_loss
 
+    def require_dissectible(self, variant: str) -> None:
+        """Refuse a loss whose gradient is no sum of what each response adds.
+
+        Raises:
+            ConfigError: Names the variant and the setting.
+        """
+        if self.loss.mini_batch_sums or self.loss.token_fields or self.has_terms:
+            raise ConfigError(
+                f"variants.{variant}: its loss is more than a sum over responses, which "
+                "evaluation.dissect_every cannot part; must be 0 for it"
+            )
+
     def validated(self, memory: dict[str, Any], means: Mapping[str, float]) -> dict[str, Any]:
         """What the estimator remembers after a validation with these means of numbers by name."""
         if (learn := self.estimator.validated) is None:
@@ -282,9 +294,15 @@ class Objective:
 
 
 def read_objective(
-    task: Task, algorithm: str, changes: Mapping[str, Any] | None = None
+    task: Task, algorithm: str, changes: Mapping[str, Any] | None = None, longest: int | None = None
 ) -> Objective:
     """Put an algorithm upon a task's recipe, with changes by full key, and try it on a batch.
+
+    Args:
+        task: A task of the lab.
+        algorithm: Name of its record.
+        changes: Value by full key.
+        longest: Tokens of a response at most; the task's bound if None.
 
     Raises:
         ConfigError: Unknown algorithm or setting, a bad value, a setting that the lab does not
@@ -293,7 +311,7 @@ def read_objective(
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
     changed = tuple((changes or {}).items())
-    return _composed(task.recipe, algorithm, task.max_response_length, changed)
+    return _composed(task.recipe, algorithm, longest or task.max_response_length, changed)
 
 
 @functools.cache

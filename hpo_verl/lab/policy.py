@@ -55,6 +55,11 @@ class Policy:
             raise DataError(f"{folder}: its tokenizer has no chat template")
         return cls(model.eval(), tokenizer)
 
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """All that is trained."""
+        return list(self.model.parameters())
+
     def encode(self, messages: list[dict[str, str]]) -> Prompt:
         """Tokens of a conversation, ready for the response."""
         template = self.tokenizer.apply_chat_template

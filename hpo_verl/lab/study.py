@@ -14,7 +14,7 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
@@ -27,15 +27,40 @@ from hpo_verl.errors import EnvironmentCheckError
 from hpo_verl.installed import package_versions
 from hpo_verl.lab.settings import Cell, Study
 from hpo_verl.lab.trainer import Outcome, run_cell
-from hpo_verl.report.studies import Result, read_results, require_same_settings, write_results
+from hpo_verl.report.studies import (
+    Result,
+    area_of,
+    read_results,
+    require_same_settings,
+    write_results,
+)
 from hpo_verl.runs.files import locked
 
 
 def missing_cells(study: Study, folder: Path) -> list[Cell]:
-    """Cells that the folder does not hold yet; refuses a folder of runs with other settings."""
-    shared = {"training": vars(study.training), "evaluation": vars(study.evaluation)}
+    """Cells that the folder does not hold yet and that can be run now.
+
+    The runs that tuning decides on come when those that tune are there.
+
+    Raises:
+        ConfigError: The folder holds runs that were measured in another way.
+    """
+    shared = {"evaluation": vars(study.evaluation)}
     require_same_settings(folder, [*(result.cell for result in read_results(folder)), shared])
-    return [cell for cell in study.cells() if not cell_path(folder, cell).exists()]
+    cells = study.cells()
+    missing = [cell for cell in cells if not cell_path(folder, cell).exists()]
+    if missing or not study.tuning_seeds:
+        return missing
+    areas = {cell.name: area_of(read_results(cell_path(folder, cell))[0]) for cell in cells}
+    chosen = study.compared(areas)
+    return [cell for cell in chosen if not cell_path(folder, cell).exists()]
+
+
+def count_missing(study: Study, folder: Path) -> int:
+    """Number of runs that the folder does not hold yet, those that wait for tuning included."""
+    missing, first = missing_cells(study, folder), study.cells()
+    waiting = study.size - len(first) if any(cell in first for cell in missing) else 0
+    return len(missing) + waiting
 
 
 def cell_path(folder: Path, cell: Cell) -> Path:
@@ -58,27 +83,37 @@ def run_study(
         EnvironmentCheckError: Another process runs a study in this folder, or a worker was killed.
     """
     with locked(folder, remedy="choose another with --out"):
-        cells = missing_cells(study, folder)
-        if workers == 1:
-            for cell in cells:
-                report(cell, _run_and_write(cell, folder, command))
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-            try:
-                asked = {pool.submit(_run_and_write, cell, folder, command): cell for cell in cells}
-                for future in as_completed(asked):
-                    report(asked[future], future.result())
-            except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                if isinstance(error, BrokenProcessPool):
-                    raise EnvironmentCheckError(
-                        "a worker process was killed, perhaps for want of memory; the finished "
-                        "runs are kept, and the same command goes on from there"
-                    ) from error
-                raise
+        while cells := missing_cells(study, folder):
+            _run_cells(cells, folder, workers, report, command)
+
+
+def _run_cells(
+    cells: Sequence[Cell],
+    folder: Path,
+    workers: int,
+    report: Callable[[Cell, Outcome], None],
+    command: str,
+) -> None:
+    if workers == 1:
+        for cell in cells:
+            report(cell, _run_and_write(cell, folder, command))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        try:
+            asked = {pool.submit(_run_and_write, cell, folder, command): cell for cell in cells}
+            for future in as_completed(asked):
+                report(asked[future], future.result())
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise EnvironmentCheckError(
+                    "a worker process was killed, perhaps for want of memory; the finished "
+                    "runs are kept, and the same command goes on from there"
+                ) from error
+            raise
 
 
 def _run_and_write(cell: Cell, folder: Path, command: str) -> Outcome:

@@ -1,8 +1,8 @@
 """The lab's tasks: questions, the real reward functions, and texts for the warm start.
 
 The tiny policy works before it answers, and takes a varying number of tokens for it. Careless
-texts answer at once and wrongly. A policy that imitates both is seldom right, yet
-can do better.
+answers are wrong: they come at once, or after working that leads nowhere, as long as is asked for.
+A policy that imitates both is seldom right, yet can do better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from data_prep.countdown.puzzles import PuzzleKey, Ranges, puzzle_key, sample_puzzles, tiny_messages
-from data_prep.policies.demos import CountdownDemonstrations, Demonstration, Demonstrations
+from data_prep.policies.demos import (
+    CountdownDemonstrations,
+    Demonstrations,
+    TeleLogsDemonstrations,
+)
 from data_prep.telelogs.__main__ import synthetic_rows
 from hpo_verl.config.overrides import nearest
 from hpo_verl.config.recipes import recipes_directory
@@ -46,12 +50,16 @@ class Task:
     questions: Callable[[int, int, int], tuple[list[Question], list[Question]]]
     # Numbers that the reward function returns for a response; the reward is `score`, 0.0 or 1.0.
     score: Callable[[str, Any], dict[str, float]]
-    # Draws an answer that is wrong.
-    careless: Callable[[random.Random, list[Question]], Demonstration]
+    # Draws an answer to a question that is wrong.
+    careless: Callable[[random.Random, Question], str]
+    # Draws a line of working on a question that leads nowhere.
+    idle: Callable[[random.Random, Question], str]
     # Puzzles of questions, which no demonstration may pose.
     keys: Callable[[list[Question]], set[PuzzleKey]]
-    # From seed and such puzzles to demonstrations; None where the tiny policy has the skill.
-    demonstrations: Callable[[int, set[PuzzleKey]], Demonstrations] | None = None
+    # From seed and such puzzles to demonstrations of the skill.
+    demonstrations: Callable[[int, set[PuzzleKey]], Demonstrations]
+    # Whether the tiny policy still has to be taught it.
+    taught: bool = False
 
 
 def find_task(name: str) -> Task:
@@ -91,13 +99,24 @@ def _score(
     return {name: value for name, value in result.items() if isinstance(value, float)}
 
 
-def _countdown_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
+def _countdown_careless(rng: random.Random, question: Question) -> str:
     """All numbers of the puzzle but one in a row, which is never right."""
-    question = rng.choice(questions)
     numbers = question.ground_truth["numbers"]
     drawn = rng.sample(numbers, len(numbers) - 1)
     text = str(drawn[0]) + "".join(f"{rng.choice('+-*/')}{number}" for number in drawn[1:])
-    return Demonstration(question.messages, f"<answer>{text}</answer>")
+    return f"<answer>{text}</answer>"
+
+
+def _countdown_idle(rng: random.Random, question: Question) -> str:
+    """Add up the numbers of the puzzle in any order, the target unseen."""
+    first, *rest = rng.sample(
+        question.ground_truth["numbers"], len(question.ground_truth["numbers"])
+    )
+    total, line = first, str(first)
+    for number in rest:
+        total += number
+        line += f"+{number}={total}"
+    return line
 
 
 def _telelogs_questions(
@@ -112,34 +131,38 @@ def _telelogs_questions(
     return read("train", train_size), read("val", held_out_size)
 
 
-def _telelogs_careless(rng: random.Random, questions: list[Question]) -> Demonstration:
+def _telelogs_careless(rng: random.Random, question: Question) -> str:
     """Put a feature into the box, which is no cause."""
-    question = rng.choice(questions)
-    feature = rng.choice(question.messages[-1]["content"])
-    return Demonstration(question.messages, f"\\boxed{{{feature}}}")
+    return f"\\boxed{{{rng.choice(question.messages[-1]['content'])}}}"
 
 
-def _countdown(
-    numbers: int,
-    max_response_length: int,
-    demonstrations: Callable[[int, set[PuzzleKey]], Demonstrations] | None = None,
-) -> Task:
+def _telelogs_idle(rng: random.Random, question: Question) -> str:
+    """Copy some of the features."""
+    letters = question.messages[-1]["content"]
+    return letters[: rng.choice((3, 6, 9))]
+
+
+def _countdown(numbers: int, max_response_length: int) -> Task:
     return Task(
         f"countdown{numbers}", "countdown", "countdown-tiny", max_response_length,
         partial(_countdown_questions, numbers=numbers),
         partial(_score, countdown.compute_score, "countdown"),
-        _countdown_careless,
+        _countdown_careless, _countdown_idle,
         lambda questions: {puzzle_key(question.ground_truth) for question in questions},
-        demonstrations,
+        partial(CountdownDemonstrations, numbers=numbers),
+        taught=numbers > TINY_NUMBERS,
     )  # fmt: skip
 
 
+# Numbers of the puzzles that the tiny policy knows.
+TINY_NUMBERS = 3
 TASKS = {
     "countdown3": _countdown(3, 24),
-    "countdown4": _countdown(4, 36, partial(CountdownDemonstrations, numbers=4)),
+    "countdown4": _countdown(4, 36),
     "telelogs": Task(
         "telelogs", "telelogs", "telelogs-tiny", 24, _telelogs_questions,
         partial(_score, telelogs.compute_score, "telelogs_synthetic"),
-        _telelogs_careless, lambda questions: set(),
+        _telelogs_careless, _telelogs_idle, lambda questions: set(),
+        lambda seed, keys: TeleLogsDemonstrations(seed),
     ),
 }  # fmt: skip

@@ -1,9 +1,12 @@
 """Warm starts: policies that are right in a given share of their answers.
 
 Every seed has one skilled policy: a folder that the study names, or the tiny policy of
-`data_prep.policies`, taught the task's own demonstrations where it does not know them. From there
-it imitates careless answers until its success, measured on training questions, has fallen to the
-level wanted. So all levels of a seed share their skill and differ in how seldom they use it.
+`data_prep.policies`, taught the task's own demonstrations where it does not know them. It then
+imitates a mixture: its own answers, and careless ones, wrong and of a given length. So all levels
+of a seed share their skill and differ in how seldom they use it.
+
+Where skill is to be lacking, an untrained policy imitates demonstrations until it is right in that
+share of its answers.
 """
 
 from __future__ import annotations
@@ -12,24 +15,25 @@ import hashlib
 import os
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from data_prep.command import staging
 from data_prep.countdown.puzzles import puzzles_digest
 from data_prep.manifest import check_files, read_manifest
 from data_prep.policies import tiny as tiny_policy
-from data_prep.policies.demos import Demonstrations, encode, token_batch
+from data_prep.policies.demos import Demonstration, Demonstrations, encode, token_batch
 from data_prep.policies.folder import save_policy
-from data_prep.policies.training import train
+from data_prep.policies.tokenizer import build_tokenizer
+from data_prep.policies.training import build_model, train
 from hpo_verl.errors import DataError
-from hpo_verl.lab.policy import Policy, Prompt, Responses
+from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.rollout import Rollout, answers, means
 from hpo_verl.lab.settings import WARM_START_VERSION, Cell, warm_start_versions
-from hpo_verl.lab.tasks import Question, Task, find_task
+from hpo_verl.lab.tasks import Question, Task
 from hpo_verl.runs.files import locked, sha256_once
 
 FACTS = "lab.json"
@@ -40,9 +44,18 @@ _GUESSES = {"countdown": 0.1}
 _SKILL_STEPS = 600
 _SKILL_LEARNING_RATE = 2e-3
 _SKILL_BATCH = 64
-_HABIT_STEPS = 200
-_HABIT_LEARNING_RATE = 1e-4
-_HABIT_BATCH = 32
+_LACKING_BATCHES = 200
+# Batches of demonstrations between two measurements.
+_LACKING_EVERY = 5
+_HABIT_STEPS = 100
+_HABIT_LEARNING_RATE = 1e-3
+_HABIT_BATCH = 64
+# Small steps that bring the success to its level after that.
+_ADJUSTING_STEPS = 200
+_ADJUSTING_LEARNING_RATE = 1e-4
+# The success may be so far from the level, as a share of it, or so many answers.
+_TOLERANCE = 0.15
+_TOLERATED_ANSWERS = 2
 _MEASURED = 1024
 
 
@@ -54,8 +67,12 @@ def cache_folder() -> Path:
 
 def policy_folder(cell: Cell) -> Path:
     """Where the policy that a run begins with is kept."""
-    sizes = f"{cell.training.questions}-{cell.evaluation.questions}"
-    name = f"{cell.task}-{cell.warm_start:g}-seed{cell.seed}-{sizes}"
+    how = "short" if cell.wrong_length is None else f"{cell.wrong_length:g}"
+    parts = (
+        cell.task, cell.lacking, f"{cell.warm_start:g}", how, cell.longest, f"seed{cell.seed}",
+        cell.training.questions, cell.evaluation.questions,
+    )  # fmt: skip
+    name = "-".join(map(str, parts))
     if cell.policy is not None:
         files = sorted(Path(cell.policy).expanduser().glob("*.safetensors"))
         digests = "".join(sha256_once(file) for file in files)
@@ -67,10 +84,10 @@ def make(cell: Cell) -> float:
     """Make the policy that a run begins with if it is not there, and return its success.
 
     Raises:
-        DataError: Imitating careless answers does not bring the success down to the level.
+        DataError: The success cannot be brought to the level.
         EnvironmentCheckError: The cache cannot be locked.
     """
-    task, folder = find_task(cell.task), policy_folder(cell)
+    task, folder = cell.setting, policy_folder(cell)
     threads = torch.get_num_threads()
     # One process at a time makes the policies of a seed; the others wait for it.
     lock = cache_folder() / f"seed{cell.seed}.lock"
@@ -89,45 +106,16 @@ def make(cell: Cell) -> float:
         # How sums are split among threads changes their last bits.
         torch.set_num_threads(1)
         try:
-            policy = Policy.load(cell.policy or _skilled_folder(task, cell.seed, held_out))
-            success = _unlearn(policy, cell, task, questions)
+            if cell.lacking == "skill":
+                policy, success = _beginner(cell, questions, held_out)
+            else:
+                policy = Policy.load(cell.policy or _skilled_folder(task, cell.seed, held_out))
+                success = _become_careless(policy, cell, questions)
         finally:
             torch.set_num_threads(threads)
         facts = {"versions": warm_start_versions(), "success": success}
         save_policy(folder, policy.model, policy.tokenizer, FACTS, facts)
     return success
-
-
-def answers(
-    policy: Policy,
-    task: Task,
-    questions: Sequence[Question],
-    prompts: Sequence[Prompt],
-    stream: tuple[int, ...],
-    temperatures: Sequence[float] | None = None,
-) -> tuple[Responses, dict[str, torch.Tensor]]:
-    """Responses and the task's numbers of them by name, `[batch]`; `stream` seeds the sampling."""
-    seeds = np.random.default_rng(stream).integers(2**63, size=len(questions)).tolist()
-    responses = policy.sample(prompts, seeds, task.max_response_length, temperatures)
-    pairs = zip(policy.decode(responses), questions, strict=True)
-    scores = [task.score(text, question.ground_truth) for text, question in pairs]
-    return responses, {name: torch.tensor([one[name] for one in scores]) for name in scores[0]}
-
-
-def success_rate(
-    policy: Policy, task: Task, questions: Sequence[Question], stream: tuple[int, ...]
-) -> float:
-    """Share of right answers, one per question."""
-    return means(policy, task, questions, stream)["score"]
-
-
-def means(
-    policy: Policy, task: Task, questions: Sequence[Question], stream: tuple[int, ...]
-) -> dict[str, float]:
-    """Mean of each of the task's numbers by name, over one answer per question."""
-    prompts = [policy.encode(question.messages) for question in questions]
-    _, numbers = answers(policy, task, questions, prompts, stream)
-    return {name: float(values.double().mean()) for name, values in numbers.items()}
 
 
 def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:
@@ -144,7 +132,7 @@ def _skilled_folder(task: Task, seed: int, held_out: list[Question]) -> Path:
         with staging(cache_folder()) as temporary:
             made = temporary / name
             tiny_policy.make_policy(made, seed, keys, schedule, task=task.policy)
-            if task.demonstrations is not None:
+            if task.taught:
                 _teach(made, task.demonstrations(seed, keys))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
@@ -166,20 +154,102 @@ def _teach(folder: Path, shown: Demonstrations) -> None:
     save_policy(folder, policy.model, policy.tokenizer, tiny_policy.MANIFEST, manifest)
 
 
-def _unlearn(policy: Policy, cell: Cell, task: Task, questions: list[Question]) -> float:
-    """Imitate careless answers until the measured success has fallen to the level; return it."""
+def _beginner(
+    cell: Cell, questions: list[Question], held_out: list[Question]
+) -> tuple[Policy, float]:
+    """Return a policy whose skill is as far as the level, and its success."""
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        policy = Policy(build_model(tokenizer).eval(), tokenizer)
+    shown = cell.setting.demonstrations(cell.seed, cell.setting.keys(held_out))
+    optimizer = torch.optim.AdamW(policy.weights, lr=_SKILL_LEARNING_RATE)
+    asked = random.Random(cell.seed).choices(questions, k=_MEASURED)  # noqa: S311 - no secret
+    success = 0.0
+    for _ in range(_LACKING_BATCHES):
+        if success >= cell.warm_start:
+            return policy, success
+        batches = shown.batches(tokenizer, _LACKING_EVERY, _SKILL_BATCH, 0.0)
+        train(policy.model, batches, [optimizer])
+        success = _success(policy, cell, asked)
+    raise _unreached(cell, success)
+
+
+def _become_careless(policy: Policy, cell: Cell, questions: list[Question]) -> float:
+    """Imitate own and careless answers until the success is at the level; return it."""
     rng = random.Random(cell.seed)  # noqa: S311 - no secret
-    shown = rng.choices(questions, k=_MEASURED)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=_HABIT_LEARNING_RATE)
-    success = success_rate(policy, task, shown, (cell.seed,))
-    for _ in range(_HABIT_STEPS):
-        if success <= cell.warm_start:
+    asked = rng.choices(questions, k=_MEASURED)
+    before = answers(policy, cell.setting, asked, (cell.seed,), cell.longest)
+    success = float((before.rewards > 0).double().mean())
+    if success <= cell.warm_start:
+        return success
+    own = _ended(policy, asked, before)
+    length = None
+    if cell.wrong_length is not None:
+        right = before.responses.mask.sum(dim=-1)[before.rewards > 0].double().mean()
+        length = cell.wrong_length * float(right)
+    drawn = rng.choices(questions, k=_MEASURED)
+    careless = [_careless(rng, cell.setting, each, policy.tokenizer, length) for each in drawn]
+    pools = [[encode(policy.tokenizer, shown) for shown in pool] for pool in (careless, own)]
+
+    def imitate(batches: int, share: float, optimizer: torch.optim.Optimizer) -> None:
+        shown = (
+            token_batch([rng.choice(pools[rng.random() < share]) for _ in range(_HABIT_BATCH)])
+            for _ in range(batches)
+        )
+        train(policy.model, shown, [optimizer])
+
+    share = cell.warm_start / success
+    for rate, part in ((_HABIT_LEARNING_RATE, 0.75), (_HABIT_LEARNING_RATE / 5, 0.25)):
+        optimizer = torch.optim.AdamW(policy.weights, lr=rate)
+        imitate(round(part * _HABIT_STEPS), share, optimizer)
+    optimizer = torch.optim.AdamW(policy.weights, lr=_ADJUSTING_LEARNING_RATE)
+    tolerance = max(_TOLERANCE * cell.warm_start, _TOLERATED_ANSWERS / _MEASURED)
+    for _ in range(_ADJUSTING_STEPS):
+        success = _success(policy, cell, asked)
+        if abs(success - cell.warm_start) <= tolerance:
             return success
-        careless = [task.careless(rng, questions) for _ in range(_HABIT_BATCH)]
-        batch = token_batch([encode(policy.tokenizer, each) for each in careless])
-        train(policy.model, [batch], [optimizer])
-        success = success_rate(policy, task, shown, (cell.seed,))
-    raise DataError(
-        f"warm start {task.name}, seed {cell.seed}: after {_HABIT_STEPS} careless batches "
-        f"the success is still {success:.1%}, above the level {cell.warm_start:.1%}"
+        imitate(1, 0.0 if success > cell.warm_start else 1.0, optimizer)
+    raise _unreached(cell, success)
+
+
+def _ended(policy: Policy, asked: list[Question], given: Rollout) -> list[Demonstration]:
+    """Answers that came to their end, as demonstrations."""
+    lengths = given.responses.mask.sum(dim=-1)
+    last = given.responses.tokens.gather(1, lengths[:, None] - 1).squeeze(1)
+    ended = torch.isin(last, torch.tensor(policy.ends)).tolist()
+    texts = policy.decode(given.responses)
+    rows = zip(asked, texts, ended, strict=True)
+    return [Demonstration(question.messages, text) for question, text, end in rows if end]
+
+
+def _careless(
+    rng: random.Random, task: Task, question: Question, tokenizer: Any, length: float | None
+) -> Demonstration:
+    """A wrong answer after idle lines, so many that it has about `length` tokens."""
+    answer = task.careless(rng, question)
+
+    def tokens(lines: list[str]) -> int:
+        # With the token that ends a response.
+        return len(tokenizer.encode("\n".join(lines), add_special_tokens=False)) + 1
+
+    lines = [answer]
+    while length is not None:
+        longer = [task.idle(rng, question), *lines]
+        # The nearer of the two; a tie ends it.
+        if abs(tokens(longer) - length) >= abs(tokens(lines) - length):
+            break
+        lines = longer
+    return Demonstration(question.messages, "\n".join(lines))
+
+
+def _success(policy: Policy, cell: Cell, asked: list[Question]) -> float:
+    """Share of right answers, one per question."""
+    return means(policy, cell.setting, asked, (cell.seed,), cell.longest)["score"]
+
+
+def _unreached(cell: Cell, success: float) -> DataError:
+    return DataError(
+        f"warm start {cell.task}, seed {cell.seed}: the success is {success:.1%} at the end, not "
+        f"{cell.warm_start:.1%}; choose another warm_start"
     )

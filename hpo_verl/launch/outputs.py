@@ -58,9 +58,20 @@ def shown_results(folder: Path, recipe: str, overrides: Sequence[str]) -> Iterat
 
 
 def algorithm_name(config: DictConfig) -> str:
-    """Estimator and, where it adds something, loss: `a_hpo`, `grpo`, `a_hpo+gspo`."""
+    """Name of the record with an estimator of ours, its loss and its aggregation.
+
+    Otherwise estimator and, where it adds something, loss: `grpo`, `a_hpo+gspo`.
+    """
+    from hpo_verl.algorithms.registry import ALGORITHMS
+
+    actor = config.actor_rollout_ref.actor
     estimator = str(config.algorithm.adv_estimator)
-    loss = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    loss = str(actor.policy_loss.loss_mode)
+    selected = (estimator, loss, str(actor.get("loss_agg_mode")))
+    for record in ALGORITHMS.values():
+        ours = record.estimator.advantage is not None
+        if ours and selected == (record.estimator.name, record.loss.name, record.loss_agg_mode):
+            return record.name
     plain = loss in ("vanilla", estimator) or (loss == "hpo" and estimator.endswith("hpo"))
     return estimator if plain else f"{estimator}+{loss}"
 

@@ -18,6 +18,8 @@ HOOKS = ("bapo", "hapo", "hypervolume", "d3s")
 SHOWN = {
     "bapo": [("actor/bapo_low", 0.6, 0.9), ("actor/bapo_high", 1.2, 3.0),
              ("actor/bapo_positive_share", 0.0, 1.0)],
+    # Few of this policy's first responses succeed, so that negatives are damped at every step.
+    "hysteretic_grpo": [("hpo/alpha", 0.1, 0.9)],
     "hapo": [("actor/entropy", 0.01, 5.0)],
     "aepo_advantage": [("actor/entropy", 0.01, 5.0)],
     "constrained_grpo": [("hpo/constrained_multiplier/format", 0.4, 0.6),

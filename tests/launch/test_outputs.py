@@ -22,11 +22,12 @@ LINES = [
 ]
 
 
-def settings(estimator="a_hpo", loss="hpo"):
+def settings(estimator="a_hpo", loss="hpo", loss_agg_mode="token-mean"):
+    actor = {"policy_loss": {"loss_mode": loss}, "loss_agg_mode": loss_agg_mode}
     return OmegaConf.create(
         {
             "algorithm": {"adv_estimator": estimator},
-            "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": loss}}},
+            "actor_rollout_ref": {"actor": actor},
             "seed": 3,
         }
     )
@@ -141,18 +142,24 @@ def test_summary_without_validation_has_no_success(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "loss", "name"),
+    ("estimator", "loss", "loss_agg_mode", "name"),
     [
-        ("a_hpo", "hpo", "a_hpo"),
-        ("hpo", "hpo", "hpo"),
-        ("grpo", "vanilla", "grpo"),
-        ("grpo", "mhpo", "grpo+mhpo"),
-        ("hapo", "hapo", "hapo"),
-        ("a_hpo", "gspo", "a_hpo+gspo"),
+        ("a_hpo", "hpo", "token-mean", "a_hpo"),
+        ("a_hpo", "hpo", "seq-mean-token-sum-norm", "a_hpo"),
+        ("a_hpo", "vanilla", "token-mean", "a_hpo"),
+        ("a_hpo", "vanilla", "seq-mean-token-mean", "hysteretic_grpo"),
+        ("hpo", "hpo", "token-mean", "hpo"),
+        ("hpo", "vanilla", "seq-mean-token-mean", "hpo"),
+        ("grpo", "vanilla", "seq-mean-token-mean", "grpo"),
+        ("grpo", "vanilla", "token-mean", "grpo"),
+        ("grpo", "mhpo", "seq-mean-token-mean", "grpo+mhpo"),
+        ("hapo", "hapo", "token-mean", "hapo"),
+        ("eapo", "gspo", "seq-mean-token-mean", "eapo"),
+        ("a_hpo", "gspo", "seq-mean-token-mean", "a_hpo+gspo"),
     ],
 )
-def test_algorithm_names(estimator, loss, name):
-    assert algorithm_name(settings(estimator, loss)) == name
+def test_algorithm_names(estimator, loss, loss_agg_mode, name):
+    assert algorithm_name(settings(estimator, loss, loss_agg_mode)) == name
 
 
 def test_curve_is_a_picture(tmp_path, metrics):

@@ -88,7 +88,9 @@ def test_every_recipe_composes_and_passes_the_checks(algorithm):
 CLIPPED = ((-1.2 - 0.5 + 1.5 + 0.8) / 4, [0.0, -0.125, 0.375, 0.0])
 
 
-@pytest.mark.parametrize("algorithm", ["a_hpo", "hpo", "grpo", "grpo_token_mean"])
+@pytest.mark.parametrize(
+    "algorithm", ["a_hpo", "hpo", "hysteretic_grpo", "grpo", "grpo_token_mean"]
+)
 def test_clip_of_the_token_ratio(algorithm):
     loss, slopes = evaluate(composed(algorithm))
     assert loss == pytest.approx(CLIPPED[0], rel=1e-5)
@@ -121,7 +123,9 @@ def test_dr_grpo_divides_by_the_constant_length_and_not_by_the_deviation():
     assert config.algorithm.norm_adv_by_std_in_grpo is False
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "grpo_token_mean", "dr_grpo", "dapo"])
+@pytest.mark.parametrize(
+    "algorithm", ["hysteretic_grpo", "grpo", "grpo_token_mean", "dr_grpo", "dapo"]
+)
 def test_the_second_clip_is_out_of_reach(algorithm):
     actor = omega_conf_to_dataclass(composed(algorithm).actor_rollout_ref.actor)
     log_prob = torch.full((1, 1), 30.0)
@@ -245,6 +249,19 @@ def test_an_unknown_setting_of_mhpo_is_refused_by_name():
             "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
             "policy_loss.loss_mode = 'hpo' permits token-mean and seq-mean-token-sum-norm only",
         ),
+        (
+            "hysteretic_grpo",
+            "algorithm.hpo.length=rollout",
+            "algorithm.hpo.length = 'rollout': the advantages carry 1 / L, so "
+            "actor_rollout_ref.actor.loss_agg_mode must be seq-mean-token-sum-norm",
+        ),
+        ("hysteretic_grpo", "algorithm.hpo.alpha=0.4", "algorithm.hpo.alpha = 0.4: unknown"),
+        ("hysteretic_grpo", "algorithm.hpo.alpha_min=-1", "alpha_min = -1: must be a number"),
+        (
+            "hysteretic_grpo",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=hpo",
+            "policy_loss.loss_mode = 'hpo' permits token-mean and seq-mean-token-sum-norm only",
+        ),
         ("grpo", "algorithm.hpo.alpha=0.4", "algorithm.adv_estimator = 'grpo' ignores it"),
         ("aepo_advantage", "algorithm.aepo_advantage.entropy_scale=-1", "entropy_scale = -1: must"),
         ("aepo_advantage", "algorithm.aepo_advantage.scale=1", "scale = 1: unknown setting"),
@@ -329,6 +346,7 @@ def test_the_hysteretic_settings_reach_the_estimator():
     for algorithm, override, weight in (
         ("hpo", "algorithm.hpo.alpha=0.25", 0.25),
         ("a_hpo", "algorithm.hpo.alpha_min=0.5", 0.5),
+        ("hysteretic_grpo", "algorithm.hpo.alpha_min=0.5", 0.5),
     ):
         config = composed(algorithm, override).algorithm
         advantages, _ = core_algos.get_adv_estimator_fn(config.adv_estimator)(
