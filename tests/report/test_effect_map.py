@@ -30,9 +30,10 @@ def results_of(study, variants=tuple(GAINS), seeds=3, **changes):
 def test_points_by_hand():
     study = compared("sparsity", results_of("sparsity", warm_start=[0.05], wrong_length=[4]))
     points = sparsity_points(study)
-    # Six levels, two lengths, three methods.
-    assert len(points) == 36
-    assert [point.x for point in points[::6]] == [0.005, 0.01, 0.02, 0.05, 0.1, 0.3]
+    assert len(points) == len(METHODS) * len(study.plan.regimes)
+    assert {point.x for point in points} == {
+        dict(regime)["warm_start"] for regime in study.plan.regimes
+    }
     found = [point for point in points if point.effect.pairs]
     assert [(point.panel, point.x, point.method) for point in found] == [
         ("wrong answers 4 x right ones", 0.05, method) for method in METHODS
@@ -80,7 +81,10 @@ def test_the_caption_counts_pairs_and_points():
     length = compared("length", results_of("length", seeds=2, wrong_length=[4]))
     text = caption(sparsity, length)
     assert "2 to 3 pairs a point" in text
-    assert "39 of 48 planned points were run, the others are marked as not run." in text
+    others, lengths = (len(METHODS) * len(study.plan.regimes) for study in (sparsity, length))
+    # All of the one study, and one length of the other.
+    run, planned = others + len(METHODS), others + lengths
+    assert f"{run} of {planned} planned points were run, the others are marked as not run." in text
     assert "; 3 pairs a point" in caption(sparsity, compared("length", results_of("length")))
     nothing = caption(compared("sparsity", []), compared("length", []))
-    assert "no pairs a point. 0 of 48 planned points were run" in nothing
+    assert f"no pairs a point. 0 of {planned} planned points were run" in nothing

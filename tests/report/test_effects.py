@@ -100,7 +100,8 @@ def test_what_was_planned_and_not_run_is_said():
     # Nobody planned a lag of five.
     assert sum(NOT_RUN in line for line in text.splitlines()) == 3
     assert NOT_RUN not in study_text(comparison, planned=False)
-    assert "20 runs, 5 seeds; 50 steps of 64 x 8 responses in 4 mini-batches" in text
+    steps = results[0].cell["training"]["steps"]
+    assert f"20 runs, 5 seeds; {steps} steps of 64 x 8 responses in 4 mini-batches" in text
 
 
 def test_what_a_regime_begins_with_is_said():
