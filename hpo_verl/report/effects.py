@@ -66,7 +66,7 @@ def setting(comparison: Comparison) -> str:
         return ", ".join(format(value, template) for value in found)
 
     return (
-        f"{len(comparison.results)} runs, {len(seeds)} seeds; {values(training, 'steps')} steps of "
+        f"{len(comparison.results)} runs, seeds: {len(seeds)}; {values(training, 'steps')} steps of "
         f"{values(training, 'prompts_per_step')} x {values(training, 'responses_per_prompt')} "
         f"responses in {values(training, 'mini_batches')} mini-batches, passes: "
         f"{values(training, 'epochs')}, AdamW at {values(training, 'learning_rate', 'g')}; success "

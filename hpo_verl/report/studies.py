@@ -132,7 +132,12 @@ def _read_file(path: Path) -> Iterator[Result]:
     runs, shared, frames = read_runs(path, _KEY, [*_TEXTS, *_NUMBERS])
     for facts, rows in zip(runs, frames, strict=True):
         environment = {**shared[facts["environment"]], "finished": facts.pop("finished")}
-        cell = {**shared[facts["cell"]], "seed": facts.pop("seed")}
+        cell = facts["cell"]
+        if isinstance(cell, int):
+            cell = {**shared[cell], "seed": facts.pop("seed")}
+        else:
+            # So did the lab write while the studies of 2026-11-29 ran.
+            cell |= {key: shared[cell[key]] for key in ("training", "evaluation")}
         yield Result({**facts, "cell": cell, "environment": environment}, rows)
 
 

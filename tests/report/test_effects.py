@@ -101,7 +101,7 @@ def test_what_was_planned_and_not_run_is_said():
     assert sum(NOT_RUN in line for line in text.splitlines()) == 3
     assert NOT_RUN not in study_text(comparison, planned=False)
     steps = results[0].cell["training"]["steps"]
-    assert f"20 runs, 5 seeds; {steps} steps of 64 x 8 responses in 4 mini-batches" in text
+    assert f"20 runs, seeds: 5; {steps} steps of 64 x 8 responses in 4 mini-batches" in text
 
 
 def test_what_a_regime_begins_with_is_said():
