@@ -66,8 +66,8 @@ def setting(comparison: Comparison) -> str:
         return ", ".join(format(value, template) for value in found)
 
     return (
-        f"{len(comparison.results)} runs, seeds: {len(seeds)}; {values(training, 'steps')} steps of "
-        f"{values(training, 'prompts_per_step')} x {values(training, 'responses_per_prompt')} "
+        f"{len(comparison.results)} runs, seeds: {len(seeds)}; {values(training, 'steps')} steps "
+        f"of {values(training, 'prompts_per_step')} x {values(training, 'responses_per_prompt')} "
         f"responses in {values(training, 'mini_batches')} mini-batches, passes: "
         f"{values(training, 'epochs')}, AdamW at {values(training, 'learning_rate', 'g')}; success "
         f"on {values(evaluation, 'questions')} held-out questions every "
