@@ -15,9 +15,7 @@ def study_of(**changes):
 
 
 def test_the_first_key_varies_slowest():
-    study = study_of(
-        task=["a", "b"], warm_start=[0.1, 0.3], training={"steps": 5, "lag": [0, 2]}
-    )
+    study = study_of(task=["a", "b"], warm_start=[0.1, 0.3], training={"steps": 5, "lag": [0, 2]})
     found = [(r["task"], r["warm_start"], r["training.lag"]) for r in regimes(study)]
     assert found == [
         ("a", 0.1, 0), ("a", 0.1, 2), ("a", 0.3, 0), ("a", 0.3, 2),

@@ -67,10 +67,10 @@ def keep_warm_starts(study):
         save_policy(folder, policy.model, policy.tokenizer, warm_start.FACTS, facts)
 
 
-def quick_study(name="rates", *overrides):
-    """A study of few and short runs; `rates` with a single learning rate."""
+def quick_study(name="rates", *overrides, only=()):
+    """A study of few and short runs; `rates` with a single learning rate, if none is given."""
     given = ["training.learning_rate=3e-4", *overrides] if name == "rates" else overrides
-    return read_study(name, [*QUICK, *given])
+    return read_study(name, [*QUICK, *given], only)
 
 
 def random_rollout(policy, rewards, width=6):

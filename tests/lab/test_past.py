@@ -53,9 +53,7 @@ def test_a_run_with_a_lag_samples_with_older_weights_and_their_log_probs(graded,
         begun.append(weights_of(trainer.policy))
         found = answers(policy, *arguments)
         again = policy.log_probs(found.prompts, found.responses.tokens, found.responses.mask)
-        torch.testing.assert_close(
-            found.responses.log_probs, again.detach(), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(found.responses.log_probs, again.detach(), rtol=1e-4, atol=1e-4)
         return found
 
     def keep(rollout, *arguments):
