@@ -99,7 +99,7 @@ class Objective:
         Raises:
             ConfigError: Names the variant and the setting.
         """
-        if self.loss.mini_batch_sums or self.loss.token_fields or self.has_terms:
+        if self.loss.mini_batch_sums or self.loss.token_fields or not self.may_leave_out:
             raise ConfigError(
                 f"variants.{variant}: its loss is more than a sum over responses, which "
                 "evaluation.dissect_every cannot part; must be 0 for it"

@@ -109,7 +109,8 @@ def make(cell: Cell) -> float:
             if cell.lacking == "skill":
                 policy, success = _beginner(cell, questions, held_out)
             else:
-                policy = Policy.load(cell.policy or _skilled_folder(task, cell.seed, held_out))
+                own = cell.policy and Path(cell.policy).expanduser()
+                policy = Policy.load(own or _skilled_folder(task, cell.seed, held_out))
                 success = _become_careless(policy, cell, questions)
         finally:
             torch.set_num_threads(threads)
@@ -167,11 +168,11 @@ def _beginner(
     asked = random.Random(cell.seed).choices(questions, k=_MEASURED)  # noqa: S311 - no secret
     success = 0.0
     for _ in range(_LACKING_BATCHES):
-        if success >= cell.warm_start:
-            return policy, success
         batches = shown.batches(tokenizer, _LACKING_EVERY, _SKILL_BATCH, 0.0)
         train(policy.model, batches, [optimizer])
         success = _success(policy, cell, asked)
+        if success >= cell.warm_start:
+            return policy, success
     raise _unreached(cell, success)
 
 

@@ -26,16 +26,17 @@ STEPS = 5
 
 def untrained_trainer(prompts, tokens, overrides=()):
     """A trainer of 8 responses per prompt with at most so many tokens."""
-    changes = [f"training.prompts_per_step={prompts}", "evaluation.every=1000", *overrides]
-    cell = next(c for c in read_study("sparse", changes).cells() if c.variant == "a_hpo")
+    changes = [
+        f"training.prompts_per_step={prompts}", f"max_response_length={tokens}",
+        "training.learning_rate=3e-4", "evaluation.every=1000", *overrides,
+    ]  # fmt: skip
+    cell = read_study("rates", changes, only=["a_hpo"]).cells()[0]
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     trainer = Trainer(cell, Policy(build_model(tokenizer).eval(), tokenizer))
     rng = random.Random(0)
     trainer.task = dataclasses.replace(
-        trainer.task,
-        max_response_length=tokens,
-        score=lambda text, truth: float(rng.random() < 0.5),
+        trainer.task, score=lambda text, truth: {"score": float(rng.random() < 0.5)}
     )
     return trainer
 

@@ -9,7 +9,8 @@ from data_prep.policies.folder import save_policy
 from data_prep.policies.tokenizer import build_tokenizer
 from hpo_verl.algorithms.registry import ALGORITHMS
 from hpo_verl.lab import warm_start
-from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.policy import Policy, Responses
+from hpo_verl.lab.rollout import Rollout
 from hpo_verl.lab.settings import read_study, warm_start_versions
 
 # The lab gives no response its beginning, a loss nothing of the model's head, and compares no
@@ -25,7 +26,7 @@ END, PAD = 0, 1
 QUICK = [
     "seeds=2", "training.steps=2", "training.prompts_per_step=4", "training.mini_batches=2",
     "training.responses_per_prompt=4", "training.questions=16", "evaluation.questions=8",
-    "evaluation.every=1",
+    "evaluation.every=1", "evaluation.sampled_questions=8",
 ]  # fmt: skip
 
 
@@ -66,5 +67,33 @@ def keep_warm_starts(study):
         save_policy(folder, policy.model, policy.tokenizer, warm_start.FACTS, facts)
 
 
-def quick_study(name="alpha", *overrides):
-    return read_study(name, [*QUICK, *overrides])
+def quick_study(name="rates", *overrides, only=()):
+    """A study of few and short runs; `rates` with a single learning rate, if none is given."""
+    given = ["training.learning_rate=3e-4", *overrides] if name == "rates" else overrides
+    return read_study(name, [*QUICK, *given], only)
+
+
+def random_rollout(policy, rewards, width=6):
+    """Random responses of several lengths with these rewards, four to each prompt."""
+    generator = torch.Generator().manual_seed(0)
+    count = len(rewards)
+    groups = [tuple(torch.randint(2, 32, (n,), generator=generator).tolist()) for n in (3, 5, 4, 2)]
+    prompts = [groups[i // 4] for i in range(count)]
+    mask = torch.arange(width) < torch.randint(1, width + 1, (count, 1), generator=generator)
+    tokens = torch.randint(2, 32, mask.shape, generator=generator)
+    with torch.no_grad():
+        log_probs = policy.log_probs(prompts, tokens, mask)
+    numbers = {"score": torch.tensor(rewards, dtype=torch.float32)}
+    return Rollout(torch.arange(count), prompts, Responses(tokens, mask, log_probs), numbers)
+
+
+def surrogate(policy, rollout, advantages, rows):
+    """GRPO's loss over rows of a batch, by its definition and unclipped, with its graph.
+
+    The mean over all responses of the batch of the mean over a response's tokens.
+    """
+    tokens, mask, old = rollout.responses
+    log_prob = policy.log_probs(rollout.prompts, tokens, mask)
+    ratio = (log_prob - old).exp()
+    per_response = (-ratio * advantages * mask).sum(dim=-1) / mask.sum(dim=-1)
+    return per_response[rows].sum() / len(mask)

@@ -5,19 +5,16 @@ import torch
 from lab_policies import quick_study, tiny_random_policy
 
 from hpo_verl.lab.policy import Responses
-from hpo_verl.lab.trainer import Rollout, Trainer
+from hpo_verl.lab.rollout import Rollout
+from hpo_verl.lab.trainer import Trainer
 
 
-@pytest.fixture
-def trainer_of(tmp_path, monkeypatch):
-    monkeypatch.setenv("HPO_VERL_CACHE", str(tmp_path))
-    study = quick_study("sparse", "tasks=[countdown3]", "warm_starts=[0.05]")
-    return lambda variant: Trainer(
-        next(cell for cell in study.cells() if cell.variant == variant), tiny_random_policy()
-    )
+def trainer_of(variant):
+    cell = quick_study("neighbours", only=[variant]).cells()[0]
+    return Trainer(cell, tiny_random_policy())
 
 
-def test_every_question_comes_once_per_epoch_in_another_order_each(trainer_of):
+def test_every_question_comes_once_per_epoch_in_another_order_each():
     def draws(*counts):
         trainer = trainer_of("grpo")
         return [trainer.draw(count) for count in counts]
@@ -29,7 +26,7 @@ def test_every_question_comes_once_per_epoch_in_another_order_each(trainer_of):
     assert start + rest == first + second
 
 
-def test_a_history_learns_how_far_the_policy_has_moved(trainer_of, monkeypatch):
+def test_a_history_learns_how_far_the_policy_has_moved(monkeypatch):
     trainer = trainer_of("spo")
     learnt = []
     monkeypatch.setattr(trainer.history, "learn", lambda *given: learnt.append(given) or {})

@@ -62,7 +62,7 @@ def test_an_unknown_study_is_refused_before_verl_is_imported(monkeypatch, capsys
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == EXIT_BAD_INPUT
-    assert capsys.readouterr().err == "error: unknown study 'spars': did you mean sparse?\n"
+    assert capsys.readouterr().err == "error: unknown study 'spars': did you mean sparsity?\n"
 
 
 @pytest.mark.parametrize("command", ["train", "submit"])
