@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
@@ -21,14 +21,8 @@ from hpo_verl.report.regimes import Regime, title
 from hpo_verl.report.statistics import CONFIDENCE, LEAST_SEEDS, Effect, summary
 
 SPARSITY, LENGTH = "sparsity", "length"
-METHODS = ("hysteretic_grpo", "a_hpo", "mean_length")
 # Okabe and Ito's colours; place and shape tell the methods apart without them.
-_LOOKS = {
-    "hysteretic_grpo": ("o", "#0072B2"),
-    "a_hpo": ("s", "#D55E00"),
-    "mean_length": ("^", "#009E73"),
-}
-_APART = {"hysteretic_grpo": -1, "a_hpo": 0, "mean_length": 1}
+_LOOKS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#56B4E9"))
 _NOT_RUN_COLOUR = "#666666"
 _BY_LENGTH = "wrong answers made longer and longer"
 
@@ -43,29 +37,34 @@ class Point(NamedTuple):
     effect: Effect
 
 
+def methods(sparsity: Comparison) -> list[str]:
+    """What the map compares with the baseline: the other variants that the study plans."""
+    return [name for name in sparsity.plan.variants if name != sparsity.baseline]
+
+
 def sparsity_points(study: Comparison) -> list[Point]:
     """Effects over the success of the warm start, a panel for every length of wrong answers."""
     return [
         point._replace(panel=title(regime, ["wrong_length"]), x=dict(regime)["warm_start"])
         for regime in study.plan.regimes
-        for point in _points(study, regime, "warm_start")
+        for point in _points(study, regime, "warm_start", methods(study))
     ]
 
 
-def length_points(study: Comparison) -> list[Point]:
-    """Effects over the measured ratio of lengths of wrong and right answers, in one panel."""
+def length_points(study: Comparison, shown: Sequence[str]) -> list[Point]:
+    """Effects of some methods over the measured ratio of wrong to right answers' lengths."""
     return [
         point._replace(x=length_ratio(study, regime))
         for regime in study.plan.regimes
-        for point in _points(study, regime, "wrong_length")
+        for point in _points(study, regime, "wrong_length", shown)
     ]
 
 
-def _points(study: Comparison, regime: Regime, key: str) -> list[Point]:
+def _points(study: Comparison, regime: Regime, key: str, shown: Sequence[str]) -> list[Point]:
     name = title(regime, [key])
     return [
         Point(_BY_LENGTH, None, name, method, study.effect(regime, method, study.baseline))
-        for method in METHODS
+        for method in shown
     ]
 
 
@@ -80,7 +79,9 @@ def length_ratio(study: Comparison, regime: Regime) -> float | None:
 
 def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
     """Draw the map into a file whose ending says the format; the same runs give the same bytes."""
-    points = [*sparsity_points(sparsity), *length_points(length)]
+    shown = methods(sparsity)
+    looks = dict(zip(shown, _LOOKS, strict=False))
+    points = [*sparsity_points(sparsity), *length_points(length, shown)]
     panels = list(dict.fromkeys(point.panel for point in points))
     last = panels[-1]
     with mpl.rc_context(STYLE):
@@ -88,7 +89,7 @@ def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
         axes: Any = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, panel in zip(axes, panels, strict=True):
             axis.axhline(0, color="black", linewidth=0.8)
-            _draw_panel(axis, [point for point in points if point.panel == panel])
+            _draw_panel(axis, [point for point in points if point.panel == panel], looks)
             axis.set_title(fill(panel, 44))
             axis.set_xlabel(
                 "wrong / right answers' length, first batch"
@@ -98,7 +99,7 @@ def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
         axes[0].set_ylabel(f"area under the curve, minus {sparsity.baseline}'s")
         handles = [
             Line2D([], [], color=colour, marker=marker, label=method)
-            for method, (marker, colour) in _LOOKS.items()
+            for method, (marker, colour) in looks.items()
         ]
         handles.append(
             Line2D([], [], color=_NOT_RUN_COLOUR, marker="x", linestyle="", label=NOT_RUN)
@@ -109,7 +110,7 @@ def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
         save_figure(figure, path)
 
 
-def _draw_panel(axis: Any, points: Sequence[Point]) -> None:
+def _draw_panel(axis: Any, points: Sequence[Point], looks: Mapping[str, tuple[str, str]]) -> None:
     axis.set_xscale("log")
     places = sorted({point.x for point in points if point.x is not None})
     apart = 1.0
@@ -120,8 +121,9 @@ def _draw_panel(axis: Any, points: Sequence[Point]) -> None:
     for point in points:
         if point.x is None:
             continue
-        marker, colour = _LOOKS[point.method]
-        x = point.x * apart ** _APART[point.method]
+        marker, colour = looks[point.method]
+        # Side by side, about their place.
+        x = point.x * apart ** ([*looks].index(point.method) - (len(looks) - 1) / 2)
         found = point.effect.difference
         if found is None:
             axis.plot([x], [0.0], "x", color=_NOT_RUN_COLOUR, markersize=5)
@@ -151,7 +153,7 @@ def _tick(points: Sequence[Point]) -> Any:
 
 def caption(sparsity: Comparison, length: Comparison) -> str:
     """What the map shows, and which of its planned points nobody has run."""
-    points = [*sparsity_points(sparsity), *length_points(length)]
+    points = [*sparsity_points(sparsity), *length_points(length, methods(sparsity))]
     counts = sorted({point.effect.pairs for point in points if point.effect.pairs})
     pairs = " to ".join(str(count) for count in dict.fromkeys(counts[:1] + counts[-1:])) or "no"
     lacking = [point for point in points if not point.effect.pairs]

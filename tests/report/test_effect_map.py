@@ -5,16 +5,17 @@ from lab_results import made_up_results
 
 from hpo_verl.report.comparison import Comparison
 from hpo_verl.report.effect_map import (
-    METHODS,
     caption,
     draw_map,
     length_points,
     length_ratio,
+    methods,
     sparsity_points,
 )
 from hpo_verl.report.regimes import read_plan
 
 GAINS = {"grpo": 0.03, "hysteretic_grpo": 0.06, "a_hpo": 0.05, "mean_length": 0.01}
+METHODS = ["hysteretic_grpo", "a_hpo", "mean_length"]
 
 
 def compared(study, results):
@@ -29,6 +30,7 @@ def results_of(study, variants=tuple(GAINS), seeds=3, **changes):
 
 def test_points_by_hand():
     study = compared("sparsity", results_of("sparsity", warm_start=[0.05], wrong_length=[4]))
+    assert methods(study) == METHODS
     points = sparsity_points(study)
     assert len(points) == len(METHODS) * len(study.plan.regimes)
     assert {point.x for point in points} == {
@@ -49,7 +51,7 @@ def test_a_ratio_is_measured_or_else_the_one_that_is_asked_for():
     )
     nothing = compared("length", [])
     assert [length_ratio(nothing, regime) for regime in nothing.plan.regimes] == [None, 1, 2, 4]
-    assert {point.effect.pairs for point in length_points(study)} == {0, 3}
+    assert {point.effect.pairs for point in length_points(study, METHODS)} == {0, 3}
 
 
 def test_the_same_runs_give_the_same_picture(tmp_path):
