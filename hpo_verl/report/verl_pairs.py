@@ -127,7 +127,8 @@ def _summaries(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         if found.difference is None:
             shown = "not measured"
         elif found.pairs < LEAST_SEEDS:
-            shown = f"{found.difference.point:+.3f} ({found.pairs} pairs: no interval)"
+            plural = "s" if found.pairs > 1 else ""
+            shown = f"{found.difference.point:+.3f} ({found.pairs} pair{plural}: no interval)"
         else:
             shown = found.difference.shown("+.3f")
         rows.append(
