@@ -15,7 +15,7 @@ from hpo_verl.errors import DataError
 from hpo_verl.verl_plugin.cpu.generation import BatchGenerator, GenerationRequest
 
 # Rows of the generator's forward passes.
-_BLOCK_ROWS = 128
+_BLOCK_ROWS = 256
 Prompt = tuple[int, ...]
 
 

@@ -86,7 +86,8 @@ def answers(
     # Neighbours are often the same question, whose prompt is read once.
     encoded: dict[int, Prompt] = {}
     for question in questions:
-        encoded.setdefault(id(question), policy.encode(question.messages))
+        if id(question) not in encoded:
+            encoded[id(question)] = policy.encode(question.messages)
     prompts = [encoded[id(question)] for question in questions]
     seeds = np.random.default_rng(stream).integers(2**63, size=len(questions)).tolist()
     responses = policy.sample(prompts, seeds, longest, temperatures)
