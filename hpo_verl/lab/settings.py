@@ -189,6 +189,10 @@ class Study:
         """
         return self._cells(self._seeds(0, self.tuning_seeds or self.seeds))
 
+    def tunes(self, cell: Cell) -> bool:
+        """Whether a run is one of those that choose a rate."""
+        return cell.seed in self._seeds(0, self.tuning_seeds)
+
     def compared(self, areas: Mapping[str, float]) -> list[Cell]:
         """The runs that are compared after tuning, each variant of a regime at its best rate.
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -84,24 +85,27 @@ def run_study(
     """
     with locked(folder, remedy="choose another with --out"):
         while cells := missing_cells(study, folder):
-            _run_cells(cells, folder, workers, report, command)
+            # Either all of them tune or none.
+            run = partial(
+                _run_and_write, folder=folder, command=command, tuning=study.tunes(cells[0])
+            )
+            _run_cells(run, cells, workers, report)
 
 
 def _run_cells(
+    run: Callable[[Cell], Outcome],
     cells: Sequence[Cell],
-    folder: Path,
     workers: int,
     report: Callable[[Cell, Outcome], None],
-    command: str,
 ) -> None:
     if workers == 1:
         for cell in cells:
-            report(cell, _run_and_write(cell, folder, command))
+            report(cell, run(cell))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
-            asked = {pool.submit(_run_and_write, cell, folder, command): cell for cell in cells}
+            asked = {pool.submit(run, cell): cell for cell in cells}
             for future in as_completed(asked):
                 report(asked[future], future.result())
         except BaseException as error:
@@ -116,7 +120,7 @@ def _run_cells(
             raise
 
 
-def _run_and_write(cell: Cell, folder: Path, command: str) -> Outcome:
+def _run_and_write(cell: Cell, folder: Path, command: str, tuning: bool) -> Outcome:
     outcome = run_cell(cell)
     environment = {
         "commit": _commit(),
@@ -126,7 +130,12 @@ def _run_and_write(cell: Cell, folder: Path, command: str) -> Outcome:
         "command": command,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    facts = {"cell": dataclasses.asdict(cell), **outcome.facts, "environment": environment}
+    facts = {
+        "cell": dataclasses.asdict(cell),
+        "tuning": tuning,
+        **outcome.facts,
+        "environment": environment,
+    }
     write_results(cell_path(folder, cell), [Result(facts, pd.DataFrame(outcome.rows))])
     return outcome
 

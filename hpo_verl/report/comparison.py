@@ -89,12 +89,7 @@ class Comparison:
 
     def _at_best_rates(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Choose every variant's rate; keep the other seeds' runs at that rate."""
-        by_seed: dict[tuple[Regime, str, int], set[float]] = {}
-        for row in rows:
-            key = row["regime"], row["variant"], row["seed"]
-            by_seed.setdefault(key, set()).add(row["rate"])
-        several = {seed for (_, _, seed), rates in by_seed.items() if len(rates) > 1}
-        apart = several | set(self.plan.tuning_seeds)
+        apart = {row["seed"] for row in rows if row["result"].facts["tuning"]}
         for row in rows:
             key = row["regime"], row["variant"]
             if row["seed"] in apart:

@@ -36,7 +36,6 @@ class Plan(NamedTuple):
     Attributes:
         regimes: In the file's order. Where rates are `tuned`, without the learning rate.
         tuned: Whether every variant is compared at its own best rate.
-        tuning_seeds: Seeds that the file sets aside for that.
     """
 
     study: str
@@ -44,7 +43,6 @@ class Plan(NamedTuple):
     variants: tuple[str, ...]
     regimes: tuple[Regime, ...]
     tuned: bool = False
-    tuning_seeds: range = range(0)
 
     def regime_of(self, cell: Mapping[str, Any]) -> Regime:
         """The regime of a run, from the fields of its cell."""
@@ -59,15 +57,14 @@ def read_plan(study: str) -> Plan:
         ConfigError: There is no such study, or its file is bad.
     """
     values = read_study_file(study)
-    first, count = values["first_seed"], values["tuning_seeds"]
-    found = [_regime(regime, values["policy"], count > 0) for regime in regimes(values)]
+    tuned = values["tuning_seeds"] > 0
+    found = [_regime(regime, values["policy"], tuned) for regime in regimes(values)]
     return Plan(
         study,
         str(values["baseline"]),
         tuple(str(name) for name in values["variants"]),
         tuple(dict.fromkeys(found)),
-        count > 0,
-        range(first, first + count),
+        tuned,
     )
 
 

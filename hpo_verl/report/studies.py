@@ -26,8 +26,9 @@ class Result(NamedTuple):
     """A finished run of the lab.
 
     Attributes:
-        facts: The run's settings (`cell`), `status` (`finished` or `diverged`), `seconds`,
-            `warm_start_success`, and `environment`: commit, versions, machine, command, time.
+        facts: The run's settings (`cell`), whether it is `tuning`, so that it chooses a rate and is
+            not compared, `status` (`finished` or `diverged`), `seconds`, `warm_start_success`, and
+            `environment`: commit, versions, machine, command, time.
         rows: One per step: `step`, `success` (NaN where not measured), statistics of the batch;
             `pass@1`, `pass@2`, ... in the first and last row, if they were measured; at dissected
             steps what the positive and the negative advantages do, each alone.
@@ -132,12 +133,7 @@ def _read_file(path: Path) -> Iterator[Result]:
     runs, shared, frames = read_runs(path, _KEY, [*_TEXTS, *_NUMBERS])
     for facts, rows in zip(runs, frames, strict=True):
         environment = {**shared[facts["environment"]], "finished": facts.pop("finished")}
-        cell = facts["cell"]
-        if isinstance(cell, int):
-            cell = {**shared[cell], "seed": facts.pop("seed")}
-        else:
-            # So did the lab write while the studies of 2026-11-29 ran.
-            cell |= {key: shared[cell[key]] for key in ("training", "evaluation")}
+        cell = {**shared[facts["cell"]], "seed": facts.pop("seed")}
         yield Result({**facts, "cell": cell, "environment": environment}, rows)
 
 

@@ -12,7 +12,7 @@ STEPS = 4
 RIGHT_LENGTH = 10.0
 
 
-def made_up_result(cell, success, status="finished", **columns):
+def made_up_result(cell, success, status="finished", tuning=False, **columns):
     """A result with the given learning curve, one measurement per step; more columns by name."""
     steps = len(success)
     rows = pd.DataFrame({"step": range(steps), "success": success}, dtype=float)
@@ -28,8 +28,8 @@ def made_up_result(cell, success, status="finished", **columns):
         "commit": "abc", "versions": '{"torch": "2"}', "machine": "test", "finished": "now"
     }  # fmt: skip
     facts = {
-        "cell": cell, "status": status, "seconds": 36.0, "warm_start_success": success[0],
-        "environment": environment,
+        "cell": cell, "tuning": tuning, "status": status, "seconds": 36.0,
+        "warm_start_success": success[0], "environment": environment,
     }  # fmt: skip
     return Result(facts, rows)
 
@@ -59,9 +59,12 @@ def made_up_cells(study, variants=None, seeds=range(5), **changes):
 
 def made_up_results(study, gain, variants=None, seeds=range(5), **changes):
     """Success rises by `gain(cell)` per step from 0.1, and differs by 0.01 from seed to seed."""
+    tuning_seeds = read_study_file(study)["tuning_seeds"]
     return [
         made_up_result(
-            cell, [0.1 + 0.01 * cell["seed"] + gain(cell) * step for step in range(STEPS + 1)]
+            cell,
+            [0.1 + 0.01 * cell["seed"] + gain(cell) * step for step in range(STEPS + 1)],
+            tuning=cell["seed"] < tuning_seeds,
         )
         for cell in made_up_cells(study, variants, seeds, **changes)
     ]

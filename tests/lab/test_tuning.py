@@ -1,6 +1,7 @@
 """Studies that first choose a learning rate for every variant, and then compare."""
 
 import math
+from functools import partial
 
 import pytest
 from lab_policies import quick_study
@@ -97,7 +98,8 @@ def test_what_tunes_is_missing_first_and_then_what_it_decides(tmp_path, monkeypa
     compared = study.compared({cell.name: area(cell) for cell in cells})
     assert missing_cells(study, tmp_path) == compared
     assert count_missing(study, tmp_path) == 12
-    study_module._run_cells(compared[:5], tmp_path, 1, ignore, "")
+    run = partial(study_module._run_and_write, folder=tmp_path, command="", tuning=False)
+    study_module._run_cells(run, compared[:5], 1, ignore)
     assert missing_cells(study, tmp_path) == compared[5:]
     assert count_missing(study, tmp_path) == 7
 

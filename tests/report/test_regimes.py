@@ -24,7 +24,6 @@ def test_a_plan_is_what_the_file_crosses():
 def test_a_tuned_plan_has_no_learning_rate():
     plan = read_plan("tuned")
     assert plan.tuned
-    assert list(plan.tuning_seeds) == [0, 1, 2, 3]
     (regime,) = plan.regimes
     assert title(regime, varying(plan.regimes)) == "countdown3"
     cell = next(made_up_cells("tuned", ["grpo"]))

@@ -52,28 +52,6 @@ def test_results_come_back_as_they_were_written(tmp_path):
     assert set(table["variant"]) == set(GAINS)
 
 
-def test_a_file_of_the_lab_before_this_format_is_read(tmp_path):
-    (result,) = made_up_results("lag", gain, ["grpo"], [3], **{"training.lag": [4]})
-    cell, environment = result.cell, dict(result.facts["environment"])
-    shared = [cell["training"], cell["evaluation"], environment]
-    finished = environment.pop("finished")
-    facts = {
-        **result.facts,
-        "cell": {**cell, "training": 0, "evaluation": 1},
-        "environment": 2,
-        "finished": finished,
-        "rows": len(result.rows),
-    }
-    rows = result.rows.astype("float32").assign(study="lag", variant="grpo", seed=3)
-    metadata = {b"hpo_verl_lab": json.dumps({"shared": shared, "cells": [facts]})}
-    table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(metadata)
-    pq.write_table(table, tmp_path / "old.parquet")
-    (found,) = read_results(tmp_path)
-    assert found.facts == result.facts
-    assert found.identity == result.identity
-    assert list(found.rows) == list(result.rows)
-
-
 def test_what_is_no_result_is_named(tmp_path):
     path = tmp_path / "all.parquet"
     path.write_bytes(b"damaged")
@@ -214,10 +192,11 @@ def test_each_method_gets_its_best_rate_and_the_seeds_that_chose_it_are_not_comp
     assert comparison.effect(regime, "a_hpo", "grpo").pairs == 6
 
 
-def test_seeds_of_several_rates_are_set_aside_even_beyond_the_plan():
+def test_a_seed_is_set_aside_by_what_its_runs_say_and_not_by_the_plan():
     best, results = tuned_results()
-    more = made_up_results("tuned", lambda cell: 0.0, ["grpo"], range(4, 5))
-    comparison = compared("tuned", merged(results, more))
+    for result in results:
+        result.facts["tuning"] |= result.cell["seed"] == 4
+    comparison = compared("tuned", results)
     (regime,) = comparison.regimes
     for name in best:
         assert list(comparison.runs[regime][name].index) == [5, 6, 7, 8, 9]
