@@ -9,6 +9,7 @@ from lab_policies import quick_study
 from hpo_verl.lab import study as study_module
 from hpo_verl.lab.study import cell_path, count_missing, missing_cells, run_study
 from hpo_verl.lab.trainer import Outcome
+from hpo_verl.report.studies import read_results
 
 RATES = (1e-4, 1e-3, 1e-2)
 TASKS = ("countdown3", "telelogs")
@@ -89,16 +90,16 @@ def test_what_tunes_is_missing_first_and_then_what_it_decides(tmp_path, monkeypa
     monkeypatch.setattr(study_module, "run_cell", outcome_of)
     study = tuned_study()
     cells = study.cells()
+    run = partial(study_module._run_and_write, folder=tmp_path, command="", tuning=False)
     assert missing_cells(study, tmp_path) == cells
     assert count_missing(study, tmp_path) == study.size
-    study_module._run_cells(cells[:-1], tmp_path, 1, ignore, "")
+    study_module._run_cells(run, cells[:-1], 1, ignore)
     assert missing_cells(study, tmp_path) == cells[-1:]
     assert count_missing(study, tmp_path) == 1 + 12
-    study_module._run_cells(cells[-1:], tmp_path, 1, ignore, "")
+    study_module._run_cells(run, cells[-1:], 1, ignore)
     compared = study.compared({cell.name: area(cell) for cell in cells})
     assert missing_cells(study, tmp_path) == compared
     assert count_missing(study, tmp_path) == 12
-    run = partial(study_module._run_and_write, folder=tmp_path, command="", tuning=False)
     study_module._run_cells(run, compared[:5], 1, ignore)
     assert missing_cells(study, tmp_path) == compared[5:]
     assert count_missing(study, tmp_path) == 7
@@ -130,3 +131,10 @@ def test_a_study_goes_through_both_phases_and_resumes_in_either(tmp_path, monkey
     assert count_missing(study, tmp_path) == 0
     compared = study.compared({cell.name: area(cell) for cell in cells})
     assert all(cell_path(tmp_path, cell).exists() for cell in [*cells, *compared])
+
+
+def test_a_result_says_whether_it_tunes(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "run_cell", outcome_of)
+    run_study(tuned_study(), tmp_path, 1, ignore)
+    tuning = {(r.cell["seed"], r.facts["tuning"]) for r in read_results(tmp_path)}
+    assert tuning == {(5, True), (6, True), (7, False), (8, False), (9, False)}
