@@ -31,12 +31,12 @@ def obstacle(run: VerlRun, other: VerlRun) -> str:
             return text
     if ours["steps"] != theirs["steps"]:
         return f"{ours['steps']} steps against {theirs['steps']}"
-    mine, its = ours["settings"], theirs["settings"]
+    here, there = ours["settings"], theirs["settings"]
     # What the two algorithms set is what is compared.
-    own = nearest_recipe(mine).keys() | nearest_recipe(its).keys()
-    for key in sorted(mine | its):
-        if key not in own and mine.get(key) != its.get(key):
-            return f"{key}: {mine.get(key)} against {its.get(key)}"
+    own = nearest_recipe(here).keys() | nearest_recipe(there).keys()
+    for key in sorted(here | there):
+        if key not in own and here.get(key) != there.get(key):
+            return f"{key}: {here.get(key)} against {there.get(key)}"
     return ""
 
 
