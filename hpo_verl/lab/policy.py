@@ -26,6 +26,11 @@ class Responses(NamedTuple):
     mask: torch.Tensor  # bool; the end token counts
     log_probs: torch.Tensor  # under the policy that sampled, nats; 0 beyond the end
 
+    def ended(self, ends: Sequence[int]) -> torch.Tensor:
+        """Whether each response came to one of the tokens that end one, bool `[batch]`."""
+        place = (self.mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        return torch.isin(self.tokens.gather(1, place).squeeze(1), torch.tensor(list(ends)))
+
 
 class Policy:
     """A causal model in float32, trained in place, and its tokenizer, on the CPU."""

@@ -47,17 +47,15 @@ class Rollout(NamedTuple):
             responses (NaN where there is none), in tokens. `truncated`: share of responses that
             reached the longest length without an end.
         """
-        tokens, mask, log_probs = self.responses
+        _, mask, log_probs = self.responses
         lengths, right = mask.sum(dim=-1).double(), self.rewards > 0
-        last = tokens.gather(1, (mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
-        ended = torch.isin(last, torch.tensor(list(ends)))
         return {
             "entropy": -float(log_probs.sum() / mask.sum()),
             "response_length": float(lengths.mean()),
             "response_length_std": float(lengths.std()),
             "response_length_right": float(lengths[right].mean()),
             "response_length_wrong": float(lengths[~right].mean()),
-            "truncated": float((~ended).double().mean()),
+            "truncated": float((~self.responses.ended(ends)).double().mean()),
         }
 
 

@@ -216,9 +216,7 @@ def _become_careless(policy: Policy, cell: Cell, questions: list[Question]) -> f
 
 def _ended(policy: Policy, asked: list[Question], given: Rollout) -> list[Demonstration]:
     """Answers that came to their end, as demonstrations."""
-    lengths = given.responses.mask.sum(dim=-1)
-    last = given.responses.tokens.gather(1, lengths[:, None] - 1).squeeze(1)
-    ended = torch.isin(last, torch.tensor(policy.ends)).tolist()
+    ended = given.responses.ended(policy.ends).tolist()
     texts = policy.decode(given.responses)
     rows = zip(asked, texts, ended, strict=True)
     return [Demonstration(question.messages, text) for question, text, end in rows if end]

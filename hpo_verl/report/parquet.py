@@ -62,9 +62,7 @@ def read_runs(
     """
     table = pq.read_table(path)
     metadata = json.loads((table.schema.metadata or {})[key])
-    metadata.setdefault("runs", metadata.get("cells"))
-    known = [name for name in columns if name in table.column_names]
-    rows = table.drop_columns(known).to_pandas().astype(float)
+    rows = table.drop_columns(list(columns)).to_pandas().astype(float)
     frames, start = [], 0
     for facts in metadata["runs"]:
         end = start + facts.pop("rows")
