@@ -14,7 +14,7 @@ from hpo_verl.config.overrides import nearest
 from hpo_verl.config.studies import CROSSED, TUNED, Regime, read_study_file, regimes
 from hpo_verl.core.settings import parse_settings, require_choice, require_integer, require_number
 from hpo_verl.errors import ConfigError
-from hpo_verl.lab.objective import read_objective
+from hpo_verl.lab.recipes import read_objective
 from hpo_verl.lab.tasks import Task, find_task
 from hpo_verl.report.studies import best_rate
 

@@ -13,9 +13,9 @@ from hpo_verl.lab import warm_start
 from hpo_verl.lab.coverage import coverage
 from hpo_verl.lab.dissection import dissect
 from hpo_verl.lab.learner import Diverged, Learner
-from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.past import Past
 from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.recipes import read_objective
 from hpo_verl.lab.rollout import COVERAGE, EVALUATION, SAMPLING, Rollout, answers, join, means
 from hpo_verl.lab.settings import Cell
 

@@ -15,8 +15,8 @@ from estimator_calls import named_rewards
 from lab_policies import IN_LAB
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.recipes import read_objective
 from hpo_verl.lab.tasks import find_task
 
 WORKER = Path(__file__).with_name("lab_gradients_worker.py")

@@ -9,8 +9,8 @@ from lab_policies import quick_study, random_policy, random_rollout, surrogate, 
 
 from hpo_verl.lab.dissection import dissect
 from hpo_verl.lab.learner import Learner
-from hpo_verl.lab.objective import read_objective
 from hpo_verl.lab.policy import Policy
+from hpo_verl.lab.recipes import read_objective
 from hpo_verl.lab.tasks import find_task
 from hpo_verl.lab.trainer import Trainer
 

@@ -8,7 +8,7 @@ import torch
 from lab_policies import quick_study, random_policy, random_rollout, surrogate
 
 from hpo_verl.lab.learner import Diverged, Learner
-from hpo_verl.lab.objective import read_objective
+from hpo_verl.lab.recipes import read_objective
 from hpo_verl.lab.tasks import find_task
 
 REWARDS = [1.0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1]

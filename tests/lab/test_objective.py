@@ -8,7 +8,7 @@ from lab_policies import IN_LAB
 
 from hpo_verl.algorithms.registry import ALGORITHMS, OUR_ESTIMATORS
 from hpo_verl.errors import ConfigError, DataError
-from hpo_verl.lab.objective import read_objective
+from hpo_verl.lab.recipes import read_objective
 from hpo_verl.lab.tasks import find_task
 
 ACTOR = "actor_rollout_ref.actor"
