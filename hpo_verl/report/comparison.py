@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from hpo_verl.config.studies import TUNED
 from hpo_verl.errors import ConfigError
-from hpo_verl.report.regimes import Plan, Regime, title, varying
+from hpo_verl.report.regimes import Plan, Regime, read_plan, title, varying
 from hpo_verl.report.statistics import FINAL_SHARE, Effect, effect, has_collapsed, measures
 from hpo_verl.report.studies import Result, best_rate
 
@@ -24,6 +24,8 @@ class Comparison:
     """The runs of one study beside what its file plans; there may be none yet.
 
     Attributes:
+        results: The runs of the study itself.
+        lent: Runs of other studies that this one plans too.
         regimes: All of them: those of the plan in its order, then others that were run.
         variants: In the order of the plan, then others.
         runs: For every regime that was run the compared runs of every variant: a row per run, by
@@ -32,12 +34,16 @@ class Comparison:
         tried: The same, with the areas from which it was chosen, by rate.
     """
 
-    def __init__(self, plan: Plan, results: Sequence[Result]) -> None:
+    def __init__(
+        self, plan: Plan, results: Sequence[Result], others: Sequence[Result] = ()
+    ) -> None:
         self.plan = plan
         self.results = [result.thinned() for result in results]
         _require_comparable(plan, self.results)
+        self.lent = [result.thinned() for result in _planned_too(plan, self.results, others)]
         rows = [
-            {"regime": plan.regime_of(result.cell), **reduced(result)} for result in self.results
+            {"regime": plan.regime_of(result.cell), **reduced(result)}
+            for result in (*self.results, *self.lent)
         ]
         self.tried: dict[tuple[Regime, str], dict[float, list[float]]] = {}
         self.rates: dict[tuple[Regime, str], float] = {}
@@ -105,6 +111,17 @@ class Comparison:
         ]
 
 
+def compare_studies(
+    results: Mapping[str, Sequence[Result]], studies: Sequence[str]
+) -> list[Comparison]:
+    """Compare some studies, each with its own runs and those of the others that it plans too."""
+    found = []
+    for name in studies:
+        others = [run for study, runs in results.items() if study != name for run in runs]
+        found.append(Comparison(read_plan(name), results.get(name, ()), others))
+    return found
+
+
 def reduced(result: Result) -> dict[str, Any]:
     """Numbers of a run; NaN where it has none.
 
@@ -146,16 +163,50 @@ def _mean(rows: pd.DataFrame, column: str) -> float:
     return float(rows[column].mean()) if column in rows else math.nan
 
 
+def _planned_too(plan: Plan, own: Sequence[Result], others: Sequence[Result]) -> list[Result]:
+    """Runs of other studies in a regime and with a variant of this plan, measured alike.
+
+    One seed gives the same run in every study, so a run that the study has itself, or that an
+    earlier one has lent, is left out.
+    """
+    if plan.tuned:
+        return []
+    measured = {plan.regime_of(result.cell): _measured(result.cell["evaluation"]) for result in own}
+    found = {_place(plan, result): result for result in own}
+    many = len(found)
+    for result in others:
+        cell, place = result.cell, _place(plan, result)
+        asked = measured.get(place[0], _measured(plan.evaluation))
+        if (
+            place[0] in plan.regimes
+            and plan.variants.get(cell["variant"]) == _meaning(cell)
+            and _measured(cell["evaluation"]) == asked
+            and not result.facts["tuning"]
+        ):
+            found.setdefault(place, result)
+    return list(found.values())[many:]
+
+
+def _place(plan: Plan, result: Result) -> tuple[Regime, str, int]:
+    return plan.regime_of(result.cell), result.cell["variant"], result.cell["seed"]
+
+
+def _measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: evaluation[key] for key in _MEASURED_ALIKE}
+
+
+def _meaning(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: cell[key] for key in ("algorithm", "settings")}
+
+
 def _require_comparable(plan: Plan, results: Sequence[Result]) -> None:
     """Refuse runs of one regime that were measured differently, and one name for two variants."""
     seen: dict[tuple[Any, ...], Any] = {}
     for result in results:
         cell = result.cell
-        evaluation = {key: cell["evaluation"][key] for key in _MEASURED_ALIKE}
-        means = {"algorithm": cell["algorithm"], "settings": cell["settings"]}
         for where, value in (
-            (("evaluation", plan.regime_of(cell)), evaluation),
-            (("variants", cell["variant"]), means),
+            (("evaluation", plan.regime_of(cell)), _measured(cell["evaluation"])),
+            (("variants", cell["variant"]), _meaning(cell)),
         ):
             if seen.setdefault(where, value) != value:
                 name = cell["variant"] if where[0] == "variants" else "one regime"

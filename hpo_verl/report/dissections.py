@@ -29,7 +29,9 @@ def dissections(comparison: Comparison) -> str:
     rows: list[dict[str, Any]] = []
     for regime, variants in comparison.runs.items():
         for variant, runs in variants.items():
-            found = _by_run(list(runs["result"]))
+            # What another study has lent is shown there.
+            own = [run for run in runs["result"] if run.cell["study"] == comparison.study]
+            found = _by_run(own)
             for when in WHEN:
                 if found[when].empty:
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,7 @@ def study_text(comparison: Comparison, planned: bool = True) -> str:
         comparison: The study.
         planned: Whether to name what the study's file plans and nobody has run.
     """
-    if not comparison.results:
+    if not comparison.runs:
         return NOT_RUN
     beginnings = [_beginning(comparison, regime) for regime in comparison.runs]
     rows = [
@@ -57,16 +58,19 @@ def study_text(comparison: Comparison, planned: bool = True) -> str:
 
 def setting(comparison: Comparison) -> str:
     """How the runs of a study trained and were measured, in a sentence."""
-    training = [result.cell["training"] for result in comparison.results]
-    evaluation = [result.cell["evaluation"] for result in comparison.results]
-    seeds = {result.cell["seed"] for result in comparison.results}
+    results = [*comparison.results, *comparison.lent]
+    training = [result.cell["training"] for result in results]
+    evaluation = [result.cell["evaluation"] for result in results]
+    seeds = {result.cell["seed"] for result in results}
+    lenders = Counter(result.cell["study"] for result in comparison.lent)
+    lent = "".join(f", {many} of them of `{study}`" for study, many in lenders.items())
 
     def values(sections: list[dict[str, Any]], key: str, template: str = "") -> str:
         found = sorted({section[key] for section in sections})
         return ", ".join(format(value, template) for value in found)
 
     return (
-        f"{len(comparison.results)} runs, seeds: {len(seeds)}; {values(training, 'steps')} steps "
+        f"{len(results)} runs{lent}, seeds: {len(seeds)}; {values(training, 'steps')} steps "
         f"of {values(training, 'prompts_per_step')} x {values(training, 'responses_per_prompt')} "
         f"responses in {values(training, 'mini_batches')} mini-batches, passes: "
         f"{values(training, 'epochs')}, AdamW at {values(training, 'learning_rate', 'g')}; success "

@@ -16,13 +16,12 @@ from pathlib import Path
 
 from hpo_verl.config.recipes import recipes_directory, study_names
 from hpo_verl.errors import ConfigError, DataError, HpoVerlError
-from hpo_verl.report.comparison import Comparison
+from hpo_verl.report.comparison import compare_studies
 from hpo_verl.report.dissections import dissections
 from hpo_verl.report.effects import NOT_RUN, TERMS, study_text
 from hpo_verl.report.evidence import blocks, manifest, study_facts
 from hpo_verl.report.figures import draw_study
 from hpo_verl.report.rates import chosen_rates
-from hpo_verl.report.regimes import read_plan
 from hpo_verl.report.studies import Result, merged, read_results, write_results
 from hpo_verl.report.verl_runs import (
     is_verl_run,
@@ -67,7 +66,8 @@ def read_sources(sources: Sequence[Path]) -> dict[str, list[Result]]:
 
 def write_report(sources: Sequence[Path], out: Path) -> Path:
     """Write a Markdown page and its pictures into a folder, and return the page's path."""
-    studies = [Comparison(read_plan(name), found) for name, found in read_sources(sources).items()]
+    found = read_sources(sources)
+    studies = compare_studies(found, list(found))
     parts = [_PREFACE]
     try:
         for study in studies:
@@ -106,10 +106,8 @@ def publish(folders: Sequence[Path], kept: Path) -> None:
             where = files.get(name, name)
             raise ConfigError(f"{where}: {name!r} is no study of recipes/lab: {', '.join(known)}")
     old = {name: read_results(path) for name, path in files.items()}
-    studies = {
-        name: Comparison(read_plan(name), merged(old.get(name, []), new.get(name, [])))
-        for name in known
-    }
+    every = {name: merged(old.get(name, []), new.get(name, [])) for name in known}
+    studies = {study.study: study for study in compare_studies(every, known)}
     runs = merged_runs(
         read_verl_runs(kept / VERL_RUNS), [read_verl_run(folder) for folder in of_verl]
     )

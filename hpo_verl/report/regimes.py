@@ -34,14 +34,17 @@ class Plan(NamedTuple):
     """What the file of a study plans.
 
     Attributes:
+        variants: For every name its `algorithm` and `settings`, as in the cell of a run.
         regimes: In the file's order. Where rates are `tuned`, without the learning rate.
+        evaluation: How success is measured.
         tuned: Whether every variant is compared at its own best rate.
     """
 
     study: str
     baseline: str
-    variants: tuple[str, ...]
+    variants: Mapping[str, Mapping[str, Any]]
     regimes: tuple[Regime, ...]
+    evaluation: Mapping[str, Any]
     tuned: bool = False
 
     def regime_of(self, cell: Mapping[str, Any]) -> Regime:
@@ -62,8 +65,9 @@ def read_plan(study: str) -> Plan:
     return Plan(
         study,
         str(values["baseline"]),
-        tuple(str(name) for name in values["variants"]),
+        {str(name): {"settings": {}, **made} for name, made in values["variants"].items()},
         tuple(dict.fromkeys(found)),
+        values["evaluation"],
         tuned,
     )
 

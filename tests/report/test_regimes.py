@@ -11,7 +11,11 @@ from hpo_verl.report.regimes import read_plan, title, varying
 def test_a_plan_is_what_the_file_crosses():
     plan = read_plan("sparsity")
     assert plan.baseline == "grpo"
-    assert plan.variants == ("grpo", "hysteretic_grpo", "a_hpo", "mean_length")
+    assert list(plan.variants) == ["grpo", "hysteretic_grpo", "a_hpo", "mean_length"]
+    assert plan.variants["mean_length"] == {
+        "algorithm": "hpo",
+        "settings": {"algorithm.hpo.alpha": 1.0},
+    }
     assert varying(plan.regimes) == ["warm_start", "wrong_length"]
     assert [title(regime, varying(plan.regimes)) for regime in plan.regimes[:3]] == [
         "warm start 0.5 %, wrong answers short",
