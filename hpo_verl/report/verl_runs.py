@@ -90,7 +90,7 @@ def read_verl_run(folder: Path) -> VerlRun:
         settings = _kept(comparable_settings(config, run.seed))
         facts = {
             "recipe": run.name.replace(f" {summary['algorithm']}", "", 1),
-            "algorithm": algorithm_name(settings),
+            "algorithm": described_algorithm(settings),
             "seed": run.seed,
             "steps": summary["steps"],
             "seconds": float(summary["seconds"]),
@@ -128,7 +128,7 @@ def _kept(settings: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def algorithm_name(settings: Mapping[str, str]) -> str:
+def described_algorithm(settings: Mapping[str, str]) -> str:
     """The nearest recipe of `algo/`, and what differs from it: `grpo clip_ratio=0.3`."""
     nearest = nearest_recipe(settings)
     changes = {

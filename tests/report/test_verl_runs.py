@@ -10,7 +10,7 @@ from hpo_verl.config.recipes import compose_recipe, without_hydra
 from hpo_verl.errors import DataError
 from hpo_verl.report.verl_pairs import obstacle, paired, verl_text
 from hpo_verl.report.verl_runs import (
-    algorithm_name,
+    described_algorithm,
     is_verl_run,
     merged_runs,
     read_verl_run,
@@ -54,7 +54,7 @@ def test_a_run_is_read(tmp_path):
 )
 def test_an_algorithm_is_named_as_one_would_ask_for_it(tmp_path, name, algorithm, changes):
     run = read_verl_run(write_verl_run(tmp_path / "a", algorithm, **changes))
-    assert run.facts["algorithm"] == algorithm_name(run.facts["settings"]) == name
+    assert run.facts["algorithm"] == described_algorithm(run.facts["settings"]) == name
 
 
 def test_runs_come_back_as_they_were_written(tmp_path):
