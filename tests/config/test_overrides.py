@@ -27,12 +27,12 @@ def composed(*overrides):
 @pytest.mark.parametrize("letter", list(ODD_LETTERS))
 def test_a_path_may_hold_any_letter(letter):
     path = f"/runs/{letter}x{letter}y"
-    assert run_folder(composed(f"{RUN_FOLDER_KEY}={path}")) == Path(path)
+    config = composed(f"{RUN_FOLDER_KEY}={path}", f"data.train_files={path}")
+    assert (run_folder(config), config.data.train_files) == (Path(path), path)
     # What the launcher gives to its child, and prints for the user to paste.
     passed_on = setting(RUN_FOLDER_KEY, path)
     assert run_folder(composed(passed_on)) == Path(path)
     assert shlex.split(shlex.join([passed_on])) == [passed_on]
-    assert composed(f"data.train_files={path}").data.train_files == path
 
 
 @settings(max_examples=200, deadline=None)

@@ -65,6 +65,7 @@ def test_the_recipe_gives_the_update_all_cpus(variables):
     assert threads(given) == int(plain.stdout)
 
 
+@pytest.mark.slow
 def test_elsewhere_a_worker_has_rays_one_thread(variables):
     given = variables("8gpu")
     assert cluster.THREADS not in given
