@@ -78,6 +78,14 @@ def files(made, tmp_path):
     return tmp_path
 
 
+# The wrong settings of the checks' own tests; of each check the first and the last in every run of
+# the tests, the others in the longest one.
+SETTINGS = [(as_overrides(changes), name, words) for changes, name, words in CASES]
+FIRST_AND_LAST = [
+    *{case[1]: case for case in reversed(SETTINGS)}.values(),
+    *{case[1]: case for case in SETTINGS}.values(),
+]
+
 # Overrides with {files} for their folder, the finding's name, and words of it.
 ANYWHERE = [
     (["algo=grpoo"], "recipe", "no such algo; did you mean grpo"),
@@ -91,13 +99,7 @@ ANYWHERE = [
     (["algo=mhpo", f"{ROLLOUT}.n=1"], "learning", "rollout.n=1: the estimator grpo compares"),
     (["trainer.critic_warmup=31"], "steps", "critic_warmup=31"),
     (["reward.reward_model.enable=true"], "verl's checks", "enable_resource_pool"),
-    # Of what each check refuses, by its own tests, the first and the last.
-    *(
-        (as_overrides(changes), name, words)
-        for number, (changes, name, words) in enumerate(CASES)
-        if name not in {case[1] for case in CASES[:number]}
-        or name not in {case[1] for case in CASES[number + 1 :]}
-    ),
+    *(case for case in SETTINGS if case in FIRST_AND_LAST),
 ]
 ON_THIS_MACHINE = [
     (["reward.guard.time_limit=0"], "reward", "reward.guard.time_limit"),
@@ -205,7 +207,14 @@ def entries(places, files, monkeypatch, capsys):
     return Entries
 
 
-@pytest.mark.parametrize("case", [*ANYWHERE, *ON_THIS_MACHINE], ids=identity)
+OTHERS = [
+    pytest.param(case, marks=pytest.mark.slow, id=identity(case))
+    for case in SETTINGS
+    if case not in FIRST_AND_LAST
+]
+
+
+@pytest.mark.parametrize("case", [*ANYWHERE, *ON_THIS_MACHINE, *OTHERS], ids=identity)
 def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case):
     overrides, name, words = case
     entry = entries(overrides)
