@@ -3,6 +3,8 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v)))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files side by side, on two cores; tests/conftest.py says which do not run at the same time.
+PARALLEL := --numprocesses 2 --no-loadscope-reorder
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 AUDIT_VENV ?= .venv-audit
@@ -30,10 +32,10 @@ quickstart: $(STAMP)
 	$(BIN)/hpo-verl train countdown-tiny
 
 test: $(STAMP) lint docs
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not vllm"
 
 test-all: $(STAMP) lint docs
-	$(BIN)/python -m pytest -m "not vllm"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not vllm"
 
 # vLLM on the CPU, in an environment of its own: it needs an older fastapi, numpy and setuptools. It asks for
 # torchvision, torchaudio and torchcodec too, whose builds for CUDA make transformers fail.

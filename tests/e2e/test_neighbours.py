@@ -9,7 +9,7 @@ from real_runs import BIN, SMALL, STEPS, read_metrics, start, train
 
 from hpo_verl.algorithms.registry import ALGORITHMS
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 # Those that every test run has, for their hooks: into the engine, of entropies, rewards and rows.
 HOOKS = ("bapo", "hapo", "hypervolume", "d3s")

@@ -77,19 +77,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("killed") / "run"
 
 
-def alive(temporary):
+def alive(cache, temporary):
     """Processes of a run with these temporary files."""
     found = []
-    for running in run_processes().values():
+    for running in run_processes(cache).values():
         with contextlib.suppress(psutil.Error):
             if running.environ().get("TMPDIR", "").startswith(temporary):
                 found.append(running)
     return found
 
 
-def wait_for_end(temporary):
+def wait_for_end(cache, temporary):
     """SIGKILL takes a moment."""
-    wait_until(lambda: not alive(temporary), 60, lambda: alive(temporary))
+    wait_until(lambda: not alive(cache, temporary), 60, lambda: alive(cache, temporary))
 
 
 def go_on(folder):
@@ -140,7 +140,7 @@ def test_a_run_killed_at(point, cache, folder, undisturbed, monkeypatch, tempora
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(helper), *([path] if path else [])]))
     code, output = train(cache, folder, *go_on(folder))
     assert code == -signal.SIGKILL, output
-    wait_for_end(temporary_files)
+    wait_for_end(cache, temporary_files)
     assert_killed_there(point, folder, step)
     chosen = checkpoints.choose(folder / "checkpoints")
     assert chosen.step == step - 1

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 from ray_cluster import RayCluster
-from real_runs import BIN, SMALL, listening_addresses, read_metrics, repeatable, wait_for_step
+from real_runs import (
+    BIN,
+    SMALL,
+    abandoned_memory,
+    listening_addresses,
+    read_metrics,
+    repeatable,
+    wait_for_step,
+)
 from waiting import wait_until
 
 from hpo_verl import __version__
@@ -145,7 +153,7 @@ def test_ctrl_c_stops_the_job_and_leaves_nothing(submit, cluster, tmp_path):
     assert job.returncode == 130, output + errors
     assert "stopping raysubmit_" in output
     wait_until_idle(cluster)
-    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
+    assert abandoned_memory(shared_memory) == set()
     assert not list((cluster.folder / "tmp").glob("hpo-*"))
 
 

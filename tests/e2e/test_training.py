@@ -14,6 +14,7 @@ from real_runs import (
     BIN,
     SMALL,
     STEPS,
+    abandoned_memory,
     read_metrics,
     repeatable,
     run_processes,
@@ -111,7 +112,6 @@ def test_stock_verl_beside_it_repeats_the_run_bit_for_bit(trained):
 def test_an_ended_run_leaves_no_process(trained, cache, tmp_path, recipe, how):
     folder = tmp_path / "run"
     shared_memory = set(os.listdir(SHARED_MEMORY))
-    before = run_processes()
     process = start(
         [
             *(BIN / "hpo-verl", "train", recipe, *SMALL, f"hydra.run.dir={folder}"),
@@ -125,8 +125,8 @@ def test_an_ended_run_leaves_no_process(trained, cache, tmp_path, recipe, how):
     process.send_signal(how)
     code = process.wait(60)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    wait_until(lambda: not set(run_processes()) - set(before), 60, run_processes)
-    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
+    wait_until(lambda: not run_processes(cache), 60, lambda: run_processes(cache))
+    assert abandoned_memory(shared_memory) == set()
 
 
 def test_stock_verl_names_the_command_for_missing_data(tmp_path):

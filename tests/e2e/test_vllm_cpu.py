@@ -80,16 +80,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("vllm")
 
 
-def processes_of(cache):
-    """Living processes of `hpo-verl` with this cache, whoever else runs on this machine."""
-    found = {}
-    for pid, process in run_processes().items():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("HPO_VERL_CACHE") == str(cache):
-                found[pid] = process
-    return found
-
-
 def mapped_by_stock_verl(cache):
     """Files in shared memory that belong to a run without our launcher.
 
@@ -128,10 +118,10 @@ def run_all(commands, folder, cache):
                 stderr=subprocess.STDOUT,
             )
     while any(process.poll() is None for process in processes.values()):
-        addresses |= listening_addresses(processes_of(cache))
+        addresses |= listening_addresses(run_processes(cache))
         of_stock |= mapped_by_stock_verl(cache)
         time.sleep(1)
-    assert processes_of(cache) == {}
+    assert run_processes(cache) == {}
     left = set(os.listdir(SHARED_MEMORY)) - shared
     for name in left & of_stock:
         (SHARED_MEMORY / name).unlink()

@@ -1,5 +1,6 @@
 """Starts real runs of the trainer, and finds what they leave."""
 
+import contextlib
 import functools
 import json
 import os
@@ -74,17 +75,27 @@ def repeatable(metrics):
     }
 
 
-def run_processes():
-    """Processes of any run of ours, found by the marker that they inherit."""
+def run_processes(cache):
+    """Processes of our runs with this cache, whoever else runs here: they inherit both marks."""
     found = {}
     for process in psutil.process_iter():
         try:
-            marker = process.environ().get(MARKER)
+            environment = process.environ()
         except (psutil.Error, OSError):
             continue
-        if marker and process.status() != psutil.STATUS_ZOMBIE:
+        ours = MARKER in environment and environment.get("HPO_VERL_CACHE") == str(cache)
+        if ours and process.status() != psutil.STATUS_ZOMBIE:
             found[process.pid] = process
     return found
+
+
+def abandoned_memory(before):
+    """Files in shared memory that are new, and that no living process has mapped."""
+    new = {f"{SHARED_MEMORY}/{name}" for name in set(os.listdir(SHARED_MEMORY)) - before}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            new -= {region.path for region in process.memory_maps()}
+    return {file for file in new if Path(file).exists()}
 
 
 def listening_addresses(processes):
@@ -128,20 +139,19 @@ def run_and_watch(command, cache, beside=()):
         beside: commands and options of `start` of other runs, to be started with it.
     """
     shared_memory = set(os.listdir(SHARED_MEMORY))
-    before = run_processes()
     process = start(command, cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     others = [start(other, cache, **options) for other, options in beside]
     addresses, peak_memory = set(), 0
     while process.poll() is None:
-        ours = {pid: found for pid, found in run_processes().items() if pid not in before}
+        ours = run_processes(cache)
         addresses |= listening_addresses(ours)
         peak_memory = max(peak_memory, memory_bytes(ours))
         time.sleep(1)
     output = process.stdout.read()
     assert process.returncode == 0, output
-    assert set(run_processes()) - set(before) == set()
+    assert run_processes(cache) == {}
     assert all(other.wait() == 0 for other in others)
-    assert set(os.listdir(SHARED_MEMORY)) - shared_memory == set()
+    assert abandoned_memory(shared_memory) == set()
     return Watched(output, addresses, peak_memory)
 
 
