@@ -107,7 +107,11 @@ def test_stock_verl_beside_it_repeats_the_run_bit_for_bit(trained):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "how"), [("telelogs-tiny", signal.SIGINT), ("countdown-tiny", signal.SIGKILL)]
+    ("recipe", "how"),
+    [
+        ("telelogs-tiny", signal.SIGINT),
+        pytest.param("countdown-tiny", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_an_ended_run_leaves_no_process(trained, cache, tmp_path, recipe, how):
     folder = tmp_path / "run"
