@@ -20,7 +20,7 @@ from hpo_verl.report.markdown import percent
 from hpo_verl.report.regimes import Regime, title
 from hpo_verl.report.statistics import CONFIDENCE, LEAST_SEEDS, Effect, summary
 
-SPARSITY, LENGTH = "sparsity", "length"
+SPARSITY, LENGTHS = "sparsity", ("length", "budget")
 # Okabe and Ito's colours; place and shape tell the methods apart without them.
 _LOOKS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#56B4E9"))
 _NOT_RUN_COLOUR = "#666666"
@@ -51,10 +51,11 @@ def sparsity_points(study: Comparison) -> list[Point]:
     ]
 
 
-def length_points(study: Comparison, shown: Sequence[str]) -> list[Point]:
+def length_points(studies: Sequence[Comparison], shown: Sequence[str]) -> list[Point]:
     """Effects of some methods over the measured ratio of wrong to right answers' lengths."""
     return [
         point._replace(x=length_ratio(study, regime))
+        for study in studies
         for regime in study.plan.regimes
         for point in _points(study, regime, "wrong_length", shown)
     ]
@@ -77,11 +78,11 @@ def length_ratio(study: Comparison, regime: Regime) -> float | None:
     return dict(regime)["wrong_length"] if found is None else float(found.point)
 
 
-def draw_map(sparsity: Comparison, length: Comparison, path: Path) -> None:
+def draw_map(sparsity: Comparison, lengths: Sequence[Comparison], path: Path) -> None:
     """Draw the map into a file whose ending says the format; the same runs give the same bytes."""
     shown = methods(sparsity)
     looks = dict(zip(shown, _LOOKS, strict=False))
-    points = [*sparsity_points(sparsity), *length_points(length, shown)]
+    points = [*sparsity_points(sparsity), *length_points(lengths, shown)]
     panels = list(dict.fromkeys(point.panel for point in points))
     last = panels[-1]
     with mpl.rc_context(STYLE):
@@ -151,19 +152,20 @@ def _tick(points: Sequence[Point]) -> Any:
     return lambda value, _: f"{value:.2g}"
 
 
-def caption(sparsity: Comparison, length: Comparison) -> str:
+def caption(sparsity: Comparison, lengths: Sequence[Comparison]) -> str:
     """What the map shows, and which of its planned points nobody has run."""
-    points = [*sparsity_points(sparsity), *length_points(length, methods(sparsity))]
+    points = [*sparsity_points(sparsity), *length_points(lengths, methods(sparsity))]
     counts = sorted({point.effect.pairs for point in points if point.effect.pairs})
     pairs = " to ".join(str(count) for count in dict.fromkeys(counts[:1] + counts[-1:])) or "no"
     lacking = [point for point in points if not point.effect.pairs]
+    names = " and ".join(f"`{study.study}`" for study in lengths)
     others = ", the others are marked as not run" if lacking else ""
     return (
         f"What each method changes against `{sparsity.baseline}`: difference of the areas under "
         f"the curves of success, interquartile mean over seeds with its {percent(CONFIDENCE)} "
         "interval; an open mark "
         f"has fewer than {LEAST_SEEDS} pairs, hence no interval. Studies `{sparsity.study}` (by "
-        f"the warm start's success) and `{length.study}` (by the measured ratio of lengths); "
+        f"the warm start's success), and {names} (by the measured ratio of lengths); "
         f"{pairs} pairs a point. {len(points) - len(lacking)} of {len(points)} planned points were "
         f"run{others}."
     )

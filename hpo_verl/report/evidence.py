@@ -9,7 +9,7 @@ from typing import Any
 
 from hpo_verl.report.comparison import Comparison
 from hpo_verl.report.dissections import dissections
-from hpo_verl.report.effect_map import LENGTH, SPARSITY, caption, draw_map
+from hpo_verl.report.effect_map import LENGTHS, SPARSITY, caption, draw_map
 from hpo_verl.report.effects import NOT_RUN, TERMS, study_text
 from hpo_verl.report.markdown import markdown_table
 from hpo_verl.report.rates import chosen_rates, stable_rates
@@ -43,8 +43,9 @@ def blocks(
     every = list(studies.values())
     questions = read_questions(folder / QUESTIONS)
     require_known(folder / QUESTIONS, questions, every)
-    draw_map(studies[SPARSITY], studies[LENGTH], folder / MAP)
-    text = caption(studies[SPARSITY], studies[LENGTH])
+    lengths = [studies[name] for name in LENGTHS]
+    draw_map(studies[SPARSITY], lengths, folder / MAP)
+    text = caption(studies[SPARSITY], lengths)
     return {
         "terms": f"{TERMS}\n- A claim needs {LEAST_PAIRS} pairs.",
         "map": f"![Effects over sparsity and length ratio]({MAP})\n\n{text}",

@@ -51,14 +51,25 @@ def test_a_ratio_is_measured_or_else_the_one_that_is_asked_for():
     )
     nothing = compared("length", [])
     assert [length_ratio(nothing, regime) for regime in nothing.plan.regimes] == [None, 1, 2, 4]
-    assert {point.effect.pairs for point in length_points(study, METHODS)} == {0, 3}
+    assert {point.effect.pairs for point in length_points([study], METHODS)} == {0, 3}
+
+
+def test_studies_of_length_share_a_panel():
+    length = compared("length", results_of("length", wrong_length=[4]))
+    budget = compared("budget", results_of("budget", seeds=2, max_response_length=[128]))
+    points = length_points([length, budget], METHODS)
+    assert len(points) == len(METHODS) * (len(length.plan.regimes) + len(budget.plan.regimes))
+    assert len({point.panel for point in points}) == 1
+    assert sorted({point.effect.pairs for point in points}) == [0, 2, 3]
+    text = caption(compared("sparsity", []), [length, budget])
+    assert "and `length` and `budget` (by the measured ratio of lengths); 2 to 3 pairs" in text
 
 
 def test_the_same_runs_give_the_same_picture(tmp_path):
     sparsity = compared("sparsity", results_of("sparsity", warm_start=[0.05, 0.1]))
     length = compared("length", results_of("length", seeds=2, wrong_length=[4]))
     for name in ("a.svg", "b.svg"):
-        draw_map(sparsity, length, tmp_path / name)
+        draw_map(sparsity, [length], tmp_path / name)
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
     for words in ("wrong answers short", "wrong answers 4 x right ones", "30 %", "not run"):
@@ -71,9 +82,11 @@ def test_the_same_runs_give_the_same_picture(tmp_path):
 
 def test_a_point_that_is_missing_changes_the_picture(tmp_path):
     length = compared("length", results_of("length"))
-    draw_map(compared("sparsity", results_of("sparsity")), length, tmp_path / "a.svg")
+    draw_map(compared("sparsity", results_of("sparsity")), [length], tmp_path / "a.svg")
     draw_map(
-        compared("sparsity", results_of("sparsity", tuple(GAINS)[:-1])), length, tmp_path / "b.svg"
+        compared("sparsity", results_of("sparsity", tuple(GAINS)[:-1])),
+        [length],
+        tmp_path / "b.svg",
     )
     assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
 
@@ -81,12 +94,12 @@ def test_a_point_that_is_missing_changes_the_picture(tmp_path):
 def test_the_caption_counts_pairs_and_points():
     sparsity = compared("sparsity", results_of("sparsity"))
     length = compared("length", results_of("length", seeds=2, wrong_length=[4]))
-    text = caption(sparsity, length)
+    text = caption(sparsity, [length])
     assert "2 to 3 pairs a point" in text
     others, lengths = (len(METHODS) * len(study.plan.regimes) for study in (sparsity, length))
     # All of the one study, and one length of the other.
     run, planned = others + len(METHODS), others + lengths
     assert f"{run} of {planned} planned points were run, the others are marked as not run." in text
-    assert "; 3 pairs a point" in caption(sparsity, compared("length", results_of("length")))
-    nothing = caption(compared("sparsity", []), compared("length", []))
+    assert "; 3 pairs a point" in caption(sparsity, [compared("length", results_of("length"))])
+    nothing = caption(compared("sparsity", []), [compared("length", [])])
     assert f"no pairs a point. 0 of {planned} planned points were run" in nothing
