@@ -1,11 +1,14 @@
 """What every test starts with, wherever pytest was started, and what runs side by side."""
 
+import os
 import signal
 
 from xdist.scheduler import LoadScopeScheduling
 
 # A shell starts jobs in the background with SIGINT ignored, and so would our children be.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The width that pytest-xdist or a shell exports would break the lines of commands.
+os.environ.pop("COLUMNS", None)
 
 # Whole runs take most of the memory, so no two of these files run at the same time.
 WITH_RAY = (

@@ -78,14 +78,6 @@ def files(made, tmp_path):
     return tmp_path
 
 
-# The wrong settings of the checks' own tests; of each check the first and the last in every run of
-# the tests, the others in the longest one.
-SETTINGS = [(as_overrides(changes), name, words) for changes, name, words in CASES]
-FIRST_AND_LAST = [
-    *{case[1]: case for case in reversed(SETTINGS)}.values(),
-    *{case[1]: case for case in SETTINGS}.values(),
-]
-
 # Overrides with {files} for their folder, the finding's name, and words of it.
 ANYWHERE = [
     (["algo=grpoo"], "recipe", "no such algo; did you mean grpo"),
@@ -99,7 +91,8 @@ ANYWHERE = [
     (["algo=mhpo", f"{ROLLOUT}.n=1"], "learning", "rollout.n=1: the estimator grpo compares"),
     (["trainer.critic_warmup=31"], "steps", "critic_warmup=31"),
     (["reward.reward_model.enable=true"], "verl's checks", "enable_resource_pool"),
-    *(case for case in SETTINGS if case in FIRST_AND_LAST),
+    # The wrong settings of the checks' own tests.
+    *((as_overrides(changes), name, words) for changes, name, words in CASES),
 ]
 ON_THIS_MACHINE = [
     (["reward.guard.time_limit=0"], "reward", "reward.guard.time_limit"),
@@ -151,10 +144,19 @@ ON_THIS_MACHINE = [
     (["actor_rollout_ref.model.path={files}/code"], "remote code", "holds code, modeling_own.py"),
     (["data.max_response_length=500"], "positions", "= 516: the model has 512"),
 ]
+# Of every check one: the first.
+FIRST = [*{case[1]: case for case in reversed([*ANYWHERE, *ON_THIS_MACHINE])}.values()]
 
 
 def identity(case):
     return " ".join(case[0])
+
+
+def every_case():
+    """All of them, of which every run of the tests has one for each check."""
+    for case in (*ANYWHERE, *ON_THIS_MACHINE):
+        marks = () if case in FIRST else pytest.mark.slow
+        yield pytest.param(case, marks=marks, id=identity(case))
 
 
 @pytest.fixture
@@ -207,14 +209,7 @@ def entries(places, files, monkeypatch, capsys):
     return Entries
 
 
-OTHERS = [
-    pytest.param(case, marks=pytest.mark.slow, id=identity(case))
-    for case in SETTINGS
-    if case not in FIRST_AND_LAST
-]
-
-
-@pytest.mark.parametrize("case", [*ANYWHERE, *ON_THIS_MACHINE, *OTHERS], ids=identity)
+@pytest.mark.parametrize("case", every_case())
 def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case):
     overrides, name, words = case
     entry = entries(overrides)
@@ -237,7 +232,7 @@ QUICK = ("recipe", "targets", "code", "settings", "steps", "lengths", "modules")
 
 # The last one is found after the data, the reward and the policy have been looked at.
 WITHOUT_TORCH = [
-    *[case for case in ANYWHERE if case[1] in QUICK][::3],
+    *[case for case in ANYWHERE if case[1] in QUICK][::9],
     *[case for case in ON_THIS_MACHINE if case[1] == "positions"],
 ]
 

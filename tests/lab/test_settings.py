@@ -7,7 +7,7 @@ import pytest
 from lab_policies import IN_LAB
 
 from hpo_verl.config.recipes import study_names
-from hpo_verl.config.studies import regime_of
+from hpo_verl.config.studies import read_study_file, regime_of, regimes
 from hpo_verl.errors import ConfigError
 from hpo_verl.lab.settings import Variant, read_study
 from hpo_verl.lab.warm_start import policy_folder
@@ -18,16 +18,16 @@ def test_the_studies_exist_and_hold_what_their_names_say():
         "budget", "lag", "length", "negatives", "neighbours", "rates", "skill", "sparsity",
         "staleness", "tasks", "tuned",
     ]  # fmt: skip
-    everything = read_study("neighbours").variants
-    assert {variant.algorithm for variant in everything.values()} == set(IN_LAB)
-    negatives = read_study("negatives").variants.values()
-    fixed = [v.settings["algorithm.hpo.alpha"] for v in negatives if v.algorithm == "hpo"]
+    everything = read_study_file("neighbours")["variants"]
+    assert {variant["algorithm"] for variant in everything.values()} == set(IN_LAB)
+    negatives = read_study_file("negatives")["variants"].values()
+    fixed = [v["settings"]["algorithm.hpo.alpha"] for v in negatives if v["algorithm"] == "hpo"]
     assert fixed == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     crossed = [("sparsity", "warm_start"), ("length", "wrong_length"), ("tasks", "task")]
     crossed += [("budget", "max_response_length"), ("lag", "training.lag")]
     crossed += [("staleness", "training.epochs"), ("rates", "training.learning_rate")]
     for name, key in crossed:
-        assert len({regime[key] for regime in read_study(name).regimes}) >= 2, name
+        assert len({regime[key] for regime in regimes(read_study_file(name))}) >= 2, name
 
 
 @pytest.mark.parametrize("name", study_names())

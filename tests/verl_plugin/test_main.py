@@ -107,6 +107,7 @@ def test_a_death_is_named_before_the_exception_that_follows(run):
     assert said.endswith("; RuntimeError: the step failed")
 
 
+@pytest.mark.slow
 def test_an_exception_about_a_dead_actor_adds_nothing(run):
     code, said, _ = run("os.kill(pid, signal.SIGKILL); ray.get(actor.pid.remote())")
     assert code == 1
