@@ -47,7 +47,7 @@ def sparsity_points(study: Comparison) -> list[Point]:
     return [
         point._replace(panel=title(regime, ["wrong_length"]), x=dict(regime)["warm_start"])
         for regime in study.plan.regimes
-        for point in _points(study, regime, "warm_start", methods(study))
+        for point in _points(study, regime, methods(study))
     ]
 
 
@@ -57,12 +57,12 @@ def length_points(studies: Sequence[Comparison], shown: Sequence[str]) -> list[P
         point._replace(x=length_ratio(study, regime))
         for study in studies
         for regime in study.plan.regimes
-        for point in _points(study, regime, "wrong_length", shown)
+        for point in _points(study, regime, shown)
     ]
 
 
-def _points(study: Comparison, regime: Regime, key: str, shown: Sequence[str]) -> list[Point]:
-    name = title(regime, [key])
+def _points(study: Comparison, regime: Regime, shown: Sequence[str]) -> list[Point]:
+    name = study.title(regime)
     return [
         Point(_BY_LENGTH, None, name, method, study.effect(regime, method, study.baseline))
         for method in shown
@@ -70,12 +70,19 @@ def _points(study: Comparison, regime: Regime, key: str, shown: Sequence[str]) -
 
 
 def length_ratio(study: Comparison, regime: Regime) -> float | None:
-    """Wrong to right answers' length in the first batch, as measured; else as it is asked for."""
+    """Wrong to right answers' length in the first batch, as measured.
+
+    Without runs it is the one that is asked for, if no other regime of the study asks for the same.
+    """
     measured = [
         value for runs in study.runs.get(regime, {}).values() for value in runs["length_ratio"]
     ]
     found = summary(measured)
-    return dict(regime)["wrong_length"] if found is None else float(found.point)
+    if found is not None:
+        return float(found.point)
+    asked = dict(regime)["wrong_length"]
+    everywhere = [dict(other)["wrong_length"] for other in study.plan.regimes]
+    return asked if everywhere.count(asked) == 1 else None
 
 
 def draw_map(sparsity: Comparison, lengths: Sequence[Comparison], path: Path) -> None:

@@ -52,6 +52,10 @@ def test_a_ratio_is_measured_or_else_the_one_that_is_asked_for():
     nothing = compared("length", [])
     assert [length_ratio(nothing, regime) for regime in nothing.plan.regimes] == [None, 1, 2, 4]
     assert {point.effect.pairs for point in length_points([study], METHODS)} == {0, 3}
+    # Its regimes differ in the room for a response, which changes the ratio.
+    budget = compared("budget", results_of("budget", max_response_length=[128]))
+    ratios = [length_ratio(budget, regime) for regime in budget.plan.regimes]
+    assert ratios == [None, None, pytest.approx(7.2), None]
 
 
 def test_studies_of_length_share_a_panel():
