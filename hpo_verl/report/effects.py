@@ -34,8 +34,8 @@ TERMS = f"""- **Numbers** are interquartile means over seeds with {percent(CONFI
 - **Collapsed**: the run diverged, or its success at the end is below {percent(COLLAPSE_FRACTION)}
   of the best that it had, and {100 * COLLAPSE_POINTS:.0f} percentage points below it. Such runs
   are in every number.
-- **Wrong answers short**: as short as the task has them; 4 x: four times as long as an average
-  right one. The lengths that were measured are those of the first batch.
+- **Wrong answers short**: as short as the task has them; 4 x: made four times as long as an
+  average right one. The measured ratio, of the first batch, differs: some long ones are right.
 - **Responses** are sampled per step. Fewer than {LEAST_SEEDS} pairs have no interval."""
 
 

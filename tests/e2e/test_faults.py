@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from real_runs import BIN, read_metrics, start, wait_for_step
+from real_runs import BIN, read_metrics, shared_memory, start, wait_for_step
 
 from hpo_verl.runs.checkpoints import SEAL, step_of
-from hpo_verl.runs.process import MARKER, SHARED_MEMORY, marked_processes
+from hpo_verl.runs.process import MARKER, marked_processes
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
@@ -118,10 +118,6 @@ def is_named(process, name):
     """Whether it is Ray's actor, the module or the program of this name."""
     first, *others = [*process.cmdline(), ""]
     return name in others or f"{Path(first.split(' ')[0]).name}.".startswith(f"{name}.")
-
-
-def shared_memory(process):
-    return [m.path for m in process.memory_maps() if m.path.startswith(f"{SHARED_MEMORY}/")]
 
 
 def digests(folder):

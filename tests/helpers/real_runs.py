@@ -89,12 +89,17 @@ def run_processes(cache):
     return found
 
 
+def shared_memory(process):
+    """Files in shared memory that a process has mapped."""
+    return [m.path for m in process.memory_maps() if m.path.startswith(f"{SHARED_MEMORY}/")]
+
+
 def abandoned_memory(before):
     """Files in shared memory that are new, and that no living process has mapped."""
     new = {f"{SHARED_MEMORY}/{name}" for name in set(os.listdir(SHARED_MEMORY)) - before}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            new -= {region.path for region in process.memory_maps()}
+            new -= set(shared_memory(process))
     return {file for file in new if Path(file).exists()}
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from lab_results import made_up_results
@@ -14,6 +15,8 @@ from hpo_verl.errors import ConfigError, DataError
 from hpo_verl.report.publish import fill, publish, results_directory, write_report
 from hpo_verl.report.studies import read_results, write_results
 
+NUMBERS = ["none", "one", "two", "three", "four", "five", "six"]
+NUMBERS += ["seven", "eight", "nine", "ten", "eleven", "twelve"]
 GAINS = {"grpo": 0.03, "a_hpo": 0.05}
 BLOCKS = ("terms", "map", "recommendations", "effects", "rates", "why", "verl", "hours")
 PAGE = "Before.\n" + "".join(f"<!-- results: {name} -->\nold\n<!-- end -->\n" for name in BLOCKS)
@@ -137,6 +140,25 @@ def test_the_page_of_this_repository_says_what_its_results_say(tmp_path):
     # Every study stands on the page, run or not.
     text = (kept / "README.md").read_text()
     assert all(f"### {study}\n" in text for study in study_names())
+
+
+def test_the_readme_counts_regimes_as_the_recommendations_do():
+    """Regimes, and how many are better, worse and undecided, of the two methods that it names."""
+    page = (results_directory() / "README.md").read_text()
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    counts = {
+        row[1]: [NUMBERS[int(cell)] for cell in row[3:7]]
+        for row in rows
+        if len(row) == 10 and row[2] == "the same"
+    }
+    regimes, better, worse, _ = counts["`hysteretic_grpo` - `grpo`"]
+    assert f"with ten paired seeds in {regimes} regimes:" in readme
+    assert f"faster than GRPO in {better} of them, and slower in {worse}." in readme
+    regimes_too, ahead, behind, undecided = counts["`a_hpo` - `grpo`"]
+    assert (regimes_too, ahead) == (regimes, "one")
+    told = f"cannot be told from GRPO in {undecided}, is behind it in {behind}, and ahead where"
+    assert told in readme
 
 
 def test_the_report_says_what_was_measured(tmp_path, monkeypatch, capsys):
