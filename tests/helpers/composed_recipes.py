@@ -9,6 +9,10 @@ from omegaconf import OmegaConf
 
 from hpo_verl.config.recipes import compose_recipe, recipes_directory, without_hydra
 
+PRODUCTION = [
+    f"{t}-{s}" for t in ("countdown3", "countdown4", "telelogs") for s in ("1.5b", "3b", "7b")
+]
+
 
 @lru_cache
 def composed(recipe, extra, hardware):
