@@ -122,6 +122,9 @@ class Cell:
             raise ConfigError(
                 f"{key} = {getattr(self, key)!r}: must be null with lacking = 'skill'"
             )
+        if self.wrong_length is not None:
+            # 4 and 4.0 are one run, and must have one name.
+            object.__setattr__(self, "wrong_length", float(self.wrong_length))
 
     @property
     def longest(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpo_verl.config.studies import TUNED
@@ -35,7 +35,8 @@ def chosen_rates(comparison: Comparison) -> str:
 def stable_rates(comparison: Comparison) -> str:
     """Markdown of a study that crosses rates: collapsed runs at each, and the largest stable one.
 
-    That is the largest rate up to which no run of the variant collapsed.
+    That is the largest rate up to which no run of the variant collapsed; the true one may be larger
+    where the rates beyond it were not run.
     """
     found: dict[tuple[Regime, str], dict[float, tuple[int, int]]] = {}
     for regime, variants in comparison.runs.items():
@@ -50,20 +51,23 @@ def stable_rates(comparison: Comparison) -> str:
             "regime": title(regime, keys),
             "method": f"`{variant}`",
             **{f"{rate:g}": _share(counts.get(rate)) for rate in grid},
-            "stable up to": _stable(counts),
+            "stable up to": _stable(counts, grid),
         }
         for (regime, variant), counts in found.items()
     ]
     return markdown_table(rows) or NOT_RUN
 
 
-def _stable(counts: Mapping[float, tuple[int, int]]) -> str:
+def _stable(counts: Mapping[float, tuple[int, int]], grid: Sequence[float]) -> str:
     stable = None
     for rate, (collapsed, _) in sorted(counts.items()):
         if collapsed:
             break
         stable = rate
-    return "none of them" if stable is None else format(stable, "g")
+    if stable is None:
+        return "none of them"
+    unknown = stable == max(counts) < grid[-1]
+    return f"{stable:g} at least" if unknown else format(stable, "g")
 
 
 def _share(counts: tuple[int, int] | None) -> str:
