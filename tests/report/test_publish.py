@@ -17,6 +17,7 @@ from hpo_verl.report.studies import read_results, write_results
 
 NUMBERS = ["none", "one", "two", "three", "four", "five", "six"]
 NUMBERS += ["seven", "eight", "nine", "ten", "eleven", "twelve"]
+NUMBERS += [str(number) for number in range(13, 100)]
 GAINS = {"grpo": 0.03, "a_hpo": 0.05}
 BLOCKS = ("terms", "map", "recommendations", "effects", "rates", "why", "verl", "hours")
 PAGE = "Before.\n" + "".join(f"<!-- results: {name} -->\nold\n<!-- end -->\n" for name in BLOCKS)
