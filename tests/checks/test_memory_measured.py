@@ -47,14 +47,19 @@ RECIPES = {
     "Qwen/Qwen3.5-0.8B": ("countdown3-1.5b", ("model=qwen3.5-0.8b",)),
     "Qwen/Qwen3.5-2B": ("countdown3-1.5b", ("model=qwen3.5-2b",)),
 }
+# Every test run has one of each architecture, a sharded one and one with an adapter.
 STEPS = [
+    *(("Qwen/Qwen2.5-1.5B-Instruct", "1gpu"), ("meta-llama/Llama-3.2-3B-Instruct", "1gpu")),
+    *(("Qwen/Qwen2.5-7B-Instruct", "8gpu"), ("Qwen/Qwen3-1.7B", "1gpu24")),
+    ("Qwen/Qwen3.5-2B", "1gpu"),
+]
+SLOW_STEPS = [
     *((repo, hardware) for repo in list(RECIPES)[:4] for hardware in ("1gpu", "8gpu")),
     *(("Qwen/Qwen3-0.6B", "1gpu"), ("Qwen/Qwen3-4B", "8gpu")),
-    ("Qwen/Qwen3.5-2B", "1gpu"),
     # With an adapter.
-    *((repo, "1gpu24") for repo in ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-1.7B")),
-    ("Qwen/Qwen3.5-0.8B", "1gpu24"),
+    *(("Qwen/Qwen2.5-1.5B-Instruct", "1gpu24"), ("Qwen/Qwen3.5-0.8B", "1gpu24")),
 ]
+STEPS += [pytest.param(*step, marks=pytest.mark.slow) for step in SLOW_STEPS if step not in STEPS]
 # With fewer, no layer has one before it and one behind it.
 FEW = 3
 

@@ -230,9 +230,10 @@ def test_a_wrong_input_is_refused_in_the_same_words_by_all(entries, files, case)
 QUICK = ("recipe", "targets", "code", "settings", "steps", "lengths", "modules")
 
 
-# The last one is found after the data, the reward and the policy have been looked at.
+# One of each check. The last one is found after the data, the reward and the policy have been
+# looked at.
 WITHOUT_TORCH = [
-    *[case for case in ANYWHERE if case[1] in QUICK][::9],
+    *{case[1]: case for case in ANYWHERE if case[1] in QUICK}.values(),
     *[case for case in ON_THIS_MACHINE if case[1] == "positions"],
 ]
 

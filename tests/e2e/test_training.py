@@ -188,10 +188,6 @@ def test_what_needs_no_verl_is_refused_without_torch_and_ray(
     [
         (["countdown-tiny", "algorithm.hpo.alpha_min=1.5"], r"algorithm.hpo.alpha_min"),
         (
-            ["countdown-tiny", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"],
-            "loss_agg_mode",
-        ),
-        (
             ["countdown-tiny", "data.train_files=/nowhere.parquet"],
             "/nowhere.parquet does not exist",
         ),

@@ -30,7 +30,14 @@ def test_the_studies_exist_and_hold_what_their_names_say():
         assert len({regime[key] for regime in regimes(read_study_file(name))}) >= 2, name
 
 
-@pytest.mark.parametrize("name", study_names())
+# One of them holds every algorithm, which test_objective.py reads too.
+STUDIES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "neighbours" else name
+    for name in study_names()
+]
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_seeds_are_paired_and_every_cell_differs_in_every_study(name):
     study = read_study(name)
     cells = study.cells()
