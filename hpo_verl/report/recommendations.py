@@ -25,9 +25,10 @@ RULE = (
     f"{percent(CONFIDENCE)} interval of the area's difference excludes 0, else undecided. The same "
     "regime in two studies counts once, where it has more pairs. **Strong**: "
     f"{STRONG_REGIMES} regimes or more, better in {percent(STRONG_SHARE)} of them at least, worse "
-    "in none. **Weak**: better in more regimes than worse, by more than chance. **None**: neither. "
-    '**Against** and **strongly against** are their mirror images. "By chance" is the number of '
-    "regimes, "
+    "in none. **Depends**: better in some and worse in others, each in more than by chance, and "
+    "neither in twice as many as the other. **Weak**: better in more regimes than worse, by more "
+    "than chance. **None**: none of these. **Against** and **strongly against** are the mirror "
+    'images of weak and strong. "By chance" is the number of regimes, '
     f"{percent(1 - CONFIDENCE)} of them, whose interval would exclude 0 if nothing differed; "
     "intervals of so few pairs are somewhat too narrow, so that chance gives more."
 )
@@ -65,10 +66,13 @@ def strength(effects: Sequence[Effect]) -> str:
     if not effects:
         return "not measured"
     if len(effects) >= STRONG_REGIMES:
-        for name, many, others in (("strong", better, worse), ("strongly against", worse, better)):
-            if many >= STRONG_SHARE * len(effects) and not others:
+        for name, ours, others in (("strong", better, worse), ("strongly against", worse, better)):
+            if ours >= STRONG_SHARE * len(effects) and not others:
                 return name
-    if abs(better - worse) <= _by_chance(effects):
+    few, many = sorted((better, worse))
+    if few > _by_chance(effects) and many < 2 * few:
+        return "depends"
+    if many - few <= _by_chance(effects):
         return "none"
     return "weak" if better > worse else "against"
 

@@ -33,7 +33,11 @@ QUESTION = Question("Both?", "a_hpo", "grpo")
         # Of twenty regimes one is better by chance.
         ([UP] + [OPEN] * 19, "none"),
         ([UP] * 2 + [OPEN] * 18, "weak"),
-        ([UP, DOWN, OPEN], "none"),
+        # One of twenty may be chance, so it does not say that it depends.
+        ([UP, DOWN] + [OPEN] * 18, "none"),
+        ([UP, DOWN, OPEN], "depends"),
+        ([UP] * 2 + [DOWN] * 3 + [OPEN] * 13, "depends"),
+        ([UP] * 2 + [DOWN] * 4 + [OPEN] * 13, "against"),
         ([DOWN, OPEN], "against"),
         ([DOWN] * 4 + [UP], "against"),
         ([DOWN] * 4, "strongly against"),
