@@ -66,7 +66,8 @@ def _stable(counts: Mapping[float, tuple[int, int]], grid: Sequence[float]) -> s
         stable = rate
     if stable is None:
         return "none of them"
-    unknown = stable == max(counts) < grid[-1]
+    beyond = [rate for rate in grid if rate > stable]
+    unknown = beyond and beyond[0] not in counts
     return f"{stable:g} at least" if unknown else format(stable, "g")
 
 

@@ -168,6 +168,13 @@ def test_rates_that_were_not_run_and_none_that_is_stable():
     # The one that was run is stable; what lies beyond it nobody knows.
     text = stable_rates(compared("rates", [made_up_result(cell, [0.1, 0.5, 0.5])]))
     assert row_of(text, "`grpo`").endswith(f"| {NOT_RUN} | 0.001 at least |")
+    # Between one that is stable and one that is not, one was not run.
+    [far] = made_up_cells("rates", ["grpo"], range(1), **{"training.learning_rate": [1e-2]})
+    results = [made_up_result(cell, [0.1, 0.5, 0.5]), made_up_result(far, [0.1, 0.5, 0.0])]
+    text = stable_rates(compared("rates", results))
+    assert row_of(text, "`grpo`").split(" | ")[5:] == [
+        NOT_RUN, "1 of 1", NOT_RUN, "0.001 at least |"
+    ]  # fmt: skip
 
 
 def test_dissections_at_the_first_step_and_over_the_later_ones():
