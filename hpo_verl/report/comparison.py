@@ -79,14 +79,19 @@ class Comparison:
         return title(regime, varying(self.regimes))
 
     def effect(self, regime: Regime, ours: str, theirs: str, measure: str = COMPARED) -> Effect:
-        """What one variant changes against another in a regime, by pairs of the same seed."""
+        """What one variant changes against another in a regime, by pairs.
+
+        A pair has the same seed and began at the same success. A seed's warm start may differ
+        between machines, and runs that began with other policies must not be paired.
+        """
         found = self.runs.get(regime, {})
         if ours not in found or theirs not in found:
             return Effect(0, None)
-        values: list[dict[int, float]] = []
+        values: list[dict[tuple[int, float], float]] = []
         for name in (ours, theirs):
             runs: Any = found[name]
-            values.append(dict(runs[measure]) if measure in runs else {})
+            began = zip(runs.index, runs["first"], strict=True)
+            values.append(dict(zip(began, runs[measure], strict=True)) if measure in runs else {})
         return effect(*values)
 
     def lacking(self, regime: Regime) -> list[str]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+_Key = TypeVar("_Key")
 
 CONFIDENCE = 0.95
 RESAMPLES = 5_000
@@ -134,8 +136,8 @@ class Effect(NamedTuple):
         return self.difference is not None and self.difference.high < 0
 
 
-def effect(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect:
-    """The effect from a measure of two methods by seed; a seed where one is NaN is no pair."""
-    differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+def effect(ours: Mapping[_Key, float], theirs: Mapping[_Key, float]) -> Effect:
+    """The effect from a measure of two methods by what pairs them; NaN in one is no pair."""
+    differences = [value - theirs[key] for key, value in ours.items() if key in theirs]
     known = [value for value in differences if not math.isnan(value)]
     return Effect(len(known), summary(known))

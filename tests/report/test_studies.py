@@ -136,6 +136,22 @@ def test_only_seeds_that_both_have_are_paired():
     assert comparison.effect(regime, "a_hpo", "grpo").pairs == 2
 
 
+def test_runs_that_began_with_other_policies_are_no_pair():
+    """Another machine's warm start of the same seed is another policy."""
+
+    def curve(cell):
+        elsewhere = (cell["variant"], cell["seed"]) == ("a_hpo", 1)
+        return [0.25 if elsewhere else 0.125, 0.5, 0.75 if cell["variant"] == "a_hpo" else 0.5]
+
+    cells = made_up_cells("lag", ["grpo", "a_hpo"], range(4), **{"training.lag": [4]})
+    comparison = Comparison(read_plan("lag"), [made_up_result(cell, curve(cell)) for cell in cells])
+    [regime] = comparison.runs
+    found = comparison.effect(regime, "a_hpo", "grpo", "final")
+    assert found.pairs == 3
+    assert found.difference is not None
+    assert found.difference.point == 0.25
+
+
 def test_runs_that_were_measured_differently_are_refused():
     results = made_up_results("lag", gain, ["grpo"], range(1))
     results += made_up_results("lag", gain, ["a_hpo"], range(1), **{"evaluation.every": 5})
