@@ -32,8 +32,10 @@ class Outcome(NamedTuple):
 def run_cell(cell: Cell) -> Outcome:
     """Train and measure one cell; the same cell gives the same rows on one machine."""
     warm_start_success = warm_start.make(cell)
+    folder = warm_start.policy_folder(cell)
+    began_with = warm_start.weights_digest(folder)
     started = time.perf_counter()
-    trainer = Trainer(cell, Policy.load(warm_start.policy_folder(cell)))
+    trainer = Trainer(cell, Policy.load(folder))
     status = "finished"
     rows: list[Row] = [{"step": 0.0, "success": trainer.success(0), **trainer.coverage(0)}]
     try:
@@ -52,6 +54,7 @@ def run_cell(cell: Cell) -> Outcome:
         "status": status,
         "seconds": time.perf_counter() - started,
         "warm_start_success": warm_start_success,
+        "began_with": began_with,
     }
     return Outcome(rows, facts)
 

@@ -74,10 +74,14 @@ def policy_folder(cell: Cell) -> Path:
     )  # fmt: skip
     name = "-".join(map(str, parts))
     if cell.policy is not None:
-        files = sorted(Path(cell.policy).expanduser().glob("*.safetensors"))
-        digests = "".join(sha256_once(file) for file in files)
-        name += f"-{hashlib.sha256(digests.encode()).hexdigest()[:10]}"
+        name += f"-{weights_digest(Path(cell.policy).expanduser())[:10]}"
     return cache_folder() / name
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over those of a policy's files of weights."""
+    digests = "".join(sha256_once(file) for file in sorted(folder.glob("*.safetensors")))
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def make(cell: Cell) -> float:

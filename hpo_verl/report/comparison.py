@@ -81,17 +81,17 @@ class Comparison:
     def effect(self, regime: Regime, ours: str, theirs: str, measure: str = COMPARED) -> Effect:
         """What one variant changes against another in a regime, by pairs.
 
-        A pair has the same seed and began at the same success. A seed's warm start may differ
-        between machines, and runs that began with other policies must not be paired.
+        A pair has the same seed and the same beginning: runs that began with other policies must
+        not be paired.
         """
         found = self.runs.get(regime, {})
         if ours not in found or theirs not in found:
             return Effect(0, None)
-        values: list[dict[tuple[int, float], float]] = []
+        values: list[dict[tuple[Any, ...], float]] = []
         for name in (ours, theirs):
             runs: Any = found[name]
-            began = zip(runs.index, runs["first"], strict=True)
-            values.append(dict(zip(began, runs[measure], strict=True)) if measure in runs else {})
+            pairing = [(seed, *run.beginning) for seed, run in runs["result"].items()]
+            values.append(dict(zip(pairing, runs[measure], strict=True)) if measure in runs else {})
         return effect(*values)
 
     def lacking(self, regime: Regime) -> list[str]:

@@ -27,7 +27,8 @@ class Result(NamedTuple):
 
     Attributes:
         facts: The run's settings (`cell`), whether it is `tuning`, so that it chooses a rate and is
-            not compared, `status` (`finished` or `diverged`), `seconds`, `warm_start_success`, and
+            not compared, `status` (`finished` or `diverged`), `seconds`, `warm_start_success`,
+            `began_with` (SHA-256 of the first policy's weights; older runs lack it), and
             `environment`: commit, versions, machine, command, time.
         rows: One per step: `step`, `success` (NaN where not measured), statistics of the batch;
             `pass@1`, `pass@2`, ... in the first and last row, if they were measured; at dissected
@@ -48,6 +49,16 @@ class Result(NamedTuple):
         cell = self.cell
         regime = tuple(regime_of(cell).items())
         return cell["study"], regime, cell["policy"], cell["variant"], cell["seed"]
+
+    @property
+    def beginning(self) -> tuple[Any, ...]:
+        """What runs that began with the same policy share; others hardly ever do.
+
+        A seed's warm start may differ between machines. The digest tells; runs that lack it are
+        told apart by two measurements of the first policy's success.
+        """
+        first = float(self.rows["success"].iloc[0])
+        return self.facts.get("began_with"), self.facts["warm_start_success"], first
 
     @property
     def measured(self) -> pd.DataFrame:

@@ -58,9 +58,9 @@ def tiny_random_policy(seed=0):
     return Policy(model, tokenizer)
 
 
-def keep_warm_starts(study):
-    """Put random policies where the cells of a study look for their warm starts."""
-    policy = tiny_random_policy()
+def keep_warm_starts(study, seed=0):
+    """Put a random policy of a seed where the cells of a study look for their warm starts."""
+    policy = tiny_random_policy(seed)
     facts = {"versions": warm_start_versions(), "success": 0.05}
     for folder in {warm_start.policy_folder(cell) for cell in study.cells()}:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,17 @@ def without_time(rows):
     return [{k: v for k, v in row.items() if k != "seconds" and v == v} for row in rows]
 
 
+def test_a_run_says_with_which_policy_it_began(graded):
+    study = quick_study("rates", "training.steps=1", "seeds=1", only=["grpo", "a_hpo"])
+    grpo, a_hpo = study.cells()
+    keep_warm_starts(study)
+    first = run_cell(grpo).facts["began_with"]
+    assert len(first) == 64
+    assert run_cell(a_hpo).facts["began_with"] == first
+    keep_warm_starts(study, seed=1)
+    assert run_cell(grpo).facts["began_with"] != first
+
+
 def test_a_cell_repeats_bit_for_bit_and_describes_its_steps(graded):
     cell = cell_of("a_hpo")
     first, second = run_cell(cell), run_cell(cell)

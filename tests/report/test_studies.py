@@ -136,15 +136,26 @@ def test_only_seeds_that_both_have_are_paired():
     assert comparison.effect(regime, "a_hpo", "grpo").pairs == 2
 
 
-def test_runs_that_began_with_other_policies_are_no_pair():
+@pytest.mark.parametrize(
+    ("first", "facts"),
+    [
+        (0.25, {}),
+        (0.125, {"warm_start_success": 0.25}),
+        (0.125, {"warm_start_success": 0.125, "began_with": "other"}),
+    ],
+)
+def test_runs_that_began_with_other_policies_are_no_pair(first, facts):
     """Another machine's warm start of the same seed is another policy."""
 
-    def curve(cell):
-        elsewhere = (cell["variant"], cell["seed"]) == ("a_hpo", 1)
-        return [0.25 if elsewhere else 0.125, 0.5, 0.75 if cell["variant"] == "a_hpo" else 0.5]
+    def made(cell):
+        rise = 0.75 if cell["variant"] == "a_hpo" else 0.5
+        if (cell["variant"], cell["seed"]) != ("a_hpo", 1):
+            return made_up_result(cell, [0.125, 0.5, rise])
+        result = made_up_result(cell, [first, 0.5, rise])
+        return result._replace(facts=result.facts | facts)
 
     cells = made_up_cells("lag", ["grpo", "a_hpo"], range(4), **{"training.lag": [4]})
-    comparison = Comparison(read_plan("lag"), [made_up_result(cell, curve(cell)) for cell in cells])
+    comparison = Comparison(read_plan("lag"), [made(cell) for cell in cells])
     [regime] = comparison.runs
     found = comparison.effect(regime, "a_hpo", "grpo", "final")
     assert found.pairs == 3
