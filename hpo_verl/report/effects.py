@@ -28,7 +28,8 @@ NOT_RUN = "not run"
 TERMS = f"""- **Numbers** are interquartile means over seeds with {percent(CONFIDENCE)} percentile
   bootstrap intervals ({RESAMPLES} resamples, arXiv 2108.13264), computed with scipy. A difference
   is taken seed by seed: one seed sets warm start, questions and sampling. Two runs that did not
-  begin at the same success, since another machine made another warm start, are no pair.
+  begin with the same policy, since another machine made another warm start, are no pair: its
+  SHA-256 tells, and in older runs, which lack it, its success, measured twice.
 - **Area** is under the curve of success on held-out questions, divided by the budget. **Early**:
   success after {percent(EARLY_SHARE)} of the budget. **At the end**: mean over its last
   {percent(FINAL_SHARE)}; so are entropy and tokens of a response.
