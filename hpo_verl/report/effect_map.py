@@ -109,9 +109,10 @@ def draw_map(sparsity: Comparison, lengths: Sequence[Comparison], path: Path) ->
             Line2D([], [], color=colour, marker=marker, label=method)
             for method, (marker, colour) in looks.items()
         ]
-        handles.append(
-            Line2D([], [], color=_NOT_RUN_COLOUR, marker="x", linestyle="", label=NOT_RUN)
-        )
+        if any(point.effect.difference is None for point in points):
+            handles.append(
+                Line2D([], [], color=_NOT_RUN_COLOUR, marker="x", linestyle="", label=NOT_RUN)
+            )
         figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
         )
