@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hpo_verl.report.comparison import Comparison
 from hpo_verl.report.effects import NOT_RUN
@@ -24,6 +22,8 @@ SPARSITY, LENGTHS = "sparsity", ("length", "budget")
 # Okabe and Ito's colours; place and shape tell the methods apart without them.
 _LOOKS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#56B4E9"))
 _NOT_RUN_COLOUR = "#666666"
+# Of two methods at one place; places are 1 apart.
+_APART = 0.22
 _BY_LENGTH = "wrong answers made longer and longer"
 
 
@@ -120,19 +120,15 @@ def draw_map(sparsity: Comparison, lengths: Sequence[Comparison], path: Path) ->
 
 
 def _draw_panel(axis: Any, points: Sequence[Point], looks: Mapping[str, tuple[str, str]]) -> None:
-    axis.set_xscale("log")
+    # In order and evenly, not to scale: ratios of two studies may lie close together.
     places = sorted({point.x for point in points if point.x is not None})
-    apart = 1.0
-    if len(places) > 1:
-        # No wider than the gap between two places, nor than a part of the panel.
-        nearest = min(b / a for a, b in pairwise(places))
-        apart = min(nearest**0.2, (places[-1] / places[0]) ** 0.04)
     for point in points:
         if point.x is None:
             continue
         marker, colour = looks[point.method]
         # Side by side, about their place.
-        x = point.x * apart ** ([*looks].index(point.method) - (len(looks) - 1) / 2)
+        aside = [*looks].index(point.method) - (len(looks) - 1) / 2
+        x = places.index(point.x) + _APART * aside
         found = point.effect.difference
         if found is None:
             axis.plot([x], [0.0], "x", color=_NOT_RUN_COLOUR, markersize=5)
@@ -148,16 +144,13 @@ def _draw_panel(axis: Any, points: Sequence[Point], looks: Mapping[str, tuple[st
     if unplaced:
         text = fill(f"{NOT_RUN}: {'; '.join(unplaced)}", 40)
         axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
-    axis.xaxis.set_major_locator(FixedLocator(places))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(_tick(points)))
+    axis.set_xticks(range(len(places)), [_tick(points, place) for place in places])
 
 
-def _tick(points: Sequence[Point]) -> Any:
+def _tick(points: Sequence[Point], place: float) -> str:
     """Shares as per cent, ratios as they are."""
-    if all(point.x is None or point.x < 1 for point in points):
-        return lambda value, _: f"{100 * value:.3g} %"
-    return lambda value, _: f"{value:.2g}"
+    shares = all(point.x is None or point.x < 1 for point in points)
+    return f"{100 * place:.3g} %" if shares else f"{place:.2f}"
 
 
 def caption(sparsity: Comparison, lengths: Sequence[Comparison]) -> str:
@@ -173,7 +166,8 @@ def caption(sparsity: Comparison, lengths: Sequence[Comparison]) -> str:
         f"the curves of success, interquartile mean over seeds with its {percent(CONFIDENCE)} "
         "interval; an open mark "
         f"has fewer than {LEAST_SEEDS} pairs, hence no interval. Studies `{sparsity.study}` (by "
-        f"the warm start's success), and {names} (by the measured ratio of lengths); "
+        f"the warm start's success), and {names} (by the measured ratio of lengths), in order, not "
+        "to scale; "
         f"{pairs} pairs a point. {len(points) - len(lacking)} of {len(points)} planned points were "
         f"run{others}."
     )

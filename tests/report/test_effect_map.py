@@ -66,7 +66,8 @@ def test_studies_of_length_share_a_panel():
     assert len({point.panel for point in points}) == 1
     assert sorted({point.effect.pairs for point in points}) == [0, 2, 3]
     text = caption(compared("sparsity", []), [length, budget])
-    assert "and `length` and `budget` (by the measured ratio of lengths); 2 to 3 pairs" in text
+    assert "and `length` and `budget` (by the measured ratio of lengths), in order" in text
+    assert "; 2 to 3 pairs a point" in text
 
 
 def test_the_same_runs_give_the_same_picture(tmp_path):
