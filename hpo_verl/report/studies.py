@@ -52,13 +52,14 @@ class Result(NamedTuple):
 
     @property
     def beginning(self) -> tuple[Any, ...]:
-        """What runs that began with the same policy share; others hardly ever do.
+        """What runs that began with the same policy share, and others do not.
 
         A seed's warm start may differ between machines. The digest tells; runs that lack it are
         told apart by two measurements of the first policy's success.
         """
-        first = float(self.rows["success"].iloc[0])
-        return self.facts.get("began_with"), self.facts["warm_start_success"], first
+        if "began_with" in self.facts:
+            return (self.facts["began_with"],)
+        return self.facts["warm_start_success"], float(self.rows["success"].iloc[0])
 
     @property
     def measured(self) -> pd.DataFrame:

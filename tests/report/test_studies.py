@@ -137,28 +137,34 @@ def test_only_seeds_that_both_have_are_paired():
 
 
 @pytest.mark.parametrize(
-    ("first", "facts"),
+    ("first", "others", "own", "pairs"),
     [
-        (0.25, {}),
-        (0.125, {"warm_start_success": 0.25}),
-        (0.125, {"warm_start_success": 0.125, "began_with": "other"}),
+        (0.125, {}, {}, 4),
+        (0.25, {}, {"warm_start_success": 0.125}, 3),
+        (0.125, {}, {"warm_start_success": 0.25}, 3),
+        # The digest tells, whatever the success.
+        (0.125, {"began_with": "one"}, {"began_with": "other"}, 3),
+        (0.25, {"began_with": "one"}, {"began_with": "one"}, 4),
+        # Nobody knows with what an older run began.
+        (0.125, {"began_with": "one"}, {}, 3),
     ],
 )
-def test_runs_that_began_with_other_policies_are_no_pair(first, facts):
+def test_runs_that_began_with_other_policies_are_no_pair(first, others, own, pairs):
     """Another machine's warm start of the same seed is another policy."""
 
     def made(cell):
         rise = 0.75 if cell["variant"] == "a_hpo" else 0.5
         if (cell["variant"], cell["seed"]) != ("a_hpo", 1):
-            return made_up_result(cell, [0.125, 0.5, rise])
+            result = made_up_result(cell, [0.125, 0.5, rise])
+            return result._replace(facts=result.facts | others)
         result = made_up_result(cell, [first, 0.5, rise])
-        return result._replace(facts=result.facts | facts)
+        return result._replace(facts=result.facts | own)
 
     cells = made_up_cells("lag", ["grpo", "a_hpo"], range(4), **{"training.lag": [4]})
     comparison = Comparison(read_plan("lag"), [made(cell) for cell in cells])
     [regime] = comparison.runs
     found = comparison.effect(regime, "a_hpo", "grpo", "final")
-    assert found.pairs == 3
+    assert found.pairs == pairs
     assert found.difference is not None
     assert found.difference.point == 0.25
 
