@@ -91,7 +91,6 @@ def draw_map(sparsity: Comparison, lengths: Sequence[Comparison], path: Path) ->
     looks = dict(zip(shown, _LOOKS, strict=False))
     points = [*sparsity_points(sparsity), *length_points(lengths, shown)]
     panels = list(dict.fromkeys(point.panel for point in points))
-    last = panels[-1]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(panels), 4.0), layout="constrained")
         axes: Any = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -99,11 +98,6 @@ def draw_map(sparsity: Comparison, lengths: Sequence[Comparison], path: Path) ->
             axis.axhline(0, color="black", linewidth=0.8)
             _draw_panel(axis, [point for point in points if point.panel == panel], looks)
             axis.set_title(fill(panel, 44))
-            axis.set_xlabel(
-                "wrong / right answers' length, first batch"
-                if panel == last
-                else "warm start's success"
-            )
         axes[0].set_ylabel(f"area under the curve, minus {sparsity.baseline}'s")
         handles = [
             Line2D([], [], color=colour, marker=marker, label=method)
@@ -144,13 +138,12 @@ def _draw_panel(axis: Any, points: Sequence[Point], looks: Mapping[str, tuple[st
     if unplaced:
         text = fill(f"{NOT_RUN}: {'; '.join(unplaced)}", 40)
         axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
-    axis.set_xticks(range(len(places)), [_tick(points, place) for place in places])
-
-
-def _tick(points: Sequence[Point], place: float) -> str:
-    """Shares as per cent, ratios as they are."""
-    shares = all(point.x is None or point.x < 1 for point in points)
-    return f"{100 * place:.3g} %" if shares else f"{place:.2f}"
+    by_length = points[0].panel == _BY_LENGTH
+    shown = [f"{place:.2f}" if by_length else f"{100 * place:g} %" for place in places]
+    axis.set_xticks(range(len(places)), shown)
+    axis.set_xlabel(
+        "wrong / right answers' length, first batch" if by_length else "warm start's success"
+    )
 
 
 def caption(sparsity: Comparison, lengths: Sequence[Comparison]) -> str:

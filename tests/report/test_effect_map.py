@@ -77,7 +77,7 @@ def test_the_same_runs_give_the_same_picture(tmp_path):
         draw_map(sparsity, [length], tmp_path / name)
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
-    for words in ("wrong answers short", "wrong answers 4 x right ones", "30 %", "not run"):
+    for words in ("wrong answers short", "wrong answers 4 x right ones", "0.5 %", "not run"):
         assert words in text
     for method in METHODS:
         assert method in text
